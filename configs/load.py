@@ -1,0 +1,272 @@
+"""Reads settings: YAML with `extends`, `key=value` overrides, defaults filled in, and every problem said at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.devices import gpu_count
+from configs.errors import ConfigError
+from configs.schema import Config
+
+SHIPPED = Path(__file__).parent
+
+# DeepSpeed keys that Vernier sets itself, and the setting to use in their place.
+OWNED_BY_US = {
+    "train_batch_size": "batch.global",
+    "train_micro_batch_size_per_gpu": "batch.micro",
+    "gradient_accumulation_steps": "batch.global and batch.micro",
+    "optimizer": "optimizer.name and its neighbours",
+    "scheduler": "schedule.name and its neighbours",
+    "gradient_clipping": "clip_grad_norm",
+    "fp16.enabled": "precision",
+    "bf16.enabled": "precision",
+    "bf16": "precision",
+    "torch_autocast": "precision",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer": "zero.offload",
+    "zero_optimization.offload_param": "zero.offload",
+    "tensorboard": "vernier writes TensorBoard itself",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `3e-4` as text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; `where` (a file or key) goes into the error."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}:{line} is not YAML: {getattr(error, 'problem', error)}") from None
+
+
+def find_config(name: str | Path, beside: Path | None = None) -> Path:
+    """The file that `name` means: a path, a file beside the one that names it, or a shipped recipe's name."""
+    given = Path(name)
+    candidates = [given if beside is None or given.is_absolute() else beside / given]
+    if given.parent == Path("."):
+        candidates.append(SHIPPED / f"{given.name.removesuffix('.yaml')}.yaml")
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    recipes = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+    raise ConfigError(f"config: {name} is not a file; give a YAML file or one of the recipes: {recipes}")
+
+
+def read_mapping(path: Path, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a YAML file, those of the recipes that it `extends` merged in beneath."""
+    if path.resolve() in _below:
+        raise ConfigError(f"{path}: extends itself by way of {_below[-1]}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} cannot be read: {error}") from None
+    mapping = parse_yaml(text, str(path)) or {}
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected settings as `key: value` lines, found {type(mapping).__name__}")
+    parent = mapping.pop("extends", None)
+    if parent is None:
+        return mapping
+    base = read_mapping(find_config(str(parent), beside=path.parent), (*_below, path.resolve()))
+    return _merged(base, mapping)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`mapping` with `optimizer.lr=3e-4` and the like applied; the values are read as YAML."""
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r}: expected key=value, such as optimizer.lr=3e-4")
+        nested: Any = parse_yaml(text, key)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        mapping = _merged(mapping, nested)
+    return mapping
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a YAML file or shipped recipe, overridden, checked for kind and sense.
+
+    Raises:
+        ConfigError: one line a problem, all that were found.
+    """
+    mapping = apply_overrides(read_mapping(find_config(source)), overrides)
+    try:
+        config = Config.model_validate(mapping)
+    except ValidationError as error:
+        raise ConfigError(*_problems(error)) from None
+    problems = list(_contradictions(config))
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        value = item.get("input")
+        if item["type"] == "extra_forbidden":
+            yield f"{key}: unknown key{_nearest(key)}"
+        elif item["type"] == "missing":
+            yield f"{key}: missing; it must be set"
+        else:
+            said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+            shown = "" if isinstance(value, (dict, list)) else f" {value!r}"
+            yield f"{key or 'config'}:{shown} {said}"
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """All setting names in dotted form: `optimizer`, `optimizer.lr`, …"""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        kinds = (field.annotation, *get_args(field.annotation))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, key + ".")
+
+
+def _nearest(key: str) -> str:
+    known = list(known_keys())
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:  # a right name in the wrong section: `lr` for `optimizer.lr`
+        leaf = key.rpartition(".")[2]
+        near = [k for k in known if k.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(
+            leaf, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.75
+        )
+    return f"; did you mean {near[0]}?" if near else "; `vernier init` writes a config with all keys"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What does not add up, as far as the settings alone can tell."""
+    if config.nproc is not None:
+        yield from batch_problems(config, config.nproc)
+    if config.schedule.warmup_steps > config.steps:
+        yield (
+            f"schedule.warmup_steps: {config.schedule.warmup_steps} is longer than the training (steps: {config.steps})"
+        )
+    late = [step for step in config.snapshot.at if step > config.steps]
+    if late:
+        yield f"snapshot.at: {late[0]} is after the last step (steps: {config.steps})"
+    if config.precision == "fp16" and gpu_count() == 0:
+        yield "precision: fp16 needs a GPU and none is visible; use fp32 (or bf16, slow on most CPUs)"
+    if config.zero.offload == "cpu" and config.zero.stage == 0:
+        yield "zero.offload: cpu needs zero.stage 1, 2 or 3, and zero.stage is 0"
+    flat = set(_flat_keys(config.deepspeed))
+    for key, ours in OWNED_BY_US.items():
+        if key in flat:
+            yield f"deepspeed.{key}: set by Vernier; use {ours} instead"
+    for key in ("max_position_embeddings", "n_positions"):
+        longest = config.model.fields.get(key)
+        if isinstance(longest, int) and config.sequence_length > longest:
+            yield f"sequence_length: {config.sequence_length} is longer than model.{key} ({longest})"
+
+
+def _flat_keys(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        yield prefix + str(key)
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+def batch_problems(config: Config, world: int) -> Iterator[str]:
+    """Says why `batch.global` cannot be cut over `world` ranks, if so."""
+    total = config.batch.global_
+    if total % world:
+        below, above = total // world * world, (total // world + 1) * world
+        batches = " or ".join(str(b) for b in (below, above) if b)
+        ranks = [w for w in range(1, total + 1) if total % w == 0]
+        near = sorted(sorted(ranks, key=lambda w: abs(w - world))[:2])
+        yield (
+            f"batch.global: {total} is not divisible by {world} ranks; "
+            f"nearest batches that are: {batches}; nearest rank counts: {', '.join(map(str, near))}"
+        )
+
+
+def micro_batch(config: Config, world: int) -> int:
+    """Windows a rank takes at once: the largest divisor of its share of the batch not above `batch.micro`."""
+    share = config.batch.global_ // world
+    return max(m for m in range(1, min(config.batch.micro, share) + 1) if share % m == 0)
+
+
+def resolve(config: Config, *, nproc: int | None = None) -> Config:
+    """`config` with every default that depends on the machine filled in and every path made absolute.
+
+    `nproc`: ranks on this machine where the launcher fixed them already (torchrun by hand).
+    """
+    gpus = gpu_count()
+    ranks = nproc or config.nproc or gpus or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    out = config.model_copy(
+        update={
+            "nproc": ranks,
+            "threads_per_rank": config.threads_per_rank or max(1, cores // ranks),
+            "precision": config.precision or ("bf16" if gpus else "fp32"),
+            "deterministic": config.deterministic if config.deterministic is not None else gpus == 0,
+            "run": config.run.model_copy(update={"dir": config.run_dir.absolute()}),
+            "data": config.data.model_copy(
+                update={
+                    "dir": config.data_dir.absolute(),
+                    "tokenizer": config.data.tokenizer and config.data.tokenizer.absolute(),
+                }
+            ),
+            "model": config.model.model_copy(update={"path": config.model.path and config.model.path.absolute()}),
+            "eval": config.eval.model_copy(
+                update={
+                    "dtype": config.eval.dtype or ("bf16" if gpus else "fp32"),
+                    "reference": config.reference_dir.absolute(),
+                }
+            ),
+        }
+    )
+    problems = list(batch_problems(out, ranks))
+    if problems:
+        raise ConfigError(*problems)
+    return out
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to the same settings."""
+    mapping = config.model_dump(mode="json", by_alias=True)
+    mapping["model"] = {k: v for k, v in mapping["model"].items() if v is not None}
+    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+
+    def leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in mapping.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    left = dict(leaves(a.model_dump(mode="json", by_alias=True)))
+    right = dict(leaves(b.model_dump(mode="json", by_alias=True)))
+    return {k: (left.get(k), right.get(k)) for k in {**left, **right} if left.get(k) != right.get(k)}

@@ -1,0 +1,167 @@
+"""Every setting that a user may write, one pydantic model a concern; the text at each field is its documentation.
+
+Unknown keys are refused (with the nearest known one named, see `configs.load`). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Precision = Literal["fp32", "amp", "bf16", "fp16"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+# A run's or data set's name becomes a folder, a TensorBoard run and (later) a job name.
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, and settings do not change once they are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class RunSettings(Settings):
+    dir: Path | None = Field(None, description="directory of the run; default runs/NAME")
+
+
+class DataSettings(Settings):
+    dir: Path | None = Field(None, description="directory of the prepared data; default data/NAME")
+    source: str | list[str] = Field(
+        "python-stdlib",
+        description="python-stdlib, or files and folders: .txt .md .py .jsonl .json .csv .parquet .arrow, a saved data set",
+    )
+    text_field: str = Field("text", description="column that holds the text, where the source has columns")
+    max_bytes: Positive | None = Field(None, description="take documents, in random order, up to this many bytes")
+    tokenizer: Path | None = Field(None, description="directory of a Hugging Face tokenizer; trained here when absent")
+    vocab_size: Annotated[int, Field(ge=257)] = Field(8192, description="entries of the tokenizer that is trained here")
+
+
+class ReferenceSettings(Settings):
+    documents: Positive = Field(1000, description="how many documents the reference set should have")
+    max_fraction: Fraction = Field(0.1, description="no more than this part of all tokens becomes reference set")
+    max_windows: Positive = Field(16, description="a document counts with at most this many windows")
+    batch: Positive = Field(16, description="samples a batch; part of the set, so that it never changes a loss")
+    block_samples: Positive = Field(256, description="a block is whole documents with at least this many samples")
+    min_shared_run: Positive = Field(50, description="documents that share so many consecutive tokens stay on one side")
+
+
+class ModelSettings(Settings):
+    """`path` of a Hugging Face model directory, or `type` with that model's own config fields."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    path: Path | None = Field(None, description="Hugging Face model directory with safetensors to start from")
+    type: str | None = Field(None, description="a Hugging Face model type (llama, gpt2, qwen3, …) with random weights")
+
+    @model_validator(mode="after")
+    def one_of_path_and_type(self) -> ModelSettings:
+        if (self.path is None) == (self.type is None):
+            raise ValueError("give either path (a model directory) or type (with the fields of its config)")
+        if self.path is not None and self.fields:
+            raise ValueError(f"path brings its own config.json; remove {', '.join(sorted(self.fields))}")
+        return self
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The model's own config fields, as given."""
+        return dict(self.model_extra or {})
+
+
+class BatchSettings(Settings):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    global_: Positive = Field(..., alias="global", description="windows an optimizer step, over all ranks")
+    micro: Positive = Field(8, description="most windows a rank takes at once; accumulation follows")
+
+
+class OptimizerSettings(Settings):
+    name: Literal["adamw", "adam"] = Field("adamw", description="adamw (decoupled weight decay) or adam")
+    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only, not on norms and biases")
+
+
+class ScheduleSettings(Settings):
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Count = Field(0, description="steps of linear warm-up")
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last learning rate ÷ peak")
+
+
+class ZeroSettings(Settings):
+    stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO: shard 1 optimizer, 2 + gradients, 3 + weights")
+    offload: Literal["none", "cpu"] = Field("none", description="cpu: optimizer state lives in host memory")
+
+
+class CheckpointSettings(Settings):
+    every: Positive = Field(1000, description="steps between checkpoints (to go on from)")
+    keep: Positive = Field(2, description="newest checkpoints that stay")
+
+
+class SnapshotSettings(Settings):
+    every: Positive = Field(1000, description="steps between snapshots (to score and to use)")
+    at: list[Count] = Field(default_factory=list, description="further steps to take a snapshot at")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="default: as the precision keeps weights")
+
+
+class EvalSettings(Settings):
+    placement: Literal["separate", "inline", "none"] = Field(
+        "separate", description="separate: an own rank-group watches the run; inline: the training ranks score"
+    )
+    reference: Path | None = Field(None, description="reference set; default the one beside the training data")
+    dtype: Literal["fp32", "bf16"] | None = Field(None, description="default fp32 on CPU, bf16 on GPU")
+    nproc: Positive = Field(1, description="ranks of the eval rank-group")
+    threads_per_rank: Positive = Field(1, description="CPU threads of a scoring rank; fixed, since they change bits")
+
+
+class Config(Settings):
+    """All settings of a run. `configs.load.load_config` reads one from YAML."""
+
+    name: str = Field(..., description="of the run and its data set")
+    seed: Count = 0
+    steps: Positive = Field(..., description="optimizer steps")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="targets a window")
+    precision: Precision | None = Field(None, description="default fp32 on CPU, bf16 on GPU")
+    deterministic: bool | None = Field(None, description="default true on CPU, false on GPU")
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
+    gradient_checkpointing: bool = False
+    nproc: Positive | None = Field(None, description="ranks on this machine; default its GPUs, else 1")
+    threads_per_rank: Positive | None = Field(None, description="CPU threads a training rank; default cores ÷ nproc")
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    model: ModelSettings
+    batch: BatchSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    zero: ZeroSettings = ZeroSettings()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="anything else of DeepSpeed's, passed through")
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    snapshot: SnapshotSettings = SnapshotSettings()
+    eval: EvalSettings = EvalSettings()
+
+    @field_validator("name")
+    @classmethod
+    def name_is_a_folder(cls, value: str) -> str:
+        if not NAME_PATTERN.fullmatch(value):
+            raise ValueError("use up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit")
+        return value
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir or Path("runs") / self.name
+
+    @property
+    def data_dir(self) -> Path:
+        return self.data.dir or Path("data") / self.name
+
+    @property
+    def reference_dir(self) -> Path:
+        return self.eval.reference or self.data_dir / "reference"

@@ -1,0 +1,155 @@
+"""Directories and files that are whole or not there: written aside, hashed, fsynced, renamed; checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from configs.errors import DataError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Puts a file in place by rename, so that no reader ever sees half of it."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+    if durable:
+        fsync_path(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file of ours. Raises DataError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def partial_path(final: Path) -> Path:
+    """Where a directory is written before it is renamed to `final`; the same for all ranks that write into it."""
+    return final.parent / f".{final.name}.partial"
+
+
+def begin(final: Path) -> Path:
+    """Makes the empty directory that `commit` will rename to `final`. What an earlier try left is removed."""
+    part = partial_path(final)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
+def commit(final: Path, manifest: dict[str, Any], hashes: dict[str, str] | None = None) -> None:
+    """Finishes what `begin` started: hashes every file into the manifest, fsyncs, renames into place.
+
+    Args:
+        manifest: what the directory is (its `kind` and facts); `files` is added.
+        hashes: SHA-256 by relative path of files that are hashed and fsynced already (by the ranks that wrote them).
+    """
+    part = partial_path(final)
+    known = dict(hashes or {})
+    files: dict[str, dict[str, Any]] = {}
+    folders = {part}
+    for path in sorted(p for p in part.rglob("*") if p.is_file()):
+        name = path.relative_to(part).as_posix()
+        folders.add(path.parent)
+        if name not in known:
+            fsync_path(path)
+        files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
+    lost = sorted(set(known) - set(files))
+    if lost:
+        raise DataError(f"{part}: {lost[0]} was written and is gone")
+    write_atomic(part / MANIFEST, json.dumps({**manifest, "files": files}, indent=1), durable=True)
+    for folder in folders:
+        fsync_path(folder)
+    os.rename(part, final)
+    fsync_path(final.parent)
+
+
+@contextmanager
+def whole_directory(final: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """A directory to fill from one process; committed with `manifest` (may be filled meanwhile) when the block ends."""
+    part = begin(final)
+    try:
+        yield part
+        commit(final, manifest)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def read_manifest(directory: Path, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of a whole directory of ours. Raises DataError where it has none or is of another kind."""
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory")
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{directory}: has no {MANIFEST}, so it was not written to its end (or not by Vernier)")
+    manifest = read_json(path)
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if kind is not None and found != kind:
+        raise DataError(f"{directory}: expected a {kind}, found {found or 'something else'}")
+    return dict(manifest)
+
+
+def verify(directory: Path, kind: str | None = None, only: Iterable[str] | None = None) -> dict[str, Any]:
+    """The manifest, after every file named in it (or `only` those) was found with its size and hash.
+
+    Raises:
+        DataError: names the first file that is missing, cut short or changed.
+    """
+    manifest = read_manifest(directory, kind)
+    wanted = None if only is None else set(only)
+    for name, fact in manifest.get("files", {}).items():
+        if wanted is not None and name not in wanted:
+            continue
+        path = directory / name
+        if not path.is_file():
+            raise DataError(f"{directory}: {name} is missing")
+        size = path.stat().st_size
+        if size != fact["bytes"]:
+            raise DataError(f"{path}: cut short or changed: {size:,} bytes, its manifest says {fact['bytes']:,}")
+        if sha256_file(path) != fact["sha256"]:
+            raise DataError(f"{path}: changed since it was written (its SHA-256 is not the manifest's)")
+    return manifest

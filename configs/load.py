@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -116,6 +116,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: one line a problem, all that were found.
     """
     mapping = apply_overrides(read_mapping(find_config(source)), overrides)
+    # A section with all its lines commented out reads as null, and means its defaults.
+    sections = {(f.alias or n) for n, f in Config.model_fields.items() if section_of(f.annotation)}
+    mapping = {key: value for key, value in mapping.items() if value is not None or key not in sections}
     try:
         config = Config.model_validate(mapping)
     except ValidationError as error:
@@ -145,10 +148,14 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         yield key
-        kinds = (field.annotation, *get_args(field.annotation))
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from known_keys(kind, key + ".")
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from known_keys(section, key + ".")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The settings model that a field holds, if it is a section."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _nearest(key: str) -> str:

@@ -1,0 +1,53 @@
+# One command each on a fresh machine: `make demo`, `make test`. What they need, `make setup` makes.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+RUN ?= runs/demo
+
+.PHONY: help setup demo test gpu-test check format bench clean
+
+help:
+	@echo "make setup     .venv with pinned packages and the vernier command"
+	@echo "make demo      train a small model on two ranks, score its checkpoints beside it, show which are better"
+	@echo "make test      all tests (make gpu-test: those that need a GPU)"
+	@echo "make check     lint, format, types"
+	@echo "make bench     benchmarks"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt .ci/install-torch
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make setup PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "Python's venv is missing: sudo apt-get install -y python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	bash .ci/install-torch $(BIN)/python $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/vernier prepare configs/demo.yaml
+	$(BIN)/vernier train configs/demo.yaml run.dir=$(RUN)
+
+test: setup
+	$(BIN)/python -m pytest
+
+gpu-test: setup
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

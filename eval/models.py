@@ -1,0 +1,153 @@
+"""Model directories to score: checked, fingerprinted by the content of their weights, loaded from safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import DataError
+from configs.whole import MANIFEST, read_json, read_manifest, verify
+from eval.reference import ReferenceSet, tokenizer_fingerprint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's kind, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    # A view as bytes has no dtype that numpy would lack (bf16), and copies nothing.
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_of_digests(digests: dict[str, str]) -> str:
+    """Fingerprint of a set of weights, whatever files they are cut into."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face model directory, as its index names them."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map", {})
+        files = sorted({directory / name for name in weight_map.values()})
+        for file in files:
+            if not file.is_file():
+                raise DataError(f"{directory}: {file.name} is missing, and {index.name} names it")
+        return files
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{directory}: has no *.safetensors weights (other formats are not loaded)")
+    return files
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether Vernier wrote this model directory."""
+    return (directory / MANIFEST).is_file()
+
+
+def check_model(directory: Path) -> None:
+    """Refuses a directory that is not a whole model: ours against its manifest's hashes, any by its files.
+
+    Raises:
+        DataError: says which file is wrong, and how.
+    """
+    if not directory.is_dir():
+        raise DataError(f"model: {directory} is not a directory")
+    if directory.parent.name == "snapshots" or is_ours(directory):
+        verify(directory, "snapshot")
+    if not (directory / "config.json").is_file():
+        raise DataError(f"{directory}: not a Hugging Face model directory (it has no config.json)")
+    weight_files(directory)
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Fingerprint of the weights in a model directory: from our manifest, else from the tensors themselves."""
+    if is_ours(directory):
+        found = read_manifest(directory, "snapshot").get("weights")
+        if isinstance(found, str):
+            return found
+    from safetensors import SafetensorError, safe_open
+
+    digests = {}
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                    digests[name] = tensor_digest(tensors.get_tensor(name))
+        except SafetensorError as error:
+            raise DataError(f"{file}: not readable as safetensors, perhaps cut short ({error})") from None
+    return fingerprint_of_digests(digests)
+
+
+def scored_fingerprint(source: str, dtype: str) -> str:
+    """Fingerprint of the weights as scored: those of `source`, cast to `dtype`."""
+    return hashlib.sha256(f"{source} {dtype}".encode()).hexdigest()
+
+
+def check_fits(directory: Path, reference: ReferenceSet) -> None:
+    """Refuses a model that cannot be scored on `reference`: another tokenizer, or too few positions or tokens."""
+    config = read_json(directory / "config.json")
+    text = config.get("text_config", config)
+    vocabulary = text.get("vocab_size")
+    if isinstance(vocabulary, int) and vocabulary < reference.vocab_size:
+        raise DataError(
+            f"{directory}: its vocabulary has {vocabulary:,} entries, the reference set's tokenizer "
+            f"{reference.vocab_size:,}; {_tokenize_again(directory, reference)}"
+        )
+    if (directory / "tokenizer.json").is_file():
+        found = tokenizer_fingerprint(directory)
+        if found != reference.tokenizer_fingerprint:
+            raise DataError(
+                f"{directory}: its tokenizer ({found[:8]}) is not the reference set's "
+                f"({reference.tokenizer_fingerprint[:8]}); {_tokenize_again(directory, reference)}"
+            )
+    for key in ("max_position_embeddings", "n_positions"):
+        longest = text.get(key)
+        if isinstance(longest, int) and longest < reference.sequence_length:
+            raise DataError(
+                f"{directory}: takes {longest} tokens ({key}), the reference set's windows have "
+                f"{reference.sequence_length}; prepare a reference set with sequence_length={longest} or less"
+            )
+
+
+def _tokenize_again(directory: Path, reference: ReferenceSet) -> str:
+    return (
+        "tokenize the same documents again: "
+        f"vernier prepare --reference {reference.directory} --tokenizer {directory} --out NEW_DIR"
+    )
+
+
+def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust_remote_code: bool = False) -> Any:
+    """The model of a checked directory, in `dtype`, on `device`, without gradients.
+
+    Raises:
+        DataError: it is no causal LM, or its weights do not fit its config.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(f"{directory}: transformers cannot load it as a causal LM: {_first_line(error)}") from error
+    for what in ("missing_keys", "mismatched_keys"):
+        if info.get(what):
+            raise DataError(f"{directory}: {what.replace('_', ' ')} in its weights: {sorted(map(str, info[what]))[0]}")
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

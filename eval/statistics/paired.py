@@ -1,0 +1,111 @@
+"""The difference of two models' losses on the same items, with its error, test and interval.
+
+Legend: `_N` one entry an item (sample), `_C` one a cluster (document).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import stdtr, stdtrit
+
+from configs.errors import DataError
+from eval.statistics.clustered import Estimate, by_cluster, effective_number, ratio_of_sums, residual_se
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """B − A, in the unit of the losses and in percent of A. `t` and `p` are of the former."""
+
+    a: Estimate
+    b: Estimate
+    value: float
+    se: float
+    percent: float
+    se_percent: float
+    ci95_percent: tuple[float, float]
+    t: float
+    t_unpaired: float
+    p: float
+    win_rate: float
+    pairing_gain: float | None  # None where the paired error is zero
+    clusters: int
+    effective_clusters: float
+    identical: bool
+
+
+def two_sided_p(t: float, df: int) -> float:
+    """P(|T| ≥ |t|) under Student's t with `df` degrees of freedom; 0.0 below the smallest double.
+
+    The lower tail is taken, 2·F(−|t|): 1 − F would lose everything below 1e-16.
+    """
+    return float(2.0 * stdtr(df, -abs(t)))
+
+
+def t_quantile(level: float, df: int) -> float:
+    """The |t| that is exceeded with probability 1 − `level`, both sides together."""
+    return float(stdtrit(df, 0.5 + level / 2))
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, m: ArrayLike, clusters: ArrayLike) -> PairedDifference:
+    """Token-weighted difference D = Σ(b − a)/Σm, and 100·Σ(b − a)/Σa in percent.
+
+    Errors are clustered and by the delta method, on residuals d_c − D·m_c and d_c − (Σd/Σa)·a_c (Miller,
+    arXiv 2411.00640, paired differences and app. A). t has C − 1 degrees of freedom. Unpaired:
+    sqrt(SE_a² + SE_b²), as if the two had been scored on different documents.
+
+    Args:
+        a, b: [N] sums of loss of each item, above zero in total.
+        m: [N] what they are sums over (targets, or bytes).
+        clusters: [N] document ids.
+
+    Raises:
+        DataError: fewer than two documents, or a total loss of zero.
+    """
+    a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    difference_N = b_N - a_N  # subtracted item by item and only then summed, all in fp64
+    a_C, m_C = by_cluster(a_N, clusters), by_cluster(m, clusters)
+    difference_C = by_cluster(difference_N, clusters)
+    first, second = ratio_of_sums(a_C, m_C), ratio_of_sums(by_cluster(b_N, clusters), m_C)
+
+    weight, total_a, total_difference = float(m_C.sum()), float(a_C.sum()), float(difference_C.sum())
+    if total_a <= 0:
+        raise DataError(
+            "the first table's total loss is not above zero: a change in percent of it has no meaning"
+        )
+    value = total_difference / weight
+    se = residual_se(difference_C - value * m_C, weight)
+    relative = total_difference / total_a
+    se_relative = residual_se(difference_C - relative * a_C, total_a)
+
+    df = len(m_C) - 1
+    half = t_quantile(0.95, df) * se_relative
+    unpaired = math.hypot(first.se, second.se)
+    t = _t(value, se)
+    return PairedDifference(
+        a=first,
+        b=second,
+        value=value,
+        se=se,
+        percent=100 * relative,
+        se_percent=100 * se_relative,
+        ci95_percent=(100 * (relative - half), 100 * (relative + half)),
+        t=t,
+        t_unpaired=_t(value, unpaired),
+        p=two_sided_p(t, df),
+        win_rate=float(np.mean(np.where(difference_N == 0, 0.5, difference_N < 0))),
+        pairing_gain=unpaired / se if se > 0 else None,
+        clusters=len(m_C),
+        effective_clusters=effective_number(m_C),
+        identical=not np.any(difference_N),
+    )
+
+
+def _t(value: float, se: float) -> float:
+    """value/se; without any spread, no difference is 0 and any difference is infinitely clear."""
+    if se > 0:
+        return value / se
+    return 0.0 if value == 0 else math.copysign(math.inf, value)

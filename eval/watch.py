@@ -1,0 +1,187 @@
+"""The evaluator of a run: watches its snapshots, scores what appears in step order, ends when all is said."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.errors import DataError
+from configs.rundir import RunDir, step_name
+from configs.schema import Config
+from configs.whole import read_manifest
+from eval.board import EvalBoard
+from eval.losses import Scorer
+from eval.models import check_fits, check_model, load_for_scoring, weights_fingerprint
+from eval.ranks import Ranks
+from eval.reference import ReferenceSet, load_reference
+from eval.scoring import OBJECTIVE, cpu_threads, score_reference, scoring_facts
+from eval.tables import LossTable, read_table, table_name, write_table
+
+POLL_S = 0.5
+ABANDONED_S = 60.0  # a run with no heartbeat for so long, and no holder of its lock, is not running
+END = -1
+
+
+def table_path(run: RunDir, reference: ReferenceSet, step: int, dtype: str) -> Path:
+    """Where the loss table of a snapshot lies."""
+    return run.losses / reference.short_name / table_name(step_name(step), OBJECTIVE, dtype)
+
+
+def lock_is_held(run: RunDir) -> bool:
+    """Whether a process holds the run's lock."""
+    try:
+        with open(run.lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def training_is_over(run: RunDir) -> bool:
+    """Whether no further snapshot will come: the trainer said its last word, or is plainly gone."""
+    state = run.read_state()
+    if not state:
+        return False
+    if state.get("exit_code") is not None:
+        return True
+    return time.time() - float(state.get("heartbeat", 0)) > ABANDONED_S and not lock_is_held(run)
+
+
+class RunScores:
+    """Scored steps of a run: writes each new table with its TensorBoard lines and its event. Rank 0 only."""
+
+    def __init__(self, run: RunDir, reference: ReferenceSet, dtype: str) -> None:
+        self.run, self.reference, self.dtype = run, reference, dtype
+        self.board: EvalBoard | None = None
+        self.refused: set[int] = set()
+
+    def scored(self) -> list[int]:
+        """Steps that have their table, ascending."""
+        return [s for s in self.run.whole_steps(self.run.snapshots) if self._path(s).is_file()]
+
+    def next_step(self) -> int | None:
+        """The earliest snapshot without a table."""
+        for step in self.run.whole_steps(self.run.snapshots):
+            if step not in self.refused and not self._path(step).is_file():
+                return step
+        return None
+
+    def _path(self, step: int) -> Path:
+        return table_path(self.run, self.reference, step, self.dtype)
+
+    def refuse(self, step: int, why: str) -> None:
+        """Passes over a snapshot that cannot be scored, and says so once."""
+        self.refused.add(step)
+        self.run.add_event("not scored", why, step=step)
+
+    def before(self, step: int) -> tuple[LossTable | None, int]:
+        """The table scored before `step` (or none), and how many looks the run has had with this one."""
+        earlier = [s for s in self.scored() if s < step]
+        return (read_table(self._path(earlier[-1])) if earlier else None), max(1, len(earlier))
+
+    def add(self, step: int, table: LossTable, seconds: float) -> None:
+        """Writes a table, then tells of it."""
+        before, look = self.before(step)
+        write_table(self._path(step), table)
+        if self.board is None:
+            self.board = EvalBoard(self.run.eval_board)
+        told = self.board.add(step, table, before, look)
+        difference = told["difference"] if before is not None else None
+        self.run.add_event(
+            "scored",
+            scored_message(step, told, first=before is None),
+            step=step,
+            seconds=round(seconds, 3),
+            loss=told["b"]["loss"],
+            se=told["b"]["se"],
+            percent=difference and difference["percent"],
+            verdict=told["verdict"] if before is not None else None,
+        )
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def scored_message(step: int, comparison: dict[str, Any], *, first: bool) -> str:
+    """A line for people about a newly scored step."""
+    b = comparison["b"]
+    line = f"scored step {step}: loss {b['loss']:.4f} ± {b['se']:.4f}"
+    if first:
+        return line
+    difference = comparison["difference"]
+    low, high = difference["ci95_percent"]
+    return f"{line}, {difference['percent']:+.3f} % ± {(high - low) / 2:.3f} % ({comparison['verdict']})"
+
+
+def score_snapshot(
+    run: RunDir, step: int, reference: ReferenceSet, ranks: Ranks, dtype: str, threads: int
+) -> LossTable | str:
+    """The table of a snapshot, or why it cannot be scored (the same answer on every rank)."""
+    directory = run.snapshots / step_name(step)
+    problem = ""
+    try:
+        if ranks.local_rank == 0:  # each node checks the hashes once
+            check_model(directory)
+            check_fits(directory, reference)
+    except DataError as error:
+        problem = str(error)
+    if not ranks.agree(not problem):
+        return problem or f"{directory}: refused by another rank"
+    model = load_for_scoring(directory, dtype, ranks.device)
+    facts = scoring_facts(model, weights_fingerprint(directory), dtype, step_name(step), step, threads)
+    with cpu_threads(threads):
+        return score_reference(Scorer(model, reference.sequence_length), reference, ranks, facts)
+
+
+def watch(config: Config, ranks: Ranks) -> None:
+    """Scores the snapshots of a run until it has ended and all are scored.
+
+    Raises:
+        DataError: the reference set is missing or not whole.
+    """
+    run = RunDir(config.run_dir)
+    dtype = config.eval.dtype or "fp32"
+    reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
+    scores = RunScores(run, reference, dtype) if ranks.first else None
+    while True:
+        step = ranks.broadcast_int(_wait_for_work(run, scores) if scores is not None else 0)
+        if step == END:
+            break
+        started = time.perf_counter()
+        table = score_snapshot(run, step, reference, ranks, dtype, config.eval.threads_per_rank)
+        if scores is not None:
+            if isinstance(table, str):
+                scores.refuse(step, table)
+            else:
+                _add(scores, step, table, time.perf_counter() - started)
+    if scores is not None:
+        scores.close()
+
+
+def _add(scores: RunScores, step: int, table: LossTable, seconds: float) -> None:
+    try:
+        scores.add(step, table, seconds)
+    except DataError as error:  # a loss that is not finite, say: this snapshot's fault, not the evaluator's
+        scores.refuse(step, str(error))
+
+
+def _wait_for_work(run: RunDir, scores: RunScores) -> int:
+    while True:
+        over = training_is_over(run)  # asked before the snapshots are listed, so that none slips between
+        step = scores.next_step()
+        if step is not None:
+            return step
+        if over:
+            return END
+        time.sleep(POLL_S)
+
+
+def snapshot_step(directory: Path) -> int | None:
+    """The training step that a snapshot of ours was taken after."""
+    step = read_manifest(directory, "snapshot").get("step")
+    return int(step) if step is not None else None

@@ -1,0 +1,1 @@
+"""The `vernier` command: its verbs, and the processes that they start and watch over."""

@@ -1,0 +1,186 @@
+"""The `vernier` command line: one function a verb, which says what it takes and hands over to its module.
+
+Nothing heavy is imported here: `vernier --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, VernierError
+
+app = typer.Typer(
+    name="vernier",
+    help="Train language models, and tell to a thousandth of a percent whether a checkpoint is really better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe: demo, wsb.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _example(*lines: str) -> str:
+    return "Example:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+@app.command(epilog=_example("vernier init my-project"))
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to write it.")] = Path("."),
+) -> int:
+    """Write a commented starter config, asking nothing."""
+    from launcher.init import run_init
+
+    print(f"wrote {run_init(directory)}")
+    return 0
+
+
+@app.command(epilog=_example("vernier prepare demo", "vernier prepare my.yaml data.vocab_size=16384"))
+def prepare(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe: demo, wsb.")] = None,
+    overrides: OverridesArgument = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Prepare anew; what is there moves to NAME.old-TIME.")] = False,
+    reference: Annotated[
+        Path | None, typer.Option(help="Tokenize this reference set's documents again (with --tokenizer, --out).")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Directory with the other tokenizer.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the new reference set goes.")] = None,
+    json_out: JsonOption = False,
+) -> int:
+    """Turn texts into training shards and a frozen reference set."""
+    from launcher.prepare import run_prepare, run_retokenize
+
+    if reference is not None:
+        return run_retokenize(reference, tokenizer, out)
+    return run_prepare(config, overrides or [], fresh=fresh, json_out=json_out)
+
+
+@app.command(epilog=_example("vernier train demo", "vernier train my.yaml optimizer.lr=3e-4 run.dir=runs/lr3e-4"))
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; the old run moves to NAME.old-TIME.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Go on beyond the steps it was started with.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until all snapshots are scored.")] = False,
+) -> int:
+    """Train here, or go on with a run; checkpoints are scored beside it."""
+    from launcher.train import run_train
+
+    return run_train(config, overrides or [], fresh=fresh, extend=extend, wait=not no_wait, console=_console())
+
+
+@app.command(
+    "eval", epilog=_example("vernier eval runs/demo/snapshots/step-00000240 --reference data/demo/reference --nproc 2")
+)
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model directories.")],
+    reference: Annotated[Path, typer.Option(help="Directory of a reference set.")],
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks to score with.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads a rank; tables agree to the bit at equal ones.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Directory for the loss tables.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default fp32 on CPU, bf16 on GPU.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Score also what has its table.")] = False,
+    shuffle_batches: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Meet the batches in another order; the table must not change.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")
+    ] = False,
+    json_out: JsonOption = False,
+) -> int:
+    """Score models on a reference set, sample by sample."""
+    from launcher.evaluate import run_eval
+
+    return run_eval(
+        models,
+        reference,
+        nproc=nproc,
+        threads=threads,
+        out=out,
+        dtype=dtype,
+        force=force,
+        shuffle_batches=shuffle_batches,
+        trust_remote_code=trust_remote_code,
+        json_out=json_out,
+        console=_console(),
+    )
+
+
+@app.command(
+    epilog=_example(
+        "vernier compare runs/demo",
+        "vernier compare runs/demo@200 runs/demo@240 --json",
+        "vernier compare runs/a runs/b --gate better --margin 0.05%",
+    )
+)
+def compare(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="A [B]", help="Loss tables, snapshots, RUN@STEP or RUN; one RUN: along it.")
+    ],
+    gate: Annotated[str | None, typer.Option(help="better or not-worse: exit 3 where it does not hold.")] = None,
+    margin: Annotated[str, typer.Option(help="By how much, such as 0.05%.")] = "0%",
+    json_out: JsonOption = False,
+) -> int:
+    """Say whether B is really better than A, and how sure that is."""
+    from launcher.compare import run_compare
+
+    return run_compare(targets, json_out=json_out, gate=gate, margin=margin, console=_console(out=True))
+
+
+@app.command(epilog=_example("vernier board runs/demo"))
+def board(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories; default all.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free one.")] = None,
+) -> int:
+    """Watch runs in TensorBoard, on loopback, with the ssh line to paste."""
+    from launcher.board import run_board
+
+    return run_board(runs or [], port=port, console=_console(out=True))
+
+
+def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is not imported for its name alone
+    from rich.console import Console
+
+    return Console(stderr=not out, highlight=False)
+
+
+def main() -> None:
+    """Entry point of `vernier`: runs a verb, tells errors in a line, ends with DESIGN's exit codes."""
+    try:
+        code = app(standalone_mode=False)
+    except VernierError as error:
+        for problem in str(error).splitlines():
+            print(f"error: {problem}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        code = _click_code(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _click_code(error: Exception) -> int:
+    """Usage errors are click's to show; anything else is a fault of ours, and its traceback is wanted."""
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()
+        return int(getattr(error, "exit_code", EXIT_FAILED))
+    if type(error).__name__ == "Abort":
+        return EXIT_INTERRUPTED
+    raise error
+
+
+if __name__ == "__main__":
+    main()

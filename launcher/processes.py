@@ -1,0 +1,78 @@
+"""Rank-groups as child processes: torchrun on this machine's loopback, in its own session, dying with `vernier`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TERM_GRACE_S = 5.0
+
+
+def torchrun(module: str, arguments: list[str], *, nproc: int, threads: int) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) that starts `nproc` ranks of `python -m module` on this machine."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nproc-per-node", str(nproc)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
+        *("--module", module),
+        *arguments,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return command, environment
+
+
+def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a rank-group with its output appended to `log`.
+
+    In a session of its own, so that Ctrl-C reaches `vernier` alone, which then asks for an orderly stop; and killed by
+    the kernel if `vernier` dies without a word.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    output: IO[bytes]
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> None:
+    """Ends a rank-group: SIGTERM to torchrun, and SIGKILL if it does not go. Its ranks die with it."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The end of a log, for an error that nobody else told."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
+    except OSError:
+        return ""
+

@@ -1,0 +1,262 @@
+"""`vernier train`: starts the training ranks and the eval rank-group here, watches over both, ends with the truth.
+
+The evaluator is restarted when it dies and never ends training. The exit code is what `state.json` says, since torchrun
+turns every rank's code into 1.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, VernierError
+from configs.load import dump_config, load_config, resolve
+from configs.rundir import RunDir
+from configs.schema import Config
+from configs.terminal import lend_terminal
+from configs.whole import write_atomic
+from launcher.processes import end, last_lines, start, torchrun
+
+POLL_S = 0.2
+EVAL_RESTARTS = 5  # without a newly scored snapshot between
+STOP_PATIENCE_S = 120.0  # for a step, a checkpoint and its fsync
+
+
+@dataclass
+class Interrupts:
+    """How often the user asked to stop, and whether by Ctrl-C."""
+
+    count: int = 0
+    by_ctrl_c: bool = False
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        self.by_ctrl_c |= number == signal.SIGINT
+
+
+def run_train(
+    source: str, overrides: list[str], *, fresh: bool, extend: bool, wait: bool, console: Console
+) -> int:
+    """Trains here to the end, or goes on with what is there; gives the exit code."""
+    config = resolve(load_config(source, overrides))
+    run = RunDir(config.run_dir)
+    from trainer.lock import held_message
+    from trainer.run import check_run, finished
+
+    if _held(run):
+        from configs.errors import ConfigError
+
+        raise ConfigError(held_message(run))
+    if fresh and run.path.exists():
+        old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        run.path.rename(old)
+        console.print(f"the earlier run is now {old}", markup=False)
+    check_run(config, extend=extend)
+    group = EvalGroup(config, run, console) if config.eval.placement == "separate" else None
+    interrupts = Interrupts()
+    interrupts.listen()
+    if finished(run, config):
+        console.print(f"{run.path} is finished (step {config.steps})", markup=False)
+        if extend and int(run.read_state().get("step", 0)) < config.steps:
+            raise VernierError(f"{run.path}: could not be extended")
+        code = EXIT_DONE
+    else:
+        _explain_extension(config, run, extend, console)
+        code = _train(config, run, group, interrupts, extend=extend, console=console)
+    if code == EXIT_DONE and group is not None:
+        code = _wait_for_scores(group, run, interrupts, wait=wait, console=console)
+    if group is not None:
+        group.end()
+    if code == EXIT_DONE and config.eval.placement != "none":
+        _print_scores(run, console)
+    return code
+
+
+def _held(run: RunDir) -> bool:
+    from eval.watch import lock_is_held
+
+    return lock_is_held(run)
+
+
+def _explain_extension(config: Config, run: RunDir, extend: bool, console: Console) -> None:
+    if extend and run.config.is_file():
+        before = load_config(run.config).steps
+        console.print(
+            f"extending from {before} to {config.steps} steps: the {config.schedule.name} schedule is drawn anew over "
+            f"{config.steps} steps, so the learning rate jumps where the run goes on",
+            markup=False,
+        )
+
+
+class EvalGroup:
+    """The eval rank-group of a run: started, restarted when it dies, ended."""
+
+    def __init__(self, config: Config, run: RunDir, console: Console) -> None:
+        self.config, self.run, self.console = config, run, console
+        self.process: subprocess.Popen[bytes] | None = None
+        self.deaths, self.next_start = 0, 0.0
+        self.scored_at_death = -1
+        self.given_up = False
+
+    def start(self) -> None:
+        settings = self.config.eval
+        arguments = [str(self.run.path / "eval-config.yaml")]
+        write_atomic(Path(arguments[0]), dump_config(self.config))
+        command, environment = torchrun("eval", arguments, nproc=settings.nproc, threads=settings.threads_per_rank)
+        self.process = start(command, environment, self.run.logs / "eval-torchrun.log")
+
+    def tables(self) -> int:
+        return len(list(self.run.losses.glob("*/step-*.parquet")))
+
+    def unscored(self) -> int:
+        """Snapshots that wait for their table (those the evaluator refused do not)."""
+        dtype, scored = self.config.eval.dtype, self.run.losses.glob("*/step-*.parquet")
+        have = {p.name.partition("@")[0] for p in scored if f".{dtype}." in p.name}
+        refused = {e["step"] for e in self.run.read_events() if e["kind"] == "not scored"}
+        steps = self.run.whole_steps(self.run.snapshots)
+        return sum(f"step-{s:08d}" not in have and s not in refused for s in steps)
+
+    def look_after(self) -> bool:
+        """Restarts the group if it died; gives whether it is (or will be) running."""
+        if self.process is None or self.given_up:
+            return False
+        code = self.process.poll()
+        if code is None:
+            return True
+        if code == 0:
+            return False
+        if self.next_start == 0.0:
+            self._note_death(code)
+        if not self.given_up and time.monotonic() >= self.next_start:
+            self.next_start = 0.0
+            self.start()
+        return not self.given_up
+
+    def _note_death(self, code: int) -> None:
+        progress = self.tables() > self.scored_at_death
+        self.scored_at_death = self.tables()
+        self.deaths = 1 if progress else self.deaths + 1
+        if self.deaths > EVAL_RESTARTS:
+            self.given_up = True
+            told = f"the evaluator died {self.deaths} times without scoring anything; training goes on without it"
+        else:
+            self.next_start = time.monotonic() + min(30.0, 0.5 * 2**self.deaths)
+            told = f"the evaluator died (torchrun's exit code {code}); it is started again"
+        self.run.add_event("evaluator died", told, exit_code=code)
+        self.console.print(f"{told}; see {self.run.logs / 'eval-rank-0.log'}", markup=False)
+
+    def end(self) -> None:
+        if self.process is not None:
+            end(self.process)
+
+
+def _train(
+    config: Config, run: RunDir, group: EvalGroup | None, interrupts: Interrupts, *, extend: bool, console: Console
+) -> int:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.stop_request.unlink(missing_ok=True)
+    run.write_state("pending", exit_code=None, failure=None, steps=config.steps)
+    given = run.path / "train-config.yaml"  # config.yaml itself is the trainer's to write, once it holds the lock
+    write_atomic(given, dump_config(config))
+    arguments = [*(["--extend"] if extend else []), str(given)]
+    command, environment = torchrun(
+        "trainer", arguments, nproc=config.nproc or 1, threads=config.threads_per_rank or 1
+    )
+    lend_terminal(environment, sys.stderr)
+    trainer = start(command, environment, run.logs / "torchrun.log")
+    if group is not None:
+        group.start()
+    told, deadline = 0, 0.0
+    while trainer.poll() is None:
+        if interrupts.count > told:
+            told = interrupts.count
+            if told == 1:
+                write_atomic(run.stop_request, "interrupt" if interrupts.by_ctrl_c else "stop")
+                deadline = time.monotonic() + STOP_PATIENCE_S
+                console.print("stopping after this step, with a checkpoint (again: at once)", markup=False)
+            else:
+                deadline = 0.0
+        if told and time.monotonic() > deadline:
+            trainer.kill()  # its ranks die with it; the last whole checkpoint stays
+        if group is not None:
+            group.look_after()
+        time.sleep(POLL_S)
+    return _outcome(run, trainer.returncode, interrupts, console)
+
+
+def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Console) -> int:
+    state = run.read_state()
+    code = state.get("exit_code")
+    if code is None:  # killed before its last word
+        code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
+        how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
+        told = f"the training ranks ended without a word (torchrun: {how})"
+        run.write_state("failed", exit_code=code, failure={"rank": None, "error": told, "time": time.time()})
+        run.add_event("failed", told)
+        console.print(f"error: {told}; the same command goes on from the last checkpoint", markup=False)
+        if code == EXIT_FAILED and returncode > 0:
+            console.print(last_lines(run.logs / "torchrun.log"), markup=False)
+        return int(code)
+    failure = state.get("failure")
+    if failure:
+        console.print(f"error: rank {failure['rank']}: {failure['error']}", markup=False)
+        console.print(f"its log: {run.logs / ('rank-' + str(failure['rank']) + '.log')}", markup=False)
+    elif code != EXIT_DONE:
+        console.print(
+            f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False
+        )
+    return int(code)
+
+
+def _wait_for_scores(
+    group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console
+) -> int:
+    waiting = group.unscored()
+    if not waiting:
+        return EXIT_DONE
+    if not wait:
+        console.print(f"{waiting} snapshots are not scored yet; vernier train, once more, scores them", markup=False)
+        return EXIT_DONE
+    console.print(f"waiting for {waiting} snapshots to be scored", markup=False)
+    from trainer.progress import ProgressLine
+
+    teller = ProgressLine(Console(file=sys.stderr, force_terminal=False, highlight=False), 1, 0, run.events)
+    before = interrupts.count
+    if group.process is None:
+        group.start()
+    while group.look_after() and interrupts.count == before:
+        teller.tell_events()
+        time.sleep(POLL_S)
+    teller.tell_events()
+    if interrupts.count > before:
+        console.print("stopped waiting; vernier train, once more, scores the rest", markup=False)
+        return EXIT_INTERRUPTED
+    if group.given_up:
+        console.print(f"error: {group.unscored()} snapshots could not be scored", markup=False)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _print_scores(run: RunDir, console: Console) -> None:
+    from eval.compare import compare_run
+    from launcher.compare import print_run_table
+
+    if not any(run.losses.glob("*/step-*.parquet")):
+        return
+    out = Console(highlight=False)
+    print_run_table(compare_run(run.path), out)
+    out.print(f"\nrun        {run.path}", markup=False, soft_wrap=True)
+    out.print(f"snapshots  {run.snapshots}", markup=False, soft_wrap=True)
+    out.print(f"losses     {run.losses}", markup=False, soft_wrap=True)
+    out.print(f"watch it   vernier board {run.path}", markup=False, soft_wrap=True)

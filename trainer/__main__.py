@@ -1,0 +1,41 @@
+"""`python -m trainer CONFIG [key=value …]`: a rank of a training. torchrun starts several; one alone works as well."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from configs.errors import EXIT_FAILED, VernierError
+from configs.load import load_config, resolve
+from configs.rundir import RunDir
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one rank; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    parser.add_argument("config", help="YAML file or shipped recipe")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--extend", action="store_true", help="go on beyond the steps the run was started with")
+    asked = parser.parse_args(arguments)
+    # torch is imported from here on
+    from eval.ranks import die_with_parent, environment_ranks, local_world_size, log_to_file
+
+    die_with_parent()
+    rank = environment_ranks()[0]
+    terminal = sys.stderr
+    try:
+        config = resolve(load_config(asked.config, asked.overrides), nproc=local_world_size())
+        terminal = log_to_file(RunDir(config.run_dir).logs / f"rank-{rank}.log")
+        from trainer.run import run_training
+
+        return run_training(config, terminal, extend=asked.extend)
+    except VernierError as error:
+        print(error, file=terminal)
+        return error.exit_code
+    except Exception as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=terminal)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

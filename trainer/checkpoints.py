@@ -1,0 +1,164 @@
+"""Checkpoints: all that is needed to go on, as safetensors and JSON, whole or not there.
+
+Every rank writes the fragments of the fp32 state that it owns. Whoever goes on reads just the ranges it needs, so the
+world size and the ZeRO stage may be others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from configs.errors import DataError
+from configs.rundir import RunDir, step_name
+from configs.whole import begin, commit, fsync_path, partial_path, read_json, sha256_file, verify, write_atomic
+from eval.ranks import Ranks
+from trainer import zero_state
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands: updates made, batches used up, targets seen."""
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+
+
+def save_checkpoint(engine: Any, run: RunDir, ranks: Ranks, clock: Clock, keep: int) -> None:
+    """Writes checkpoint `clock.step` from all ranks, commits it, and drops those older than the newest `keep`."""
+    final = run.checkpoints / step_name(clock.step)
+    if ranks.first:
+        if final.exists():  # of an attempt that was cut off after it; this one's history is the one that counts
+            shutil.rmtree(final)
+        begin(final)
+    ranks.barrier()
+    part = partial_path(final)
+    tensors: dict[str, torch.Tensor] = {}
+    index: dict[str, Any] = {}
+    for fragment in zero_state.fragments(engine):
+        index[fragment.name] = {"shape": fragment.shape, "start": fragment.start, "length": fragment.length}
+        for kind, value in zero_state.values(engine, fragment).items():
+            tensors[f"{kind}/{fragment.name}"] = value.to("cpu", torch.float32, copy=True)
+    if ranks.first:
+        kept = engine.module.lm.state_dict(keep_vars=True)
+        for name, buffer in engine.module.lm.named_buffers():
+            if name in kept:
+                tensors[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
+    path = part / f"rank-{ranks.rank:05d}.safetensors"
+    save_file(tensors, path)
+    fsync_path(path)
+    told = {"sha256": sha256_file(path), "fragments": index}
+    write_atomic(part / f".rank-{ranks.rank}.json", json.dumps(told))
+    ranks.barrier()
+    if ranks.first:
+        _finish(engine, final, part, ranks, clock)
+        for step in run.whole_steps(run.checkpoints)[:-keep]:
+            shutil.rmtree(run.checkpoints / step_name(step))
+    ranks.barrier()
+
+
+def _finish(engine: Any, final: Path, part: Path, ranks: Ranks, clock: Clock) -> None:
+    hashes: dict[str, str] = {}
+    merged: dict[str, Any] = {}
+    for rank in range(ranks.world):
+        sidecar = part / f".rank-{rank}.json"
+        told = read_json(sidecar)
+        file = f"rank-{rank:05d}.safetensors"
+        hashes[file] = told["sha256"]
+        for name, at in told["fragments"].items():
+            entry = merged.setdefault(name, {"shape": at["shape"], "parts": []})
+            entry["parts"].append([at["start"], at["length"], file])
+        sidecar.unlink()
+    for entry in merged.values():
+        entry["parts"].sort()
+    state = {
+        "version": VERSION,
+        "clock": asdict(clock),
+        "world": ranks.world,
+        "zero_stage": engine.zero_optimization_stage(),
+        "adam_step": zero_state.adam_step(engine),
+        "counters": zero_state.counters(engine),
+        "loss_scale": zero_state.loss_scale_state(engine),
+        "parameters": merged,
+    }
+    (part / "state.json").write_text(json.dumps(state))
+    commit(final, {"kind": "checkpoint", "step": clock.step}, hashes)
+
+
+def newest_checkpoint(run: RunDir) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    steps = run.whole_steps(run.checkpoints)
+    return run.checkpoints / step_name(steps[-1]) if steps else None
+
+
+def load_checkpoint(engine: Any, directory: Path, ranks: Ranks, accumulation: int) -> tuple[Clock, dict[str, Any]]:
+    """Puts the engine where the checkpoint was; gives the clock and (world, zero_stage) it was written with.
+
+    Raises:
+        DataError: a file is missing, cut short or changed, or the checkpoint is of another model. Nothing was changed.
+    """
+    problem = ""
+    try:
+        if ranks.local_rank == 0:  # each node checks the hashes once
+            verify(directory, "checkpoint")
+    except DataError as error:
+        problem = str(error)
+    if not ranks.agree(not problem):
+        raise DataError(problem or f"{directory}: refused by another rank")
+    state = read_json(directory / "state.json")
+    _check_tiling(directory, state, engine)
+    files = {name: safe_open(directory / name, "pt") for name in _file_names(state)}
+
+    def lookup(kind: str, name: str, start: int, length: int) -> torch.Tensor:
+        out = torch.empty(length)
+        for part_start, part_length, file in state["parameters"][name]["parts"]:
+            low, high = max(start, part_start), min(start + length, part_start + part_length)
+            if low < high:
+                piece = files[file].get_slice(f"{kind}/{name}")[low - part_start : high - part_start]
+                out[low - start : high - start] = piece
+        return out
+
+    zero_state.restore(engine, lookup, state["adam_step"])
+    first = files.get("rank-00000.safetensors") or safe_open(directory / "rank-00000.safetensors", "pt")
+    saved = set(first.keys())
+    for name, buffer in engine.module.lm.named_buffers():
+        if f"buffer/{name}" in saved:
+            buffer.data.copy_(first.get_tensor(f"buffer/{name}"))
+    zero_state.restore_counters(engine, state["counters"], accumulation)
+    zero_state.restore_loss_scale(engine, state["loss_scale"])
+    return Clock(**state["clock"]), {"world": state["world"], "zero_stage": state["zero_stage"]}
+
+
+def _file_names(state: dict[str, Any]) -> list[str]:
+    return sorted({part[2] for entry in state["parameters"].values() for part in entry["parts"]})
+
+
+def _check_tiling(directory: Path, state: dict[str, Any], engine: Any) -> None:
+    """Every parameter of the model must be covered exactly once, none may be strange."""
+    if state.get("version") != VERSION:
+        raise DataError(f"{directory}: checkpoint format {state.get('version')}, this Vernier reads {VERSION}")
+    wanted = {name: list(zero_state.full_shape(p)) for name, p in zero_state.trainable(engine)}
+    odd = sorted(set(wanted) ^ set(state["parameters"]))
+    if odd:
+        raise DataError(f"{directory}: of another model: {odd[0]} is in only one of the two")
+    for name, shape in wanted.items():
+        entry, end = state["parameters"][name], 0
+        if entry["shape"] != shape:
+            raise DataError(f"{directory}: of another model: {name} has shape {entry['shape']}, the model's is {shape}")
+        for start, length, _ in entry["parts"]:
+            if start != end:
+                raise DataError(f"{directory}: {name} is not covered from {end} to {start}")
+            end = start + length
+        if end != math.prod(shape):
+            raise DataError(f"{directory}: {name} is covered up to {end} of {math.prod(shape)}")

@@ -1,0 +1,89 @@
+"""Scoring between training steps by the training ranks: the same batches, code and tables as the separate evaluator."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from configs.rundir import RunDir, step_name
+from configs.schema import Config
+from eval.losses import Scorer
+from eval.models import DTYPES
+from eval.ranks import Ranks
+from eval.reference import load_reference
+from eval.scoring import cpu_threads, score_reference, scoring_facts
+from eval.watch import RunScores
+from trainer import zero_state
+from trainer.snapshots import dtype_of
+
+
+class InlineScoring:
+    """Scores the weights that are being trained.
+
+    Where they are held in the very numbers that a snapshot has and scoring wants, the trained module itself is scored;
+    else a copy in `eval.dtype`, filled from the weights each time.
+    """
+
+    def __init__(self, engine: Any, config: Config, hf: Any, ranks: Ranks) -> None:
+        self.engine, self.config, self.ranks = engine, config, ranks
+        self.dtype = config.eval.dtype or "fp32"
+        self.reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
+        held = next(engine.module.parameters()).dtype
+        self.direct = held == DTYPES[self.dtype] == DTYPES[dtype_of(config)]
+        self.scorer = Scorer(
+            engine.module.lm if self.direct else _empty_copy(hf, DTYPES[self.dtype], ranks.device),
+            self.reference.sequence_length,
+            parts=engine.module.parts() if self.direct else None,
+            device=ranks.device,
+        )
+        self.scores = RunScores(RunDir(config.run_dir), self.reference, self.dtype) if ranks.first else None
+
+    def score(self, step: int, source: str) -> None:
+        """Scores the weights after `step` updates, whose snapshot has the fingerprint `source`."""
+        known = self.scores is not None and step in self.scores.scored()
+        if self.ranks.broadcast_int(int(known)):
+            return
+        started = time.perf_counter()
+        if not self.direct:
+            self._fill()
+        threads = self.config.eval.threads_per_rank
+        facts = scoring_facts(self.scorer.model, source, self.dtype, step_name(step), step, threads)
+        sharded = self.direct and self.engine.zero_optimization_stage() == 3
+        # DeepSpeed's autocast is off here: scoring is without it, wherever it runs.
+        with cpu_threads(threads), torch.autocast(self.ranks.device.type, enabled=False):
+            table = score_reference(self.scorer, self.reference, self.ranks, facts, lockstep=sharded)
+        if self.scores is not None:
+            self.scores.add(step, table, time.perf_counter() - started)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Copies the trained weights over, through the kind of number that the snapshot has."""
+        through = DTYPES[dtype_of(self.config)]
+        held = next(self.engine.module.parameters()).dtype
+        from_masters = through == torch.float32 and held != torch.float32
+        target = {**dict(self.scorer.model.named_parameters()), **dict(self.scorer.model.named_buffers())}
+        for name, parameter in self.engine.module.named_parameters():
+            own = zero_state.own_name(name)
+            if from_masters and parameter.requires_grad:
+                target[own].copy_(zero_state.master_weight(self.engine, parameter))
+                continue
+            with zero_state.gathered(self.engine, [parameter]):
+                target[own].copy_(parameter.to(through))
+        saved = set(self.scorer.model.state_dict())
+        for name, buffer in self.engine.module.lm.named_buffers():
+            if name in saved:
+                target[name].copy_(buffer)
+
+    def close(self) -> None:
+        if self.scores is not None:
+            self.scores.close()
+
+
+def _empty_copy(hf: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+    return model.eval().requires_grad_(False).to(device)

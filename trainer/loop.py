@@ -1,0 +1,152 @@
+"""The training loop: read it from top to bottom, each line of a step is in sight.
+
+The host never waits for the device inside a step: what a step measured rides on one all-reduce and is read a step late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.load import micro_batch
+from configs.schema import Config
+from eval.losses import IGNORED
+from eval.ranks import Ranks
+from trainer.checkpoints import Clock
+from trainer.data.shards import Windows
+from trainer.engine import grad_norm_before_step, set_learning_rate
+from trainer.metrics import memory_gib
+from trainer.order import mixed_seed, share_of, windows_at
+from trainer.schedule import learning_rate
+from trainer.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What happens around steps: each is called on every rank, at the same step."""
+
+    observe: Callable[[dict[str, Any]], None]  # a step's metrics, a step late
+    snapshot: Callable[[Clock], None]
+    checkpoint: Callable[[Clock], None]
+
+
+@dataclass
+class Measured:
+    """A step's figures on their way from the device."""
+
+    line: dict[str, Any]
+    sums: torch.Tensor  # [loss in nats, ranks asked to stop, of them by Ctrl-C], fp64, summed over ranks
+    work: Any
+    grad_norm: torch.Tensor | float | None
+    targets: int
+
+    def read(self) -> tuple[dict[str, Any], bool, bool]:
+        """(metrics line, asked to stop, by Ctrl-C); waits for the device if it must."""
+        self.work.wait()
+        loss, stop, interrupt = self.sums.tolist()
+        norm = None if self.grad_norm is None else float(self.grad_norm)
+        return {**self.line, "loss": loss / self.targets, "grad_norm": norm}, stop > 0, interrupt > 0
+
+
+def train(
+    engine: Any, config: Config, data: Windows, ranks: Ranks, clock: Clock, asked: StopRequest, hooks: Hooks
+) -> tuple[Clock, bool, bool]:
+    """Trains from `clock` to `config.steps`, or until asked to stop: gives (clock, stopped, by Ctrl-C)."""
+    micro = micro_batch(config, ranks.world)
+    accumulation = config.batch.global_ // (ranks.world * micro)
+    pending: Measured | None = None
+    stopped = interrupted = False
+    if clock.step == 0:
+        hooks.snapshot(clock)
+    while clock.step < config.steps and not stopped:
+        started = time.perf_counter()
+        step = clock.step + 1
+        windows = windows_at(clock.position, batch=config.batch.global_, windows=len(data), seed=config.seed)
+        targets = int(data.target_counts(windows).sum())  # of the whole global batch, known to every rank
+        rate = learning_rate(step, peak=config.optimizer.lr, steps=config.steps, schedule=config.schedule)
+        set_learning_rate(engine, rate)
+
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for ids_BT, target_BT, seed in micro_batches(data, windows, config, ranks, clock.position, micro):
+            torch.manual_seed(seed)  # dropout is a function of the data, not of rank or history
+            loss = engine(ids_BT, target_BT)
+            # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
+            engine.backward(loss * (ranks.world * accumulation / targets))
+            loss_sum += loss.detach()
+            if engine.is_gradient_accumulation_boundary():
+                norm = grad_norm_before_step(engine)
+            engine.step()
+
+        applied = engine.was_step_applied()  # not so only where fp16 overflowed
+        clock = Clock(step if applied else clock.step, clock.position + 1, clock.tokens + targets)
+        if pending is not None:
+            stopped, interrupted = _observe(pending, hooks)
+        line = _line(step, clock, rate, time.perf_counter() - started, targets, ranks, micro)
+        pending = _measure(line, loss_sum, norm if norm is not None else engine.get_global_grad_norm(), targets, asked)
+        if not applied:
+            pending = None  # the batch is used up, the step is made with the next
+            continue
+
+        last = clock.step == config.steps
+        saves = clock.step % config.checkpoint.every == 0 or last or stopped
+        shows = clock.step % config.snapshot.every == 0 or clock.step in config.snapshot.at or last
+        if saves or shows:  # the step's line is on disk before what follows from it
+            late = _observe(pending, hooks)
+            stopped, interrupted, pending = stopped or late[0], interrupted or late[1], None
+            saves |= stopped
+        if shows:
+            hooks.snapshot(clock)
+        if saves:
+            hooks.checkpoint(clock)
+    return clock, stopped and clock.step < config.steps, interrupted
+
+
+def micro_batches(
+    data: Windows, windows: Any, config: Config, ranks: Ranks, position: int, micro: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """This rank's part of a global batch: (ids [B, T], targets [B, T], dropout seed), both int64 on the device."""
+    for start, chosen in share_of(windows, rank=ranks.rank, world=ranks.world, micro=micro):
+        rows, scored = data.rows(chosen)
+        block = torch.from_numpy(rows)
+        ids_BT, target_BT = block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        if scored is not None:
+            target_BT[~torch.from_numpy(scored)] = IGNORED
+        if ranks.device.type == "cuda":
+            ids_BT, target_BT = (t.pin_memory().to(ranks.device, non_blocking=True) for t in (ids_BT, target_BT))
+        yield ids_BT, target_BT, mixed_seed(config.seed, position, start)
+
+
+def _measure(
+    line: dict[str, Any], loss_sum: torch.Tensor, norm: Any, targets: int, asked: StopRequest
+) -> Measured:
+    stop, interrupt = asked.poll()
+    flags = torch.tensor([float(stop), float(interrupt)], dtype=torch.float64).to(loss_sum.device, non_blocking=True)
+    sums = torch.cat([loss_sum.reshape(1), flags])
+    return Measured(line, sums, dist.all_reduce(sums, async_op=True), norm, targets)
+
+
+def _observe(pending: Measured, hooks: Hooks) -> tuple[bool, bool]:
+    line, stop, interrupt = pending.read()
+    hooks.observe(line)
+    return stop, interrupt
+
+
+def _line(
+    step: int, clock: Clock, rate: float, seconds: float, targets: int, ranks: Ranks, micro: int
+) -> dict[str, Any]:
+    return {
+        "step": step,
+        "position": clock.position - 1,
+        "tokens": clock.tokens,
+        "lr": rate,
+        "step_s": round(seconds, 6),
+        "tokens_per_s": round(targets / seconds, 1),
+        "memory_gib": round(memory_gib(), 4),
+        "ranks": ranks.world,
+        "micro": micro,
+    }

@@ -1,0 +1,144 @@
+"""What a run tells while it trains: a line a step in `metrics.jsonl`, TensorBoard scalars, `state.json`. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.load import differences
+from configs.rundir import RunDir, read_jsonl
+from configs.schema import Config
+from configs.whole import write_atomic
+
+HEARTBEAT_S = 2.0
+
+
+def memory_gib() -> float:
+    """Most memory this rank has held: on the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Metrics:
+    """Writer of a run's step metrics. Going on from step N cuts what was written after it."""
+
+    def __init__(self, run: RunDir, config: Config, *, step: int, parameters: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run = run
+        lines = [line for line in read_jsonl(run.metrics) if line["step"] <= step]
+        write_atomic(run.metrics, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
+        self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        purge = step + 1 if run.train_board.is_dir() else None
+        self.board: Any = SummaryWriter(log_dir=str(run.train_board), purge_step=purge)
+        self._hparams(config, parameters)
+        self.told = 0.0
+
+    def _hparams(self, config: Config, parameters: int) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {
+            "optimizer.lr": config.optimizer.lr,
+            "batch.global": config.batch.global_,
+            "sequence_length": config.sequence_length,
+            "steps": config.steps,
+            "seed": config.seed,
+            "precision": str(config.precision),
+            "zero.stage": config.zero.stage,
+            "model": str(config.model.path or config.model.type),
+            "parameters": parameters,
+        }
+        for summary in hparams(values, {"train/loss": 0.0}):
+            self.board.file_writer.add_summary(summary)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Writes a step's line, and its scalars."""
+        self.file.write(json.dumps(line) + "\n")
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib"):
+            if line.get(key) is not None:
+                self.board.add_scalar(f"train/{key}", line[key], line["step"])
+        if time.monotonic() - self.told > HEARTBEAT_S:
+            self.told = time.monotonic()
+            self.run.write_state("running", step=line["step"])
+
+    def flush(self) -> None:
+        """Puts what was written on disk, as it must be before a checkpoint commits."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:
+    """Says what made this run: versions, command, hardware, fingerprints."""
+    import platform
+    import subprocess
+    from importlib.metadata import version
+
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors")
+    manifest = {
+        "command": sys.argv,
+        "commit": commit or None,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "hardware": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        **facts,
+    }
+    write_atomic(run.manifest, json.dumps(manifest, indent=1))
+
+
+# What may change when a run goes on; everything else is the experiment itself.
+MAY_CHANGE = (
+    "batch.micro",
+    "checkpoint.",
+    "data.",  # where it lies; what it holds is checked by its fingerprint
+    "deepspeed.",
+    "deterministic",
+    "eval.",
+    "gradient_checkpointing",
+    "name",
+    "nproc",
+    "reference.",
+    "run.",
+    "snapshot.",
+    "threads_per_rank",
+    "zero.",
+)
+
+
+def forbidden_changes(before: Config, now: Config, *, extend: bool) -> list[str]:
+    """What differs between a run's settings and those it is asked to go on with, and may not: a line each."""
+    allowed = MAY_CHANGE + (("steps",) if extend else ())
+    out = []
+    for key, (old, new) in differences(before, now).items():
+        if any(key == a or (a.endswith(".") and key.startswith(a)) for a in allowed):
+            continue
+        if key == "steps":
+            out.append(f"steps: the run was started with {old}, not {new}; --extend goes on to {new}")
+        else:
+            out.append(f"{key}: the run was started with {old!r}, not {new!r}; use another run.dir, or --fresh")
+    if extend and now.steps < before.steps:
+        out.append(f"steps: --extend needs more than the run's {before.steps}, not {now.steps}")
+    return out

@@ -1,0 +1,147 @@
+"""The model to train: its Hugging Face config checked against data and settings, its weights made or read."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError
+from configs.schema import Config, ModelSettings
+from eval.losses import IGNORED, split_model, training_loss
+from eval.models import check_model
+from eval.ranks import seed_everything
+
+
+def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
+    """The Hugging Face config that the settings describe.
+
+    Args:
+        facts: of the prepared data (`vocab_size`, `eos_id`), which fill in what the settings leave open.
+
+    Raises:
+        ConfigError: unknown model type or field, or a combination that the config class refuses.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if settings.path is not None:
+        check_model(settings.path)
+        config = AutoConfig.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ConfigError(f"model.path: {settings.path} is a {config.model_type}, which is no causal LM")
+        return config
+    kind = str(settings.type)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+        raise ConfigError(
+            f"model.type: {kind!r} is no causal LM that transformers knows"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+    fields = {"vocab_size": facts["vocab_size"], **settings.fields}
+    default = CONFIG_MAPPING[kind]()
+    known = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"model.{key}: {kind} has no such field" + (f"; did you mean {near[0]}?" if near else "")
+            )
+    for key in ("bos_token_id", "eos_token_id"):
+        if key in known:
+            fields.setdefault(key, facts["eos_id"])
+    if getattr(default, "pad_token_id", None) is not None:
+        fields.setdefault("pad_token_id", None)  # a default beyond a small vocabulary would be an index error
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # each config class raises its own kinds
+        cause = error.__cause__ or error
+        raise ConfigError(f"model: {kind} refuses these fields: {str(cause).strip().splitlines()[0]}") from None
+
+
+def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_fingerprint: str) -> Any:
+    """The Hugging Face config, after it was found to fit the data and the settings.
+
+    Raises:
+        ConfigError: what does not fit, and what to change.
+    """
+    hf = hf_config(config.model, facts)
+    text = hf.get_text_config()
+    problems = []
+    if text.vocab_size < facts["vocab_size"]:
+        problems.append(
+            f"model.vocab_size: {text.vocab_size:,} is smaller than the tokenizer's vocabulary "
+            f"({facts['vocab_size']:,}); make the model's at least that, or prepare the data with a smaller data.vocab_size"
+        )
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.sequence_length > longest:
+        problems.append(
+            f"sequence_length: {config.sequence_length} is longer than the model's max_position_embeddings ({longest})"
+        )
+    if config.model.path is not None and (config.model.path / "tokenizer.json").is_file():
+        from eval.reference import tokenizer_fingerprint as fingerprint_of
+
+        if fingerprint_of(config.model.path) != tokenizer_fingerprint:
+            problems.append(
+                f"model.path: {config.model.path} has another tokenizer than the data; "
+                f"prepare the data with data.tokenizer={config.model.path}"
+            )
+    if problems:
+        raise ConfigError(*problems)
+    return hf
+
+
+def make_model(config: Config, hf: Any) -> Any:
+    """The causal LM in fp32 on the CPU, the same on every rank: random from `seed`, or read from `model.path`."""
+    from transformers import AutoModelForCausalLM
+
+    seed_everything(config.seed)
+    if config.model.path is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+class TrainableLM(nn.Module):
+    """A causal LM whose forward pass gives the summed loss of a micro-batch, as DeepSpeed wants it: one module, one call."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        # Held as `lm` only; listing decoder and head again would double the parameters' names.
+        self.lm = lm
+        self.split = split_model(lm) is not None
+
+    def parts(self) -> tuple[Any, Any] | None:
+        """(decoder, head), where logits are head(decoder(ids))."""
+        return (self.lm.get_decoder(), self.lm.get_output_embeddings()) if self.split else None
+
+    def forward(self, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
+        """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar."""
+        vocab_size = int(self.lm.config.get_text_config().vocab_size)
+        parts = self.parts()
+        if parts is not None:
+            return training_loss(parts, ids_BT, target_BT, vocab_size)
+        logits = self.lm(input_ids=ids_BT, use_cache=False).logits.float()
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Trainable parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer's files into a model directory."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name != "manifest.json":
+            (target / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,84 @@
+"""The progress line of a training: live on a terminal, a plain line now and then elsewhere. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_S = 10.0
+LIVE_S = 0.2
+
+
+class ProgressLine:
+    """Shows steps as they come, and what the evaluator tells through the run's events."""
+
+    def __init__(self, console: Console, steps: int, step: int, events: Path) -> None:
+        self.console, self.steps = console, steps
+        self.shown = time.monotonic()
+        self.first_step, self.started = step, time.monotonic()
+        self.events, self.offset = events, events.stat().st_size if events.is_file() else 0
+        self.live: Progress | None = None
+        if console.is_terminal:
+            self.live = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s "),
+                TimeRemainingColumn(),
+                console=console,
+                refresh_per_second=4,
+            )
+            self.task = self.live.add_task("", total=steps, completed=step, loss="–", speed="–")
+            self.live.start()
+
+    def step(self, line: dict[str, Any]) -> None:
+        """A step was made."""
+        now = time.monotonic()
+        last = line["step"] == self.steps
+        if now - self.shown < (LIVE_S if self.live else PLAIN_S) and not last:
+            return
+        self.shown = now
+        self.tell_events()
+        loss, speed = f"{line['loss']:.4f}", f"{line['tokens_per_s']:,.0f}"
+        if self.live is not None:
+            self.live.update(self.task, completed=line["step"], loss=loss, speed=speed)
+            return
+        made = line["step"] - self.first_step
+        left = (self.steps - line["step"]) * (now - self.started) / max(1, made)
+        self.console.print(
+            f"step {line['step']}/{self.steps}  loss {loss}  {speed} tokens/s  {_duration(left)} left", markup=False
+        )
+
+    def tell_events(self) -> None:
+        """Prints what the evaluator has said since the last look."""
+        try:
+            with open(self.events, encoding="utf-8") as file:
+                file.seek(self.offset)
+                new = file.read()
+        except OSError:
+            return
+        whole, newline, _ = new.rpartition("\n")
+        self.offset += len((whole + newline).encode())
+        for text in whole.splitlines():
+            event = json.loads(text)
+            if event["kind"] in ("scored", "not scored"):
+                self.console.print(f"  {event['message']}", markup=False)
+
+    def say(self, text: str) -> None:
+        """A line above the progress line."""
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

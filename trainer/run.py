@@ -1,0 +1,213 @@
+"""A training run from its config to its end: set-up in order, then the loop, then the last word in `state.json`."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
+from configs.load import batch_problems, dump_config, load_config, micro_batch
+from configs.rundir import RunDir, step_name
+from configs.schema import Config
+from configs.whole import read_manifest, write_atomic
+from eval.ranks import Ranks, join, leave, set_determinism
+from eval.reference import tokenizer_fingerprint
+from trainer import stop
+from trainer.checkpoints import Clock, load_checkpoint, newest_checkpoint, save_checkpoint
+from trainer.data.prepare import load_dataset_facts
+from trainer.data.shards import Windows
+from trainer.engine import make_engine
+from trainer.inline import InlineScoring
+from trainer.lock import RunLock
+from trainer.loop import Hooks, train
+from trainer.metrics import Metrics, forbidden_changes, write_manifest
+from trainer.model import TrainableLM, check_model_settings, make_model, parameter_count
+from trainer.progress import ProgressLine
+from trainer.snapshots import take_snapshot
+
+
+def check_run(config: Config, *, extend: bool = False) -> tuple[dict[str, Any], Any]:
+    """Everything that can be found wrong before a rank starts: gives (data facts, Hugging Face config).
+
+    Raises:
+        ConfigError: what is wrong, a line each.
+    """
+    facts = load_dataset_facts(config.data_dir)
+    read_manifest(config.data_dir, "dataset")
+    fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
+    hf = check_model_settings(config, facts, fingerprint)
+    if config.eval.placement != "none":
+        read_manifest(config.reference_dir, "reference")
+    if len(Windows(config.data_dir, config.sequence_length)) < 1:
+        raise ConfigError(
+            f"sequence_length: {config.sequence_length} is longer than all training tokens; prepare more data"
+        )
+    run = RunDir(config.run_dir)
+    if run.config.is_file():
+        changes = forbidden_changes(load_config(run.config), config, extend=extend)
+        before = _manifest(run).get("data", {}).get("data")
+        if before is not None and before != facts["fingerprints"]["data"]:
+            changes.append(f"data.dir: {config.data_dir} does not hold the data that the run was started with")
+        if changes:
+            raise ConfigError(*changes)
+    return facts, hf
+
+
+def _manifest(run: RunDir) -> dict[str, Any]:
+    return dict(json.loads(run.manifest.read_text())) if run.manifest.is_file() else {}
+
+
+def finished(run: RunDir, config: Config) -> bool:
+    """Whether the run has made all its steps."""
+    state = run.read_state()
+    return state.get("state") == "done" and int(state.get("step", 0)) >= config.steps
+
+
+def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> int:
+    """Trains as one rank of a rank-group; gives the exit code that rank 0 wrote into `state.json`.
+
+    Raises:
+        VernierError: told in `state.json` before it is raised.
+    """
+    run = RunDir(config.run_dir)
+    ranks = join(config.threads_per_rank or 1)
+    set_determinism(bool(config.deterministic))
+    asked = stop.StopRequest(run.stop_request, watch_file=ranks.first)
+    console = Console(file=terminal, highlight=False, soft_wrap=True) if ranks.first else None
+    lock = RunLock(run)
+    owner = ranks.first  # who may write the run's state
+    try:
+        if ranks.first:
+            try:
+                run.path.mkdir(parents=True, exist_ok=True)
+                attempt = int(run.read_state().get("attempt", 0)) + 1
+                lock.acquire(attempt)
+            except BaseException:
+                owner = False  # another trainer's run: its state is not ours to write
+                raise
+        problems = list(batch_problems(config, ranks.world))
+        if problems:
+            raise ConfigError(*problems)
+        facts, hf = check_run(config, extend=extend)
+        if ranks.first:
+            run.stop_request.unlink(missing_ok=True)
+            begin_run(run, config, attempt)
+        ranks.barrier()
+        code = _train(config, run, ranks, facts, hf, asked, console)
+    except BaseException as error:
+        _record_failure(run, ranks, error, owner)
+        raise
+    lock.release()
+    leave()
+    return code
+
+
+def begin_run(run: RunDir, config: Config, attempt: int) -> None:
+    """Writes what a run directory starts with."""
+    for folder in (run.checkpoints, run.snapshots, run.losses, run.logs):
+        folder.mkdir(exist_ok=True)
+    write_atomic(run.config, dump_config(config), durable=True)
+    run.write_state("running", attempt=attempt, exit_code=None, failure=None, steps=config.steps)
+    run.add_event("started", f"attempt {attempt}", rank=0)
+
+
+def _train(
+    config: Config, run: RunDir, ranks: Ranks, facts: dict[str, Any], hf: Any, asked: Any, console: Console | None
+) -> int:
+    model = TrainableLM(make_model(config, hf))
+    parameters = parameter_count(model)
+    engine, resolved = make_engine(config, model, ranks.world)
+    micro = micro_batch(config, ranks.world)
+    accumulation = config.batch.global_ // (ranks.world * micro)
+    clock = Clock()
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is not None:
+        clock, written_by = load_checkpoint(engine, checkpoint, ranks, accumulation)
+    data = Windows(config.data_dir, config.sequence_length)
+    inline = InlineScoring(engine, config, hf, ranks) if config.eval.placement == "inline" else None
+
+    metrics, line = None, None
+    if ranks.first:
+        assert console is not None
+        write_atomic(run.path / "deepspeed.json", json.dumps(resolved, indent=1))
+        write_manifest(
+            run,
+            config,
+            {
+                "data": facts["fingerprints"],
+                "parameters": parameters,
+                "ranks": ranks.world,
+                "threads_per_rank": config.threads_per_rank,
+                "micro": micro,
+                "accumulation": accumulation,
+            },
+        )
+        metrics = Metrics(run, config, step=clock.step, parameters=parameters)
+        console.print(
+            f"{run.path.name}: {parameters:,} parameters, {len(data):,} windows of {config.sequence_length} tokens, "
+            f"{ranks.world} ranks × {micro} × {accumulation} = batch {config.batch.global_}, "
+            f"{config.precision}, ZeRO-{config.zero.stage}",
+            markup=False,
+        )
+        if checkpoint is not None:
+            told = f"going on from step {clock.step}, written by {written_by['world']} ranks at ZeRO-{written_by['zero_stage']}"
+            run.add_event("resumed", told, step=clock.step, rank=0)
+            console.print(told, markup=False)
+        line = ProgressLine(console, config.steps, clock.step, run.events)
+
+    def observe(measured: dict[str, Any]) -> None:
+        if metrics is not None and line is not None:
+            metrics.add(measured)
+            line.step(measured)
+
+    def snapshot(at: Clock) -> None:
+        source = take_snapshot(engine, config, hf, ranks, at.step, at.tokens)
+        if inline is not None:
+            inline.score(at.step, source)
+
+    def save(at: Clock) -> None:
+        if metrics is not None:
+            metrics.flush()
+        save_checkpoint(engine, run, ranks, at, config.checkpoint.keep)
+        if ranks.first:
+            run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
+
+    clock, stopped, interrupted = train(
+        engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save)
+    )
+    code = stop.exit_code(interrupted) if stopped else EXIT_DONE
+    if inline is not None:
+        inline.close()
+    if metrics is not None and line is not None:
+        line.tell_events()
+        line.close()
+        metrics.close()
+        run.stop_request.unlink(missing_ok=True)
+        run.write_state("stopping" if stopped else "done", step=clock.step, exit_code=code)
+        run.add_event("stopped" if stopped else "done", f"at step {clock.step}", step=clock.step, rank=0)
+    ranks.barrier()
+    return code
+
+
+def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, owner: bool) -> None:
+    """Tells the first failure in `state.json`: torchrun turns every exit code into 1."""
+    if ranks.first and not owner:
+        return
+    said = str(error).strip() or type(error).__name__
+    if not isinstance(error, VernierError):
+        said = f"{type(error).__name__}: {said.splitlines()[0]}"
+        traceback.print_exc()
+    code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
+    if not run.path.is_dir():
+        return
+    run.add_event("failed", said, rank=ranks.rank)
+    state = run.read_state()
+    if state.get("failure") is None:
+        failure = {"rank": ranks.rank, "error": said, "time": time.time()}
+        run.write_state("failed", exit_code=code, failure=failure)
+
+

@@ -1,0 +1,251 @@
+"""DeepSpeed's ZeRO state as named flat fragments: the one place that reads and writes its internals.
+
+Every stage is shown the same way: a fragment is a range of one parameter's flat fp32 values that this rank owns, with
+the master weight and both Adam moments. So a checkpoint written at any stage and world size is read at any other.
+Tested against DeepSpeed 0.19.8, which is pinned exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import VernierError
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+_PREFIX = "lm."  # of `TrainableLM`; checkpoints and snapshots carry the model's own names
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of a parameter that this rank owns. `key` is what DeepSpeed knows it by."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    parameter: Any
+
+
+def own_name(name: str) -> str:
+    """A parameter's name in the Hugging Face model."""
+    return name.removeprefix(_PREFIX)
+
+
+def trainable(engine: Any) -> Iterator[tuple[str, Any]]:
+    """(name, parameter) of all trained parameters, tied ones once."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            yield own_name(name), parameter
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """What this rank owns. At stage 0, where all hold everything, parameters are dealt out in turn."""
+    stage, rank, world = engine.zero_optimization_stage(), dist.get_rank(), dist.get_world_size()
+    for index, (name, parameter) in enumerate(trainable(engine)):
+        if stage == 3:
+            part = parameter.ds_tensor.ds_numel  # padded to be equal on all ranks
+            start = part * dist.get_rank(parameter.ds_process_group)
+            length = min(part, parameter.ds_numel - start)
+            if length > 0:
+                yield Fragment(name, tuple(parameter.ds_shape), start, length, parameter)
+        elif stage:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                at = mapping.lp_fragment_address
+                yield Fragment(name, tuple(parameter.shape), at.start, at.numel, parameter)
+        elif index % world == rank:
+            yield Fragment(name, tuple(parameter.shape), 0, parameter.numel(), parameter)
+
+
+def values(engine: Any, fragment: Fragment) -> dict[str, torch.Tensor]:
+    """The fragment's fp32 values by kind, flat, as they stand (views or copies; not to be written to)."""
+    parameter = fragment.parameter
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        found = {
+            "master": safe_get_local_fp32_param(parameter),
+            "exp_avg": safe_get_local_optimizer_state(parameter, "exp_avg"),
+            "exp_avg_sq": safe_get_local_optimizer_state(parameter, "exp_avg_sq"),
+        }
+    else:
+        found = _views(engine, parameter)
+    return {kind: tensor.detach().flatten()[: fragment.length] for kind, tensor in found.items()}
+
+
+def _views(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:
+    """Stages 0 to 2: the storage itself, so that what is written there is the state."""
+    if engine.zero_optimization_stage() == 0:
+        master = _stage0_master(engine, parameter)
+        state = _adam(engine).state[master]
+        return {"master": master.data.view(-1), **{k: state[k].view(-1) for k in KINDS[1:]}}
+    mapping = parameter._hp_mapping
+    # Not `mapping.optim_fragment`: with several parameter groups DeepSpeed links the moments of the first only.
+    state = _adam(engine).state[_flat_partitions(engine)[mapping.param_group_index]]
+    at = mapping.hp_fragment_address
+    moments = {k: state[k].view(-1).narrow(0, at.start, at.numel) for k in KINDS[1:]}
+    return {"master": mapping.hp_fragment.view(-1), **moments}
+
+
+def _adam(engine: Any) -> Any:
+    """The torch optimizer inside DeepSpeed's wrapper (stage 0 in fp32 has no wrapper)."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _flat_partitions(engine: Any) -> list[Any]:
+    """Stages 1 to 3: the flat fp32 tensors that the torch optimizer steps."""
+    for attribute in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
+        if hasattr(engine.optimizer, attribute):
+            return list(getattr(engine.optimizer, attribute))
+    raise VernierError(f"DeepSpeed optimizer {type(engine.optimizer).__name__} is not one that Vernier can save")
+
+
+def _stage0_master(engine: Any, parameter: Any) -> Any:
+    """Stage 0: the fp32 copy that a 16-bit wrapper keeps, else the parameter itself."""
+    if not hasattr(engine.optimizer, "fp32_groups"):
+        return parameter
+    for halves, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+        for half, master in zip(halves, masters, strict=True):
+            if half is parameter:
+                return master
+    raise VernierError("a parameter is missing from DeepSpeed's 16-bit optimizer")
+
+
+def _stepped(engine: Any) -> list[Any]:
+    """Tensors that key the torch optimizer's state on this rank."""
+    if engine.zero_optimization_stage():
+        return _flat_partitions(engine)
+    return [_stage0_master(engine, parameter) for _, parameter in trainable(engine)]
+
+
+def adam_step(engine: Any) -> float:
+    """How many updates Adam has made, which its bias correction needs."""
+    counts = {float(_adam(engine).state[t]["step"]) for t in _stepped(engine) if t.numel()}
+    if len(counts) != 1:
+        raise VernierError(f"Adam's step counts differ between parameters: {sorted(counts)}")
+    return counts.pop()
+
+
+Lookup = Callable[[str, str, int, int], torch.Tensor]
+
+
+def restore(engine: Any, lookup: Lookup, step: float) -> None:
+    """Puts master weights and moments back, then makes the weights from the masters.
+
+    Args:
+        lookup: (kind, parameter name, flat start, length) → fp32 tensor of that length.
+        step: Adam's update count.
+    """
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    for tensor in _stepped(engine):  # Adam makes its state at the first step; it must be there to be filled
+        _adam(engine).state[tensor] = {
+            "step": torch.tensor(step, dtype=torch.float32, device=tensor.device),
+            "exp_avg": torch.zeros_like(tensor.data),
+            "exp_avg_sq": torch.zeros_like(tensor.data),
+        }
+    if stage == 0:
+        for name, parameter in trainable(engine):  # every rank holds everything
+            for kind, view in _views(engine, parameter).items():
+                view.copy_(lookup(kind, name, 0, parameter.numel()))
+    elif stage == 3:
+        _restore_stage3(engine, lookup)
+    else:
+        optimizer._lazy_init_hp_params_optimizer_state()
+        for fragment in fragments(engine):
+            for kind, view in _views(engine, fragment.parameter).items():
+                view.data.copy_(lookup(kind, fragment.name, fragment.start, fragment.length))
+    _weights_from_masters(engine)
+
+
+def _restore_stage3(engine: Any, lookup: Lookup) -> None:
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    for fragment in fragments(engine):
+        for kind in KINDS:
+            padded = torch.zeros(fragment.parameter.ds_tensor.ds_numel)
+            padded[: fragment.length] = lookup(kind, fragment.name, fragment.start, fragment.length)
+            padded = padded.to(fragment.parameter.ds_tensor.device)
+            if kind == "master":
+                safe_set_local_fp32_param(fragment.parameter, padded)
+            else:
+                safe_set_local_optimizer_state(fragment.parameter, padded, kind)
+
+
+@torch.no_grad()
+def _weights_from_masters(engine: Any) -> None:
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # lets go of gathered parameters
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        optimizer.checkpoint_event_epilogue()  # gathers again those that stay
+    elif stage:
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups"):
+        for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for half, master in zip(halves, masters, strict=True):
+                half.data.copy_(master.data)
+
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def counters(engine: Any) -> dict[str, int]:
+    """DeepSpeed's own counts."""
+    return {name: int(getattr(engine, name)) for name in _COUNTERS}
+
+
+def restore_counters(engine: Any, found: dict[str, int], accumulation: int) -> None:
+    """Sets DeepSpeed's counts; `micro_steps` must stand at a boundary of the accumulation in use now."""
+    for name in _COUNTERS:
+        if name in found:
+            setattr(engine, name, int(found[name]))
+    engine.micro_steps = engine.global_steps * accumulation
+
+
+def loss_scale_state(engine: Any) -> dict[str, float]:
+    """fp16: the numbers of the dynamic loss scaler; else empty."""
+    if not engine.fp16_enabled():
+        return {}
+    holder = getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    return {n: float(getattr(holder, n)) for n in names if hasattr(holder, n)}
+
+
+def restore_loss_scale(engine: Any, found: dict[str, float]) -> None:
+    """fp16: puts the dynamic loss scaler back."""
+    holder = getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer
+    for name, value in found.items():
+        setattr(holder, name, value if name == "cur_scale" else int(value))
+
+
+def gathered(engine: Any, parameters: list[Any]) -> Any:
+    """A context in which these parameters are whole on every rank (a collective at stage 3)."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3)
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where ZeRO-3 holds only a part here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def master_weight(engine: Any, parameter: Any) -> torch.Tensor:
+    """The whole fp32 master of a parameter, on every rank (a collective at stages 1 to 3)."""
+    if engine.zero_optimization_stage() == 0:
+        return _stage0_master(engine, parameter).detach()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found: torch.Tensor = safe_get_full_fp32_param(parameter)
+    return found.view(full_shape(parameter))

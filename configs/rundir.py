@@ -108,9 +108,18 @@ class RunDir:
         now = {**before, "state": state, "host": socket.gethostname(), **facts, "heartbeat": time.time()}
         write_atomic(self.state, json.dumps(now, indent=1))
 
-    def add_event(self, kind: str, message: str, *, step: int | None = None, rank: int | None = None, **detail: Any) -> None:
+    def add_event(
+        self, kind: str, message: str, *, step: int | None = None, rank: int | None = None, **detail: Any
+    ) -> None:
         """Appends a line to `events.jsonl`. One write a line, so several processes may append."""
-        line = {"time": time.time(), "step": step, "rank": rank, "kind": kind, "message": message, "detail": detail}
+        line = {
+            "time": time.time(),
+            "step": step,
+            "rank": rank,
+            "kind": kind,
+            "message": message,
+            "detail": detail,
+        }
         descriptor = os.open(self.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(descriptor, (json.dumps(line) + "\n").encode())
@@ -123,7 +132,7 @@ class RunDir:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut by a crash is left out, any other broken line is an error."""
+    """The whole lines of a JSON-lines file; a last one cut by a crash is left out, any other broken one is an error."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

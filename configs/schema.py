@@ -34,7 +34,7 @@ class DataSettings(Settings):
     dir: Path | None = Field(None, description="directory of the prepared data; default data/NAME")
     source: str | list[str] = Field(
         "python-stdlib",
-        description="python-stdlib, or files and folders: .txt .md .py .jsonl .json .csv .parquet .arrow, a saved data set",
+        description="python-stdlib; files or folders of .txt .md .py … .jsonl .csv .parquet .arrow; a saved data set",
     )
     text_field: str = Field("text", description="column that holds the text, where the source has columns")
     max_bytes: Positive | None = Field(None, description="take documents, in random order, up to this many bytes")
@@ -112,7 +112,8 @@ class SnapshotSettings(Settings):
 
 class EvalSettings(Settings):
     placement: Literal["separate", "inline", "none"] = Field(
-        "separate", description="separate: an own rank-group watches the run; inline: the training ranks score"
+        "separate",
+        description="separate: an own rank-group watches the run; inline: the training ranks score",
     )
     reference: Path | None = Field(None, description="reference set; default the one beside the training data")
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="default fp32 on CPU, bf16 on GPU")

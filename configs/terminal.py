@@ -1,24 +1,24 @@
-"""Where people read: ranks run behind torchrun, whose own output goes to a log, and speak to this terminal directly."""
+"""Where people read: ranks run behind torchrun, whose own output goes to a log, and speak to the terminal directly.
+
+`vernier` lends its stderr to them as their stdin, the one stream that torchrun hands on untouched. (Opening the same
+file again by its path would not do: two openings of a log overwrite each other's lines.)
+"""
 
 from __future__ import annotations
 
 import os
 from typing import TextIO
 
-_VARIABLE = "VERNIER_CONSOLE"
+_VARIABLE = "VERNIER_TERMINAL"
 
 
-def lend_terminal(environment: dict[str, str], stream: TextIO) -> None:
-    """Tells processes started with `environment` to speak to `stream` of this process."""
-    environment[_VARIABLE] = f"/proc/{os.getpid()}/fd/{stream.fileno()}"
+def lend_terminal(environment: dict[str, str]) -> None:
+    """Tells processes started with `environment` that their stdin is a terminal (or log) to write to."""
+    environment[_VARIABLE] = "stdin"
 
 
 def lent_terminal() -> TextIO | None:
     """The stream that the `vernier` which started this process has lent it, if any."""
-    where = os.environ.get(_VARIABLE)
-    if where is None:
+    if os.environ.get(_VARIABLE) != "stdin":
         return None
-    try:
-        return open(where, "a", buffering=1, encoding="utf-8", errors="replace")
-    except OSError:  # a socket cannot be opened by path; torchrun's log then has the lines
-        return None
+    return os.fdopen(os.dup(0), "w", buffering=1, encoding="utf-8", errors="replace")

@@ -94,6 +94,7 @@ def commit(final: Path, manifest: dict[str, Any], hashes: dict[str, str] | None 
     for path in sorted(p for p in part.rglob("*") if p.is_file()):
         name = path.relative_to(part).as_posix()
         folders.add(path.parent)
+        os.chmod(path, 0o644)  # safetensors writes 0600; a run is for its whole group to read
         if name not in known:
             fsync_path(path)
         files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}

@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,8 @@ def score_models(asked: argparse.Namespace, console: Any) -> None:
     for directory, path in zip(asked.models, asked.tables, strict=True):
         model = load_for_scoring(directory, dtype, ranks.device, trust_remote_code=asked.trust_remote_code)
         step = None
-        try:
+        with suppress(DataError):  # a foreign model has no step
             step = snapshot_step(directory)
-        except DataError:
-            pass  # a foreign model has no step
         facts = scoring_facts(model, weights_fingerprint(directory), dtype, directory.name, step, asked.threads)
         started = told = time.monotonic()
 

@@ -149,9 +149,7 @@ def compare_tables(
     """
     objectives = a.meta.get("objective"), b.meta.get("objective")
     if objectives[0] != objectives[1]:
-        raise DataError(
-            f"compare: the objectives differ ({objectives[0]} and {objectives[1]}); nothing can be paired"
-        )
+        raise DataError(f"compare: the objectives differ ({objectives[0]} and {objectives[1]}); nothing can be paired")
     if _same(a, b, "reference"):
         reference, paired_by, unit = str(a.meta["reference"]), "sample", NATS
         found = _by_sample(a, b)
@@ -198,9 +196,7 @@ def _by_sample(a: LossTable, b: LossTable) -> PairedDifference:
     for column in ("document", "tokens", "bytes"):
         if not np.array_equal(getattr(a, column), getattr(b, column)):
             first = int(np.argmax(getattr(a, column) != getattr(b, column)))
-            raise DataError(
-                f"compare: the same reference set, but column {column} differs from sample {first} on"
-            )
+            raise DataError(f"compare: the same reference set, but column {column} differs from sample {first} on")
     return paired_difference(a.loss, b.loss, a.tokens, a.document)
 
 
@@ -235,16 +231,12 @@ def _cautions(a: LossTable, b: LossTable, found: PairedDifference, unit: str) ->
         out.append("other tokens of the same texts: compared in bits per byte, paired by document")
     dtypes = a.meta.get("dtype"), b.meta.get("dtype")
     if dtypes[0] != dtypes[1]:
-        out.append(
-            f"unequal dtype: one was scored in {dtypes[0]}, the other in {dtypes[1]}; part may be rounding"
-        )
+        out.append(f"unequal dtype: one was scored in {dtypes[0]}, the other in {dtypes[1]}; part may be rounding")
         if _same(a, b, "source"):
             out.append("the same weights scored in two dtypes: this difference is rounding, not training")
     hardware = a.meta.get("hardware"), b.meta.get("hardware")
     if hardware[0] != hardware[1] and None not in hardware:
-        out.append(
-            f"scored on other hardware ({hardware[0]} and {hardware[1]}): last digits differ by that alone"
-        )
+        out.append(f"scored on other hardware ({hardware[0]} and {hardware[1]}): last digits differ by that alone")
     if min(found.clusters, found.effective_clusters) < FEW_DOCUMENTS:
         out.append(
             f"{found.clusters} documents, worth {found.effective_clusters:.0f} of equal size: "
@@ -340,11 +332,7 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
 
 def _tokens_by_step(run: RunDir) -> tuple[list[int], list[int]]:
     """Steps in `metrics.jsonl`, ascending, and the tokens trained on up to each."""
-    known = {
-        line["step"]: line["tokens"]
-        for line in read_jsonl(run.metrics)
-        if "step" in line and "tokens" in line
-    }
+    known = {line["step"]: line["tokens"] for line in read_jsonl(run.metrics) if "step" in line and "tokens" in line}
     steps = sorted(known)
     return steps, [int(known[step]) for step in steps]
 

@@ -58,7 +58,9 @@ def target_nll(hidden_NH: torch.Tensor, target_N: torch.Tensor, head: Head) -> t
     return nll_N, logits_NV.argmax(dim=-1) == target_N
 
 
-def training_loss(parts: tuple[Any, Head], ids_BT: torch.Tensor, target_BT: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def training_loss(
+    parts: tuple[Any, Head], ids_BT: torch.Tensor, target_BT: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
     """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable).
 
     Where the logits of all targets would be large, they are made chunk by chunk and again in the backward pass.

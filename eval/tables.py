@@ -125,9 +125,7 @@ def read_table(path: Path) -> LossTable:
     if missing:
         raise DataError(f"{path}: not a loss table: it has no column {', '.join(missing)}")
     columns = {
-        n: _values(path, content, n, k)
-        for n, k in {**REQUIRED, **OPTIONAL}.items()
-        if n in content.column_names
+        n: _values(path, content, n, k) for n, k in {**REQUIRED, **OPTIONAL}.items() if n in content.column_names
     }
     table = LossTable(**columns, meta=meta)
     check_table(table, path)
@@ -150,9 +148,7 @@ def _values(path: Path, content: pa.Table, name: str, kind: pa.DataType) -> NDAr
     try:
         column = content.column(name).cast(kind).combine_chunks()
     except pa.ArrowException:
-        raise DataError(
-            f"{path}: column {name} is {content.schema.field(name).type}, expected {kind}"
-        ) from None
+        raise DataError(f"{path}: column {name} is {content.schema.field(name).type}, expected {kind}") from None
     values = column.flatten() if pa.types.is_fixed_size_list(kind) else column
     if column.null_count or values.null_count:
         raise DataError(f"{path}: column {name} has empty entries")
@@ -197,9 +193,7 @@ def _check_samples(sample_N: NDArray[Any], where: Path | str) -> None:
     ids, times = np.unique(sample_N, return_counts=True)
     if (times > 1).any():
         doubled = int(np.argmax(times > 1))
-        raise DataError(
-            f"{where}: sample {ids[doubled]} is there {times[doubled]} times; each must be there once"
-        )
+        raise DataError(f"{where}: sample {ids[doubled]} is there {times[doubled]} times; each must be there once")
     missing = np.setdiff1d(wanted, ids)
     if len(missing):
         raise DataError(f"{where}: sample {missing[0]} is missing; samples must be 0 to n − 1, each once")

@@ -109,9 +109,7 @@ def parse_target(text: str) -> Target:
 
 def _have(tables: Iterable[dict[int, Path]]) -> str:
     steps = sorted({step for by_step in tables for step in by_step})
-    shown = (
-        [str(s) for s in steps] if len(steps) <= 24 else [*map(str, steps[:8]), "…", *map(str, steps[-8:])]
-    )
+    shown = [str(s) for s in steps] if len(steps) <= 24 else [*map(str, steps[:8]), "…", *map(str, steps[-8:])]
     return f"scored steps: {', '.join(shown)}"
 
 
@@ -125,15 +123,9 @@ def _options(target: Target) -> dict[Scale, dict[int, Path]]:
     found = tables_of_run(target.run)
     if target.step is None:
         return found
-    here = {
-        scale: {target.step: by_step[target.step]}
-        for scale, by_step in found.items()
-        if target.step in by_step
-    }
+    here = {scale: {target.step: by_step[target.step]} for scale, by_step in found.items() if target.step in by_step}
     if not here:
-        raise DataError(
-            f"{target.text}: step {target.step} of {target.run} is not scored; {_have(found.values())}"
-        )
+        raise DataError(f"{target.text}: step {target.step} of {target.run} is not scored; {_have(found.values())}")
     return here
 
 
@@ -186,9 +178,7 @@ def _names(a: Target, b: Target, path_a: Path, path_b: Path) -> tuple[str, str]:
     """The shortest names that tell the two apart: the step; with its run; what the user wrote."""
     labels = [path.name.partition("@")[0] for path in (path_a, path_b)]
     if a.run is not None and b.run is not None and a.run.resolve() != b.run.resolve():
-        labels = [
-            f"{t.run.name}@{step_of(n)}" for t, n in zip((a, b), labels, strict=True) if t.run is not None
-        ]
+        labels = [f"{t.run.name}@{step_of(n)}" for t, n in zip((a, b), labels, strict=True) if t.run is not None]
     if labels[0] == labels[1] and path_a != path_b:
         return a.text, b.text
     return labels[0], labels[1]

@@ -51,7 +51,8 @@ def prepare(
     overrides: OverridesArgument = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare anew; what is there moves to NAME.old-TIME.")] = False,
     reference: Annotated[
-        Path | None, typer.Option(help="Tokenize this reference set's documents again (with --tokenizer, --out).")
+        Path | None,
+        typer.Option(help="Tokenize this reference set's documents again (with --tokenizer, --out)."),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Directory with the other tokenizer.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the new reference set goes.")] = None,
@@ -80,7 +81,8 @@ def train(
 
 
 @app.command(
-    "eval", epilog=_example("vernier eval runs/demo/snapshots/step-00000240 --reference data/demo/reference --nproc 2")
+    "eval",
+    epilog=_example("vernier eval runs/demo/snapshots/step-00000240 --reference data/demo/reference --nproc 2"),
 )
 def evaluate(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model directories.")],
@@ -91,7 +93,8 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default fp32 on CPU, bf16 on GPU.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Score also what has its table.")] = False,
     shuffle_batches: Annotated[
-        int | None, typer.Option(metavar="SEED", help="Meet the batches in another order; the table must not change.")
+        int | None,
+        typer.Option(metavar="SEED", help="Meet the batches in another order; the table must not change."),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")
@@ -125,7 +128,8 @@ def evaluate(
 )
 def compare(
     targets: Annotated[
-        list[str], typer.Argument(metavar="A [B]", help="Loss tables, snapshots, RUN@STEP or RUN; one RUN: along it.")
+        list[str],
+        typer.Argument(metavar="A [B]", help="Loss tables, snapshots, RUN@STEP or RUN; one RUN: along it."),
     ],
     gate: Annotated[str | None, typer.Option(help="better or not-worse: exit 3 where it does not hold.")] = None,
     margin: Annotated[str, typer.Option(help="By how much, such as 0.05%.")] = "0%",

@@ -20,9 +20,7 @@ if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --h
 STYLES = {"better": "green", "worse": "red", "no difference seen": "dim", "identical": "dim"}
 
 
-def run_compare(
-    targets: list[str], *, json_out: bool, gate: str | None, margin: str, console: Console
-) -> int:
+def run_compare(targets: list[str], *, json_out: bool, gate: str | None, margin: str, console: Console) -> int:
     """Compares and prints; gives the exit code: 0, or 3 where a gate does not hold.
 
     Args:
@@ -41,9 +39,7 @@ def run_compare(
     elif len(targets) == 1:
         comparison = _along_run(targets[0], json_out, wanted, console)
     else:
-        raise ConfigError(
-            f"compare: expected two tables, snapshots or RUN@STEPs, or one run; got {len(targets)}"
-        )
+        raise ConfigError(f"compare: expected two tables, snapshots or RUN@STEPs, or one run; got {len(targets)}")
     if wanted is None or comparison is None:
         return EXIT_DONE
     return _hold(comparison, wanted, margin_percent, json_out, console)
@@ -85,9 +81,7 @@ def _along_run(target: str, json_out: bool, gate: Gate | None, console: Console)
 
     parsed = parse_target(target)
     if parsed.run is None or parsed.step is not None:
-        raise ConfigError(
-            f"compare: {target} is one set of losses; give a second to compare it with, or a run"
-        )
+        raise ConfigError(f"compare: {target} is one set of losses; give a second to compare it with, or a run")
     comparison = compare_run(parsed.run)
     last = comparison.checkpoints[-1]
     if gate is not None and last.versus_previous is None:
@@ -191,9 +185,7 @@ def print_run_table(comparison: RunComparison, console: Console) -> None:
     _print_table(table, console)
     for line in single_steps(comparison):
         _say(console, line)
-    cautions = dict.fromkeys(
-        c for p in comparison.checkpoints if p.versus_previous for c in p.versus_previous.cautions
-    )
+    cautions = dict.fromkeys(c for p in comparison.checkpoints if p.versus_previous for c in p.versus_previous.cautions)
     for note in (*comparison.notes, *(f"caution: {c}" for c in cautions)):
         _say(console, f"  {note}", "yellow")
 
@@ -229,7 +221,7 @@ def _signed(value: float, digits: int) -> str:
     """A number of `digits` digits, or whole where it has more than those before the point."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "−∞"
-    return _minus(f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}")
+    return _minus(f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".removesuffix("."))
 
 
 def _digits(value: float) -> str:

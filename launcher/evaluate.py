@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from rich.console import Console
 
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
-from configs.terminal import lend_terminal
 from configs.whole import read_json
 from launcher.processes import end, last_lines, start, torchrun
 
@@ -49,7 +47,9 @@ def run_eval(
         check_fits(model, reference)
         path = table_for(model, reference.short_name, dtype, out)
         if path in tables.values():
-            raise ConfigError(f"{model}: another of the models is named {model.name} as well; score it with its own --out")
+            raise ConfigError(
+                f"{model}: another of the models is named {model.name} as well; score it with its own --out"
+            )
         tables[model] = path
         if path.is_file() and not force:
             meta = read_table(path).meta
@@ -112,7 +112,6 @@ def _score(
     arguments += ["--models", *(str(m.absolute()) for m, _ in wanted)]
     arguments += ["--tables", *(str(p.absolute()) for _, p in wanted)]
     command, environment = torchrun("eval", arguments, nproc=nproc, threads=threads)
-    lend_terminal(environment, sys.stderr)
     process = start(command, environment, logs / "torchrun.log")
     try:
         code = process.wait()

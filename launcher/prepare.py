@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from configs.errors import EXIT_DONE, ConfigError
 from configs.load import load_config, resolve
@@ -27,7 +27,8 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
         json.dump(report, sys.stdout, indent=2)
         print()
     else:
-        _print_report(report, config.data_dir, Console(highlight=False))
+        for what, said in _report(report, config.data_dir):
+            print(f"{what:<11}{said}")
     return EXIT_DONE
 
 
@@ -35,15 +36,35 @@ def run_retokenize(reference: Path, tokenizer: Path | None, out: Path | None) ->
     """Tokenizes the documents of a reference set with another tokenizer, into a new reference set."""
     if tokenizer is None or out is None:
         raise ConfigError("prepare --reference: give --tokenizer DIR and --out DIR as well")
-    from trainer.data.prepare import retokenize
+    from eval.reference import retokenize
 
     retokenize(reference, tokenizer, out)
     print(f"wrote {out}")
     return EXIT_DONE
 
 
-def _print_report(report: dict[str, Any], data_dir: Path, console: Console) -> None:
-    console.print_json(json.dumps(report))
-    table = Table(box=None, show_header=False)
-    table.add_row("data", str(data_dir))
-    console.print(table)
+def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
+    """(what, said) of each line of the data report."""
+    read, train, reference, split = (facts[k] for k in ("read", "train", "reference", "decontamination"))
+    yield "read", f"{read['documents_found']:,} documents; {read['bytes'] / 1e6:.1f} MB are used"
+    left_out = {
+        "empty": read["documents_empty"],
+        "exact duplicates": read["documents_duplicate"],
+        "beyond data.max_bytes": read["documents_beyond_max_bytes"],
+        "files not readable": read["files_skipped"],
+    }
+    yield "left out", ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count) or "nothing"
+    yield from (("", skipped) for skipped in read["skipped"])
+    yield "tokenizer", f"{facts['vocab_size']:,} entries"
+    yield (
+        "families",
+        f"{split['families']:,} of {split['documents']:,} documents, joined by runs of {split['min_shared_run']} tokens; "
+        f"the largest has {split['largest_family']}; {split['shared_runs_across']} such runs are on both sides",
+    )
+    yield "training", f"{train['documents']:,} documents, {train['tokens']:,} tokens, {train['windows']:,} windows"
+    yield (
+        "reference",
+        f"{reference['documents']:,} documents, {reference['samples']:,} samples, {reference['tokens']:,} tokens; "
+        f"the largest document has {100 * reference['largest_document_share']:.2f} % of them",
+    )
+    yield "data", str(data_dir)

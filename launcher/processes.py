@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
+from configs.terminal import lend_terminal
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TERM_GRACE_S = 5.0
 
@@ -30,6 +32,7 @@ def torchrun(module: str, arguments: list[str], *, nproc: int, threads: int) -> 
         "TOKENIZERS_PARALLELISM": "false",
     }
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    lend_terminal(environment)
     return command, environment
 
 
@@ -45,7 +48,7 @@ def start(command: list[str], environment: dict[str, str], log: Path) -> subproc
         return subprocess.Popen(
             command,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=sys.stderr,  # lent to the ranks, see configs.terminal
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -75,4 +78,3 @@ def last_lines(log: Path, count: int = 15) -> str:
         return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
     except OSError:
         return ""
-

@@ -20,7 +20,6 @@ from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, VernierErro
 from configs.load import dump_config, load_config, resolve
 from configs.rundir import RunDir
 from configs.schema import Config
-from configs.terminal import lend_terminal
 from configs.whole import write_atomic
 from launcher.processes import end, last_lines, start, torchrun
 
@@ -45,9 +44,7 @@ class Interrupts:
         self.by_ctrl_c |= number == signal.SIGINT
 
 
-def run_train(
-    source: str, overrides: list[str], *, fresh: bool, extend: bool, wait: bool, console: Console
-) -> int:
+def run_train(source: str, overrides: list[str], *, fresh: bool, extend: bool, wait: bool, console: Console) -> int:
     """Trains here to the end, or goes on with what is there; gives the exit code."""
     config = resolve(load_config(source, overrides))
     run = RunDir(config.run_dir)
@@ -162,7 +159,13 @@ class EvalGroup:
 
 
 def _train(
-    config: Config, run: RunDir, group: EvalGroup | None, interrupts: Interrupts, *, extend: bool, console: Console
+    config: Config,
+    run: RunDir,
+    group: EvalGroup | None,
+    interrupts: Interrupts,
+    *,
+    extend: bool,
+    console: Console,
 ) -> int:
     run.path.mkdir(parents=True, exist_ok=True)
     run.stop_request.unlink(missing_ok=True)
@@ -170,10 +173,7 @@ def _train(
     given = run.path / "train-config.yaml"  # config.yaml itself is the trainer's to write, once it holds the lock
     write_atomic(given, dump_config(config))
     arguments = [*(["--extend"] if extend else []), str(given)]
-    command, environment = torchrun(
-        "trainer", arguments, nproc=config.nproc or 1, threads=config.threads_per_rank or 1
-    )
-    lend_terminal(environment, sys.stderr)
+    command, environment = torchrun("trainer", arguments, nproc=config.nproc or 1, threads=config.threads_per_rank or 1)
     trainer = start(command, environment, run.logs / "torchrun.log")
     if group is not None:
         group.start()
@@ -213,15 +213,11 @@ def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Cons
         console.print(f"error: rank {failure['rank']}: {failure['error']}", markup=False)
         console.print(f"its log: {run.logs / ('rank-' + str(failure['rank']) + '.log')}", markup=False)
     elif code != EXIT_DONE:
-        console.print(
-            f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False
-        )
+        console.print(f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False)
     return int(code)
 
 
-def _wait_for_scores(
-    group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console
-) -> int:
+def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console) -> int:
     waiting = group.unscored()
     if not waiting:
         return EXIT_DONE

@@ -1,1 +1,1 @@
-"""Training: data preparation (`trainer.data`), model and DeepSpeed engine, the loop, checkpoints, snapshots, metrics."""
+"""Training: data preparation (`trainer.data`), model, DeepSpeed engine, the loop, checkpoints, snapshots, metrics."""

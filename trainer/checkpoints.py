@@ -19,7 +19,16 @@ from safetensors.torch import save_file
 
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name
-from configs.whole import begin, commit, fsync_path, partial_path, read_json, sha256_file, verify, write_atomic
+from configs.whole import (
+    begin,
+    commit,
+    fsync_path,
+    partial_path,
+    read_json,
+    sha256_file,
+    verify,
+    write_atomic,
+)
 from eval.ranks import Ranks
 from trainer import zero_state
 

@@ -20,8 +20,8 @@ from configs.schema import Config
 def import_deepspeed() -> Any:
     """DeepSpeed, imported quietly and kept from compiling anything.
 
-    On CPU its first `init_distributed` builds a shared-memory op with g++; a build that is killed leaves a lock on which
-    every later run hangs without a word. gloo needs no such op.
+    On CPU its first `init_distributed` builds a shared-memory op with g++; a build that is killed leaves a lock on
+    which every later run hangs without a word. gloo needs no such op.
     """
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -82,9 +82,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(
-        [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
+    return kind([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def make_engine(config: Config, model: nn.Module, world: int) -> tuple[Any, dict[str, Any]]:
@@ -98,7 +96,7 @@ def make_engine(config: Config, model: nn.Module, world: int) -> tuple[Any, dict
         config=copy.deepcopy(settings),
         dist_init_required=False,
     )
-    # DeepSpeed casts every buffer to 16 bits, rotary frequencies too; the model that is scored later keeps them in fp32.
+    # DeepSpeed casts every buffer to 16 bits, rotary frequencies too; the model that is scored keeps them in fp32.
     for name, buffer in _computed_buffers(engine.module):
         buffer.data = computed[name].to(buffer.device)
     engine.train()

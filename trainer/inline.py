@@ -31,7 +31,9 @@ class InlineScoring:
         self.dtype = config.eval.dtype or "fp32"
         self.reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
         held = next(engine.module.parameters()).dtype
-        self.direct = held == DTYPES[self.dtype] == DTYPES[dtype_of(config)]
+        # Under amp ZeRO-3 gathers weights in 16 bits for its matrix products: not what the snapshot holds.
+        rounded = config.precision == "amp" and config.zero.stage == 3
+        self.direct = held == DTYPES[self.dtype] == DTYPES[dtype_of(config)] and not rounded
         self.scorer = Scorer(
             engine.module.lm if self.direct else _empty_copy(hf, DTYPES[self.dtype], ranks.device),
             self.reference.sequence_length,
@@ -62,7 +64,7 @@ class InlineScoring:
         """Copies the trained weights over, through the kind of number that the snapshot has."""
         through = DTYPES[dtype_of(self.config)]
         held = next(self.engine.module.parameters()).dtype
-        from_masters = through == torch.float32 and held != torch.float32
+        from_masters = through == torch.float32 and (held != torch.float32 or self.config.precision == "amp")
         target = {**dict(self.scorer.model.named_parameters()), **dict(self.scorer.model.named_buffers())}
         for name, parameter in self.engine.module.named_parameters():
             own = zero_state.own_name(name)

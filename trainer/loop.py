@@ -121,9 +121,7 @@ def micro_batches(
         yield ids_BT, target_BT, mixed_seed(config.seed, position, start)
 
 
-def _measure(
-    line: dict[str, Any], loss_sum: torch.Tensor, norm: Any, targets: int, asked: StopRequest
-) -> Measured:
+def _measure(line: dict[str, Any], loss_sum: torch.Tensor, norm: Any, targets: int, asked: StopRequest) -> Measured:
     stop, interrupt = asked.poll()
     flags = torch.tensor([float(stop), float(interrupt)], dtype=torch.float64).to(loss_sum.device, non_blocking=True)
     sums = torch.cat([loss_sum.reshape(1), flags])

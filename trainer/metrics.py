@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a line a step in `metrics.jsonl`, TensorBoard scalars, `state.json`. Rank 0 only."""
+"""What a run tells while it trains: a line a step in `metrics.jsonl`, TensorBoard, `state.json`. Rank 0 only."""
 
 from __future__ import annotations
 

@@ -47,9 +47,7 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
     for key in fields:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"model.{key}: {kind} has no such field" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            raise ConfigError(f"model.{key}: {kind} has no such field" + (f"; did you mean {near[0]}?" if near else ""))
     for key in ("bos_token_id", "eos_token_id"):
         if key in known:
             fields.setdefault(key, facts["eos_id"])
@@ -74,7 +72,7 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
     if text.vocab_size < facts["vocab_size"]:
         problems.append(
             f"model.vocab_size: {text.vocab_size:,} is smaller than the tokenizer's vocabulary "
-            f"({facts['vocab_size']:,}); make the model's at least that, or prepare the data with a smaller data.vocab_size"
+            f"({facts['vocab_size']:,}); raise it, or prepare the data with a smaller data.vocab_size"
         )
     longest = getattr(text, "max_position_embeddings", None)
     if isinstance(longest, int) and config.sequence_length > longest:
@@ -111,7 +109,7 @@ def make_model(config: Config, hf: Any) -> Any:
 
 
 class TrainableLM(nn.Module):
-    """A causal LM whose forward pass gives the summed loss of a micro-batch, as DeepSpeed wants it: one module, one call."""
+    """A causal LM whose forward pass gives a micro-batch's summed loss, as DeepSpeed wants it: one module, one call."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()

@@ -67,6 +67,4 @@ def windows_at(position: int, *, batch: int, windows: int, seed: int) -> Int64s:
 def share_of(batch_windows: Int64s, *, rank: int, world: int, micro: int) -> list[tuple[int, Int64s]]:
     """This rank's micro-batches of a global batch: (place of the first window in the batch, windows)."""
     share = len(batch_windows) // world
-    return [
-        (start, batch_windows[start : start + micro]) for start in range(rank * share, (rank + 1) * share, micro)
-    ]
+    return [(start, batch_windows[start : start + micro]) for start in range(rank * share, (rank + 1) * share, micro)]

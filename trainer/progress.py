@@ -51,7 +51,8 @@ class ProgressLine:
         made = line["step"] - self.first_step
         left = (self.steps - line["step"]) * (now - self.started) / max(1, made)
         self.console.print(
-            f"step {line['step']}/{self.steps}  loss {loss}  {speed} tokens/s  {_duration(left)} left", markup=False
+            f"step {line['step']}/{self.steps}  loss {loss}  {speed} tokens/s  {_duration(left)} left",
+            markup=False,
         )
 
     def tell_events(self) -> None:

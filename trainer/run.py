@@ -116,7 +116,13 @@ def begin_run(run: RunDir, config: Config, attempt: int) -> None:
 
 
 def _train(
-    config: Config, run: RunDir, ranks: Ranks, facts: dict[str, Any], hf: Any, asked: Any, console: Console | None
+    config: Config,
+    run: RunDir,
+    ranks: Ranks,
+    facts: dict[str, Any],
+    hf: Any,
+    asked: Any,
+    console: Console | None,
 ) -> int:
     model = TrainableLM(make_model(config, hf))
     parameters = parameter_count(model)
@@ -154,7 +160,8 @@ def _train(
             markup=False,
         )
         if checkpoint is not None:
-            told = f"going on from step {clock.step}, written by {written_by['world']} ranks at ZeRO-{written_by['zero_stage']}"
+            world, stage = written_by["world"], written_by["zero_stage"]
+            told = f"going on from step {clock.step}, written by {world} ranks at ZeRO-{stage}"
             run.add_event("resumed", told, step=clock.step, rank=0)
             console.print(told, markup=False)
         line = ProgressLine(console, config.steps, clock.step, run.events)
@@ -176,9 +183,7 @@ def _train(
         if ranks.first:
             run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
 
-    clock, stopped, interrupted = train(
-        engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save)
-    )
+    clock, stopped, interrupted = train(engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save))
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
         inline.close()
@@ -209,5 +214,3 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, owner: bool
     if state.get("failure") is None:
         failure = {"rank": ranks.rank, "error": said, "time": time.time()}
         run.write_state("failed", exit_code=code, failure=failure)
-
-

@@ -8,7 +8,7 @@ from configs.schema import ScheduleSettings
 
 
 def learning_rate(step: int, *, peak: float, steps: int, schedule: ScheduleSettings) -> float:
-    """The rate used for update `step` (1 is the first): linear warm-up, then the named decay to `min_ratio` at the end."""
+    """The rate of update `step` (1 is the first): linear warm-up, then the named decay to `min_ratio` at the end."""
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     after = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)

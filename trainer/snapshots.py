@@ -19,7 +19,16 @@ from safetensors.torch import save_file
 
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from configs.whole import MANIFEST, begin, commit, fsync_path, partial_path, read_json, sha256_file, write_atomic
+from configs.whole import (
+    MANIFEST,
+    begin,
+    commit,
+    fsync_path,
+    partial_path,
+    read_json,
+    sha256_file,
+    write_atomic,
+)
 from eval.models import DTYPES, fingerprint_of_digests, tensor_digest
 from eval.ranks import Ranks
 from trainer import zero_state
@@ -58,7 +67,9 @@ def take_snapshot(engine: Any, config: Config, hf: Any, ranks: Ranks, step: int,
     dtype = dtype_of(config)
     pieces = list(_pieces(engine, ranks.world, DTYPES[dtype].itemsize))
     shards = 1 + max(p.shard for p in pieces)
-    kept = _kept_here(engine, pieces, ranks, dtype, from_masters=dtype == "fp32" and config.precision in ("bf16", "fp16"))
+    kept = _kept_here(
+        engine, pieces, ranks, dtype, from_masters=dtype == "fp32" and config.precision in ("bf16", "fp16")
+    )
     written = {}
     for shard, tensors in kept.items():
         path = part / shard_name(shard, shards)
@@ -113,7 +124,10 @@ def _kept_here(
                 trained = isinstance(piece.tensor, torch.nn.Parameter) and piece.tensor.requires_grad
                 keep(piece, zero_state.master_weight(engine, piece.tensor) if trained else piece.tensor)
         else:
-            with torch.no_grad(), zero_state.gathered(engine, [p.tensor for p in group if _sharded(p.tensor)]):
+            with (
+                torch.no_grad(),
+                zero_state.gathered(engine, [p.tensor for p in group if _sharded(p.tensor)]),
+            ):
                 for piece in group:
                     keep(piece, piece.tensor)
     return kept

@@ -73,9 +73,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, m: ArrayLike, clusters: ArrayL
 
     weight, total_a, total_difference = float(m_C.sum()), float(a_C.sum()), float(difference_C.sum())
     if total_a <= 0:
-        raise DataError(
-            "the first table's total loss is not above zero: a change in percent of it has no meaning"
-        )
+        raise DataError("the first table's total loss is not above zero: a change in percent of it has no meaning")
     value = total_difference / weight
     se = residual_se(difference_C - value * m_C, weight)
     relative = total_difference / total_a

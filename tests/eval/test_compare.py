@@ -50,9 +50,7 @@ def a_table(
     )
 
 
-def write_run(
-    run: Path, steps: dict[int, LossTable], folder: str = "py-0123abcd", dtype: str = "fp32"
-) -> Path:
+def write_run(run: Path, steps: dict[int, LossTable], folder: str = "py-0123abcd", dtype: str = "fp32") -> Path:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").touch()
     for step, table in steps.items():
@@ -173,15 +171,11 @@ def test_cautions() -> None:
     assert cautions(a_table(), a_table(seed=1)) == ""
     assert "unequal dtype" in cautions(a_table(source="x"), a_table(dtype="bf16", source="y"))
     assert "same weights" not in cautions(a_table(source="x"), a_table(dtype="bf16", source="y"))
-    assert "the same weights scored in two dtypes" in cautions(
-        a_table(source="x"), a_table(dtype="bf16", source="x")
-    )
+    assert "the same weights scored in two dtypes" in cautions(a_table(source="x"), a_table(dtype="bf16", source="x"))
     assert "39 documents" in cautions(a_table(documents=39), a_table(documents=39, seed=1))
     assert "hardware" in cautions(a_table(hardware="cpu"), a_table(hardware="H100"))
     a = a_table()
-    whole = np.where(np.arange(300) < 3, 100_000, a.tokens).astype(
-        np.int32
-    )  # one document is nearly everything
+    whole = np.where(np.arange(300) < 3, 100_000, a.tokens).astype(np.int32)  # one document is nearly everything
     assert "worth 1 of equal size" in cautions(replace(a, tokens=whole), replace(a, tokens=whole))
 
 
@@ -212,9 +206,7 @@ def test_along_a_run_every_look_spends_its_share(tmp_path: Path) -> None:
     }
     run = write_run(tmp_path / "run", tables)
     lines = [{"step": s, "tokens": 1000 * s, "loss": 2.0} for s in range(1, 121)]
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 121, "to'
-    )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 121, "to')
     found = compare_run(run)
     assert [(p.step, p.tokens) for p in found.checkpoints] == [
         (0, 0),

@@ -62,9 +62,7 @@ def test_positions_are_lists_of_16_in_parquet(tmp_path: Path) -> None:
 
 
 def test_five_columns_and_metadata_are_enough(tmp_path: Path) -> None:
-    write_table(
-        tmp_path / "t.parquet", replace(a_table(), correct=None, position_loss=None, position_tokens=None)
-    )
+    write_table(tmp_path / "t.parquet", replace(a_table(), correct=None, position_loss=None, position_tokens=None))
     found = read_table(tmp_path / "t.parquet")
     assert found.correct is None
     assert found.position_loss is None

@@ -82,9 +82,7 @@ def test_two_checkpoints_in_a_sentence(run: Path) -> None:
 
 
 def test_no_difference_and_no_difference_at_all_are_two_things(run: Path) -> None:
-    assert (
-        "no difference seen between step-00000101 and step-00000140: " in said(f"{run}@101", f"{run}@140")[1]
-    )
+    assert "no difference seen between step-00000101 and step-00000140: " in said(f"{run}@101", f"{run}@140")[1]
     assert "are identical" in said(f"{run}@100", f"{run}@100")[1]
 
 
@@ -142,9 +140,7 @@ def test_gates_end_with_0_or_3(run: Path, targets: list[str], gate: str, margin:
 
 def test_json_is_all_there_is_on_stdout(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(file=io.StringIO())
-    code = run_compare(
-        [f"{run}@101", f"{run}@100"], json_out=True, gate="better", margin="0", console=console
-    )
+    code = run_compare([f"{run}@101", f"{run}@100"], json_out=True, gate="better", margin="0", console=console)
     assert code == 3
     streams = capsys.readouterr()
     assert json.loads(streams.out)["verdict"] == "worse"

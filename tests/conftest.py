@@ -1,0 +1,76 @@
+"""What tests share: the `vernier` command as a user types it, and a tiny data set prepared once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = "tests/tiny.yaml"
+VERNIER = [sys.executable, "-m", "launcher.cli"]
+
+
+def vernier(*arguments: object, code: int = 0, timeout: float = 240, **options) -> subprocess.CompletedProcess[str]:
+    """Runs `vernier`, and fails with its output where it does not end with exit code `code`."""
+    command = [*VERNIER, *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+    assert done.returncode == code, (
+        f"exit code {done.returncode}, not {code}: {done.args}\n{done.stdout}\n{done.stderr}"
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def lines(path: Path) -> list[dict]:
+    """The lines of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The training losses of a run, of every step once."""
+    found = lines(run / "metrics.jsonl")
+    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
+    return [line["loss"] for line in found]
+
+
+def table_of(run: Path, step: int) -> Path:
+    """The one loss table of a step."""
+    (path,) = run.glob(f"losses/*/step-{step:08d}@*.parquet")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_environment() -> None:
+    """Tests see the same machine whatever the shell around them has set."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set with its reference set."""
+    directory = tmp_path_factory.mktemp("tiny") / "data"
+    vernier("prepare", TINY, f"data.dir={directory}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe, its checkpoints scored inline."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}")
+    return run

@@ -1,0 +1,65 @@
+"""The house of docs/design.md: which folder may import which, and what a quick command must not load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "configs": set(),
+    "eval": {"configs"},
+    "trainer": {"configs", "eval"},
+    "report": {"configs", "eval"},
+    "launcher": {"configs", "eval", "trainer", "report"},
+}
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_go_one_way(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        strange = (imports_of(file) & set(MAY_IMPORT)) - MAY_IMPORT[package] - {package}
+        assert not strange, f"{file} imports {strange}"
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["prepare"], ["eval"], ["compare"], ["board"], ["init"]])
+def test_help_loads_nothing_heavy(verb: list[str]) -> None:
+    code = (
+        "import sys, contextlib, io\n"
+        "from launcher.cli import app\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        f"    app({[*verb, '--help']!r}, standalone_mode=False)\n"
+        "assert 'Usage' in out.getvalue()\n"
+        "heavy = {'torch', 'transformers', 'scipy', 'numpy', 'pyarrow', 'deepspeed', 'datasets'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_reading_settings_loads_no_torch() -> None:
+    code = "import sys, configs; configs.resolve(configs.load_config('demo')); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_every_setting_is_documented_in_the_starter_config(tmp_path: Path) -> None:
+    from configs.load import known_keys, load_config
+    from launcher.init import run_init
+
+    text = run_init(tmp_path).read_text()
+    assert load_config(tmp_path / "vernier.yaml").name == "my-run"
+    for key in known_keys():
+        assert f"{key.rpartition('.')[2]}:" in text

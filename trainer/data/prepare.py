@@ -1,0 +1,261 @@
+"""`vernier prepare`: from sources to shards and a reference set, one directory, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import ConfigError, DataError
+from configs.schema import Config
+from configs.whole import MANIFEST, read_json, verify, whole_directory, write_atomic
+from eval.reference import build_reference, load_reference, tokenizer_fingerprint
+from eval.tokenization import TextTokenizer
+from trainer.data.families import joined, sharing
+from trainer.data.shards import FOLDER, write_shards
+from trainer.data.sources import Document, read_documents, text_sha256
+from trainer.data.split import Split, split_by_family
+from trainer.data.tokenizer import make_tokenizer
+
+KIND = "dataset"
+FACTS = "dataset.json"
+Progress = Callable[[str, int, int], None]
+
+
+def prepare(
+    config: Config,
+    *,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Prepares the data of a config in `config.data_dir`, or finds it there; gives what `dataset.json` says.
+
+    Args:
+        fresh: prepare anew; what is there moves to NAME.old-TIME once the new one is written.
+        progress: told the phase, what is done, and what is to do (0 where that is not known).
+
+    Raises:
+        ConfigError: a setting or source is wrong, or what is there was prepared with other settings.
+        DataError: the source holds too little, or what is there is damaged.
+    """
+    final = config.data_dir
+    settings = _settings(config)
+    there = final.is_dir() and any(final.iterdir())
+    if there and not fresh:
+        facts = _found(final, settings)
+        say(f"{final} is already prepared")
+        return facts
+    manifest: dict[str, Any] = {"kind": KIND}
+    old: Path | None = None
+    try:
+        with whole_directory(final, manifest) as part:
+            facts = _build(part, config, settings, say, progress)
+            manifest["fingerprints"] = facts["fingerprints"]
+            if there:
+                old = _free_name(final)
+                os.rename(final, old)
+    except BaseException:
+        if old is not None and not final.exists():
+            os.rename(old, final)  # the new one could not be put in its place after all
+        raise
+    if old is not None:
+        say(f"the data that was there is now {old}")
+    return facts
+
+
+def load_dataset_facts(data_dir: Path) -> dict[str, Any]:
+    """What `dataset.json` says. Raises DataError where the data is not there."""
+    if not (data_dir / MANIFEST).is_file() or not (data_dir / FACTS).is_file():
+        raise DataError(f"data.dir: {data_dir} is not there; run `vernier prepare CONFIG` first")
+    return dict(read_json(data_dir / FACTS))
+
+
+def load_shards_check(data_dir: Path) -> dict[str, Any]:
+    """The data set's manifest, every file having been found with its hash. Raises DataError otherwise."""
+    return verify(data_dir, KIND)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The settings that decide what is prepared. A given tokenizer counts by content, so it may move."""
+    data, given = config.data, config.data.tokenizer
+    source = [data.source] if isinstance(data.source, str) else list(data.source)
+    return {
+        "seed": config.seed,
+        "sequence_length": config.sequence_length,
+        "data.source": source,
+        "data.text_field": data.text_field,
+        "data.max_bytes": data.max_bytes,
+        "data.tokenizer": None if given is None else tokenizer_fingerprint(given),
+        "data.vocab_size": data.vocab_size if given is None else None,
+        **{f"reference.{k}": v for k, v in config.reference.model_dump(mode="json").items()},
+    }
+
+
+def _found(final: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    if not (final / MANIFEST).is_file():
+        raise ConfigError(f"data.dir: {final} is there and is no prepared data (no {MANIFEST}); choose another")
+    try:
+        load_shards_check(final)
+    except DataError as error:
+        raise DataError(f"{error}; prepare it again with --fresh") from None
+    facts = load_dataset_facts(final)
+    before = facts.get("settings", {})
+    for key in settings:
+        if before.get(key) != settings[key]:
+            raise ConfigError(
+                f"{key}: {final} was prepared with {before.get(key)!r}, now it is {settings[key]!r}; "
+                "choose another data.dir, or prepare anew with --fresh"
+            )
+    return facts
+
+
+def _free_name(final: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = [f"{final.name}.old-{stamp}", *(f"{final.name}.old-{stamp}-{n}" for n in range(2, 100))]
+    return next(p for p in map(final.with_name, names) if not p.exists())
+
+
+class _Phases:
+    """Says each phase and keeps its seconds."""
+
+    def __init__(self, say: Callable[[str], None], progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._say, self._progress, self._name = say, progress, ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._say(f"{name} …")
+        self._name = name
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+
+    def step(self, done: int, to_do: int = 0) -> None:
+        if self._progress is not None:
+            self._progress(self._name, done, to_do)
+
+
+def _build(
+    part: Path,
+    config: Config,
+    settings: dict[str, Any],
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    phases = _Phases(say, progress)
+    with phases.phase("reading"):
+        documents, read = read_documents(config.data, config.seed, phases.step)
+    with phases.phase("tokenizer"):
+        tokenizer = make_tokenizer(
+            part / "tokenizer",
+            [d.text for d in documents],
+            given=config.data.tokenizer,
+            vocab_size=config.data.vocab_size,
+        )
+    with phases.phase("tokenizing"):
+        encoded = tokenizer.encode([d.text for d in documents], phases.step)
+        kept = [i for i, ids in enumerate(encoded) if len(ids)]  # a tokenizer may leave nothing of a text
+        documents, encoded = [documents[i] for i in kept], [encoded[i] for i in kept]
+    with phases.phase("splitting"):
+        sha256s = [text_sha256(d.text) for d in documents]
+        split = split_by_family(encoded, sha256s, config.reference, config.seed)
+    with phases.phase("reference set"):
+        reference, training, decontamination = _reference(part, config, tokenizer, documents, encoded, split)
+    with phases.phase("shards"):
+        shards = write_shards(part / FOLDER, (encoded[i] for i in training), tokenizer.eos_id, tokenizer.vocab_size)
+    windows = max(0, (shards["tokens"] - 1) // config.sequence_length)
+    if windows < 1:
+        raise DataError(
+            f"data.source: {shards['tokens']} training tokens: no window of {config.sequence_length} + 1; "
+            "give more data, or lower sequence_length or reference.max_fraction"
+        )
+    sha256 = shards.pop("sha256")
+    facts = {
+        "name": config.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "prefix_id": tokenizer.prefix_id,
+        "fingerprints": {
+            "data": hashlib.sha256(f"{sha256} {tokenizer.fingerprint}".encode()).hexdigest(),
+            "tokenizer": tokenizer.fingerprint,
+            "reference_text": reference["fingerprints"]["text"],
+            "reference_tokens": reference["fingerprints"]["tokens"],
+        },
+        "read": read.as_dict(),
+        "train": {**shards, "windows": windows, "bytes": _bytes(documents, training)},
+        "reference": {**reference["counts"], "max_windows": reference["cut"]["max_windows"]},
+        "decontamination": decontamination,
+        "tokenizer_trained": config.data.tokenizer is None,
+        "seconds": phases.seconds,
+        "settings": settings,
+    }
+    write_atomic(part / FACTS, json.dumps(facts, indent=1))
+    return facts
+
+
+def _reference(
+    part: Path,
+    config: Config,
+    tokenizer: TextTokenizer,
+    documents: Sequence[Document],
+    encoded: Sequence[NDArray[np.uint32]],
+    split: Split,
+) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+    """Writes the reference set; gives (its facts, the training documents, the decontamination record).
+
+    What shares a run with the set *as stored* is looked for last: a document cut short may end in other
+    tokens than it had there, so a training document can come to share a run with it. That one is dropped.
+    """
+    chosen = [documents[i] for i in split.reference]
+    drawn = {"seed": config.seed, "documents": config.reference.documents} | {
+        "max_fraction": config.reference.max_fraction,
+        "rule": "families in an order keyed by content and seed, whole, until the documents are reached",
+    }
+    record = {**split.record, "tokenizer_trained_on": "all documents, the reference set's included"}
+    facts = build_reference(
+        part / "reference",
+        [d.source for d in chosen],
+        [d.text for d in chosen],
+        tokenizer,
+        name=config.name,
+        sequence_length=config.sequence_length,
+        batch=config.reference.batch,
+        block_samples=config.reference.block_samples,
+        max_windows=config.reference.max_windows,
+        drawn=drawn,
+        decontamination=record,
+    )
+    stored = _stored(part / "reference")
+    run = config.reference.min_shared_run
+    training = list(split.training)
+    guilty = sharing(*joined([encoded[i] for i in training]), *stored, run)
+    training = [i for i, bad in zip(training, guilty.tolist(), strict=True) if not bad]
+    across = int(sharing(*joined([encoded[i] for i in training]), *stored, run).sum())
+    return (
+        facts,
+        training,
+        {**record, "dropped_from_training": int(guilty.sum()), "shared_runs_across": across},
+    )
+
+
+def _stored(directory: Path) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Ids of the reference documents as the set holds them, put together again from its samples."""
+    found = load_reference(directory, check=False)
+    starts = found.offsets[:-1] + found.labels_from
+    ids = [found.input_ids[a:b] for a, b in zip(starts, found.offsets[1:], strict=True)]
+    flat = np.concatenate(ids).astype(np.uint32)
+    tokens_D = np.bincount(found.document, weights=found.tokens).astype(np.int64)
+    return flat, np.concatenate([[0], np.cumsum(tokens_D)]).astype(np.int64)
+
+
+def _bytes(documents: Sequence[Document], chosen: Sequence[int]) -> int:
+    return sum(len(documents[i].text.encode()) for i in chosen)

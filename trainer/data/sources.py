@@ -1,0 +1,263 @@
+"""Reads documents: Python's standard library, text files, and rows of JSONL, JSON, CSV, Parquet and Arrow.
+
+Their order is a function of their content and the seed, never of file names. All text is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.errors import ConfigError, DataError
+from configs.schema import DataSettings
+from trainer.data.columns import COLUMN_SUFFIXES, is_saved_data_set, rows_of_file, rows_of_saved
+
+STDLIB = "python-stdlib"
+TEXT_SUFFIXES = frozenset(
+    [
+        ".txt",
+        ".text",
+        ".md",
+        ".markdown",
+        ".rst",
+        ".org",
+        ".tex",
+        ".html",
+        ".htm",
+        ".xml",
+        ".py",
+        ".pyi",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".rs",
+        ".go",
+        ".java",
+        ".js",
+        ".ts",
+        ".jsx",
+        ".tsx",
+        ".css",
+        ".rb",
+        ".pl",
+        ".lua",
+        ".jl",
+        ".r",
+        ".scala",
+        ".kt",
+        ".swift",
+        ".sh",
+        ".sql",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".cfg",
+    ]
+)
+NAMED_SKIPS = 20
+_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
+
+
+class Document(NamedTuple):
+    """A text and where it came from: a path below the source, with `#row` where a file has many."""
+
+    source: str
+    text: str
+
+
+@dataclass
+class ReadReport:
+    """What was met while reading."""
+
+    files: int = 0
+    rows: int = 0
+    bytes: int = 0
+    skipped: list[str] = field(default_factory=list)  # files that could not be read, and why
+    other_kinds: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    beyond_max_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts, and the first of the skipped files by name."""
+        return {
+            "files": self.files,
+            "documents_found": self.rows,
+            "documents_empty": self.empty,
+            "documents_duplicate": self.duplicates,
+            "documents_beyond_max_bytes": self.beyond_max_bytes,
+            "bytes": self.bytes,
+            "files_of_other_kinds": self.other_kinds,
+            "files_skipped": len(self.skipped),
+            "skipped": self.skipped[:NAMED_SKIPS],
+        }
+
+
+def content_key(purpose: str, seed: int, sha256: str) -> str:
+    """A random sort key that hangs on content and seed alone; another for each purpose."""
+    return hashlib.sha256(f"{purpose} {seed} {sha256}".encode()).hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_documents(
+    settings: DataSettings, seed: int, progress: Callable[[int], None] | None = None
+) -> tuple[list[Document], ReadReport]:
+    """All distinct documents of `settings.source`, up to `max_bytes`, in a random order keyed by content.
+
+    Args:
+        progress: told how many documents were read so far.
+
+    Raises:
+        ConfigError: a path that is not there, a kind of file that is not read, or a column that is missing.
+        DataError: a broken file, or no document at all.
+    """
+    report = ReadReport()
+    names = [settings.source] if isinstance(settings.source, str) else list(settings.source)
+    seen: set[str] = set()
+    found: list[tuple[str, Document]] = []
+    for document in _all_rows(names, settings.text_field, report):
+        report.rows += 1
+        if progress is not None and report.rows % 1000 == 0:
+            progress(report.rows)
+        if not document.text.strip():
+            report.empty += 1
+            continue
+        sha256 = text_sha256(document.text)
+        if sha256 in seen:
+            report.duplicates += 1
+            continue
+        seen.add(sha256)
+        found.append((content_key("corpus", seed, sha256), document))
+    found.sort(key=lambda item: item[0])
+    documents = _up_to([document for _, document in found], settings.max_bytes, report)
+    if not documents:
+        raise DataError(_nothing_found(names, settings, report))
+    return documents, report
+
+
+def _up_to(documents: list[Document], max_bytes: int | None, report: ReadReport) -> list[Document]:
+    """Documents in order until the bytes are used up. Only what alone is too large is passed over: passing
+    over all that does not fit any more would fill the end with small documents."""
+    out: list[Document] = []
+    for document in documents:
+        size = len(document.text.encode())
+        if max_bytes is not None and size > max_bytes:
+            continue
+        if max_bytes is not None and report.bytes + size > max_bytes:
+            break
+        report.bytes += size
+        out.append(document)
+    report.beyond_max_bytes = len(documents) - len(out)
+    return out
+
+
+def _nothing_found(names: list[str], settings: DataSettings, report: ReadReport) -> str:
+    looked = (
+        f"looked at {report.files} files: {report.rows} documents, {report.empty} of them empty, "
+        f"{len(report.skipped)} files not readable, {report.other_kinds} of other kinds"
+    )
+    if report.beyond_max_bytes:
+        looked = f"data.max_bytes: {settings.max_bytes} is less than each of {report.beyond_max_bytes} documents"
+    first = f"; the first: {report.skipped[0]}" if report.skipped else ""
+    return f"data.source: no text in {', '.join(names)}; {looked}{first}"
+
+
+def _all_rows(names: list[str], text_field: str, report: ReadReport) -> Iterator[Document]:
+    if not names:
+        raise ConfigError(f"data.source: is an empty list; name files or folders, or {STDLIB}")
+    for name in names:
+        path = Path(name).expanduser()
+        if name == STDLIB:
+            yield from _standard_library(report)
+        elif path.is_dir() and is_saved_data_set(path):
+            report.files += 1
+            yield from _documents(rows_of_saved(path, text_field), path.name)
+        elif path.is_dir():
+            yield from _folder(path, text_field, report)
+        elif path.exists() or path.is_symlink():
+            if path.suffix.lower() not in TEXT_SUFFIXES | COLUMN_SUFFIXES:
+                kinds = ".txt .md .py … .jsonl .json .csv .parquet .arrow"
+                raise ConfigError(f"data.source: {name} is none of the kinds that are read ({kinds})")
+            yield from _file(path, path.name, text_field, report, named=True)
+        else:
+            raise ConfigError(f"data.source: {name} does not exist")
+
+
+def _standard_library(report: ReadReport) -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in _walk(root, report, without=_NOT_SOURCE):
+        if path.suffix == ".py":
+            yield from _file(path, f"{STDLIB}/{path.relative_to(root).as_posix()}", "", report)
+
+
+def _folder(root: Path, text_field: str, report: ReadReport) -> Iterator[Document]:
+    for path in _walk(root, report, without={"__pycache__"}):
+        name = f"{root.name}/{path.relative_to(root).as_posix()}"
+        if path.is_dir():
+            report.files += 1
+            yield from _documents(rows_of_saved(path, text_field), name)
+        elif path.suffix.lower() in TEXT_SUFFIXES | COLUMN_SUFFIXES:
+            yield from _file(path, name, text_field, report)
+        else:
+            report.other_kinds += 1
+
+
+def _walk(root: Path, report: ReadReport, without: set[str]) -> Iterator[Path]:
+    """Files below `root`, sorted, and saved data sets as one path each; nothing hidden, no linked folders."""
+
+    def unreadable(error: OSError) -> None:
+        report.skipped.append(f"{error.filename}: {error.strerror}")
+
+    for where, folders, files in os.walk(root, onerror=unreadable):
+        folder = Path(where)
+        kept = sorted(n for n in folders if n not in without and not n.startswith("."))
+        saved = [n for n in kept if is_saved_data_set(folder / n)]
+        folders[:] = [n for n in kept if n not in saved]
+        yield from (folder / n for n in sorted([*saved, *files]) if not n.startswith("."))
+
+
+def _file(path: Path, name: str, text_field: str, report: ReadReport, named: bool = False) -> Iterator[Document]:
+    report.files += 1
+    if path.suffix.lower() in COLUMN_SUFFIXES:
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            report.skipped.append(f"{name}: {error.strerror}")
+            return
+        try:
+            yield from _documents(rows_of_file(path, text_field), name)
+        except UnicodeDecodeError as error:
+            report.skipped.append(f"{name}: not UTF-8 ({error.reason})")
+        except ConfigError:
+            # In a folder of sources a .json file is most often somebody's settings, not a corpus.
+            if named or path.suffix.lower() != ".json":
+                raise
+            report.skipped.append(f"{name}: no rows with {text_field!r}")
+        return
+    try:
+        # Bytes, not read_text(): line ends stay as they are. A byte order mark is no text.
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        report.skipped.append(f"{name}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        report.skipped.append(f"{name}: not UTF-8 ({error.reason})")
+    else:
+        yield Document(name, text)
+
+
+def _documents(rows: Iterable[str], name: str) -> Iterator[Document]:
+    return (Document(f"{name}#{row}", text) for row, text in enumerate(rows))

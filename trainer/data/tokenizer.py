@@ -1,0 +1,56 @@
+"""Makes the tokenizer of a data set: a byte-level BPE trained on its documents, or a copy of a given one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from eval.tokenization import TextTokenizer, copy_tokenizer_files, open_tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_BYTES = 256 << 20  # the first so much text (in random order) settles the merges; more only takes longer
+
+
+def make_tokenizer(directory: Path, texts: Sequence[str], *, given: Path | None, vocab_size: int) -> TextTokenizer:
+    """Writes the new folder `directory`: the tokenizer of `given`, or one trained on `texts`.
+
+    A trained one has every byte in its alphabet and one special token, both BOS and EOS. The same texts give
+    the same tokenizer. It may have fewer entries than `vocab_size` where there is little text.
+
+    Raises:
+        DataError: `given` is not a tokenizer that can be used.
+    """
+    if given is not None:
+        open_tokenizer(given, "data.tokenizer")
+        copy_tokenizer_files(given, directory)
+        return open_tokenizer(directory, "data.tokenizer")
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_first(texts), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(directory)
+    return open_tokenizer(directory)
+
+
+def _first(texts: Sequence[str]) -> Iterator[str]:
+    left = TRAINING_BYTES
+    for text in texts:
+        if left <= 0:
+            return
+        left -= len(text)
+        yield text

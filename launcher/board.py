@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs.errors import ConfigError, DataError
+from configs.errors import EXIT_DONE, ConfigError, DataError, VernierError
+from launcher.processes import last_lines, start
 
 
 def run_board(runs: list[Path], *, port: int | None, console: Console) -> int:
@@ -38,11 +40,20 @@ def run_board(runs: list[Path], *, port: int | None, console: Console) -> int:
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
     try:
-        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
-    except KeyboardInterrupt:
-        return 0
+        process = start(command, dict(os.environ), folder / "tensorboard.log")
+        stop_with(process)
+        code = process.wait()
+        if code > 0:
+            raise VernierError(f"board: TensorBoard ended with exit code {code}\n{last_lines(folder / 'tensorboard.log')}")
+        return EXIT_DONE  # asked to stop
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def stop_with(process: subprocess.Popen[bytes]) -> None:
+    """Has Ctrl-C and SIGTERM end the process, also where a shell started us with Ctrl-C ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: process.terminate())
 
 
 def tunnel(port: int) -> str:

@@ -46,6 +46,7 @@ def run_retokenize(reference: Path, tokenizer: Path | None, out: Path | None) ->
 def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
     """(what, said) of each line of the data report."""
     read, train, reference, split = (facts[k] for k in ("read", "train", "reference", "decontamination"))
+    run, across = split["min_shared_run"], split["shared_runs_across"]
     yield "read", f"{read['documents_found']:,} documents; {read['bytes'] / 1e6:.1f} MB are used"
     left_out = {
         "empty": read["documents_empty"],
@@ -58,8 +59,8 @@ def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{facts['vocab_size']:,} entries"
     yield (
         "families",
-        f"{split['families']:,} of {split['documents']:,} documents, joined by runs of {split['min_shared_run']} tokens; "
-        f"the largest has {split['largest_family']}; {split['shared_runs_across']} such runs are on both sides",
+        f"{split['families']:,} of {split['documents']:,} documents (a shared run of {run} tokens joins), "
+        f"the largest has {split['largest_family']}; {across} such runs are on both sides",
     )
     yield "training", f"{train['documents']:,} documents, {train['tokens']:,} tokens, {train['windows']:,} windows"
     yield (

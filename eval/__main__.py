@@ -11,11 +11,12 @@ import json
 import signal
 import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, DataError, VernierError
+from configs.errors import EXIT_FAILED, ConfigError, DataError, VernierError
 from configs.load import load_config, resolve
 from configs.rundir import RunDir
 from configs.whole import write_atomic
@@ -58,13 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
             score_models(asked, console)
         else:
             raise ConfigError("eval: give CONFIG, or --models with --reference")
-    except VernierError as error:
+    except Exception as error:
+        ours = isinstance(error, VernierError)
+        code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
+        said = str(error) if ours else f"rank {rank}: {type(error).__name__}: {error}"
+        if not ours:
+            traceback.print_exc()  # into the log
         if asked.log_dir:  # torchrun turns every exit code into 1; `vernier eval` reads this
-            told = {"exit_code": error.exit_code, "error": str(error)}
-            write_atomic(asked.log_dir / f"error-{rank}.json", json.dumps(told))
+            write_atomic(asked.log_dir / f"error-{rank}.json", json.dumps({"exit_code": code, "error": said}))
         else:
-            print(error, file=console)
-        return error.exit_code
+            print(said, file=console)
+        return code
     return 0
 
 

@@ -62,7 +62,9 @@ def check_model(directory: Path) -> None:
         verify(directory, "snapshot")
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory}: not a Hugging Face model directory (it has no config.json)")
-    weight_files(directory)
+    for file in weight_files(directory):
+        with _opened(file):  # reads the header, which says how long the file must be
+            pass
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -71,17 +73,21 @@ def weights_fingerprint(directory: Path) -> str:
         found = read_manifest(directory, "snapshot").get("weights")
         if isinstance(found, str):
             return found
-    from safetensors import SafetensorError, safe_open
-
     digests = {}
     for file in weight_files(directory):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                    digests[name] = tensor_digest(tensors.get_tensor(name))
-        except SafetensorError as error:
-            raise DataError(f"{file}: not readable as safetensors, perhaps cut short ({error})") from None
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                digests[name] = tensor_digest(tensors.get_tensor(name))
     return fingerprint_of_digests(digests)
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: not readable as safetensors, perhaps cut short ({error})") from None
 
 
 def scored_fingerprint(source: str, dtype: str) -> str:

@@ -44,7 +44,8 @@ def run_board(runs: list[Path], *, port: int | None, console: Console) -> int:
         stop_with(process)
         code = process.wait()
         if code > 0:
-            raise VernierError(f"board: TensorBoard ended with exit code {code}\n{last_lines(folder / 'tensorboard.log')}")
+            said = last_lines(folder / "tensorboard.log")
+            raise VernierError(f"board: TensorBoard ended with exit code {code}\n{said}")
         return EXIT_DONE  # asked to stop
     finally:
         shutil.rmtree(folder, ignore_errors=True)

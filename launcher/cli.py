@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, VernierError
+from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VernierError
 
 app = typer.Typer(
     name="vernier",
@@ -163,8 +163,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except VernierError as error:
-        for problem in str(error).splitlines():
-            print(f"error: {problem}", file=sys.stderr)
+        problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED

@@ -28,10 +28,13 @@ OWNED_BY_US = {
     "gradient_clipping": "clip_grad_norm",
     "fp16.enabled": "precision",
     "bf16.enabled": "precision",
-    "bf16": "precision",
+    "bfloat16": "precision",
+    "amp": "precision",
     "torch_autocast": "precision",
     "zero_optimization.stage": "zero.stage",
     "zero_optimization.offload_optimizer": "zero.offload",
+    "zero_optimization.cpu_offload": "zero.offload",
+    "zero_optimization.cpu_offload_params": "zero.offload",
     "zero_optimization.offload_param": "zero.offload",
     "tensorboard": "vernier writes TensorBoard itself",
 }
@@ -52,6 +55,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text; `where` (a file or key) goes into the error."""
     try:
         return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except ValueError as error:  # such as a date that is none
+        raise ConfigError(f"{where}: {text[:60]!r} cannot be read: {error}; quote it if it is text") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -86,14 +91,26 @@ def read_mapping(path: Path, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent is None:
         return mapping
     base = read_mapping(find_config(str(parent), beside=path.parent), (*_below, path.resolve()))
-    return _merged(base, mapping)
+    return _settings_merged(base, mapping)
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` put in, section by section."""
     out = dict(base)
     for key, value in over.items():
-        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merged(out[key], value) if both else value
     return out
+
+
+def _settings_merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`merged`, but another kind of model takes the place of the one beneath with all its fields."""
+    before, now = base.get("model"), over.get("model")
+    if isinstance(before, dict) and isinstance(now, dict):
+        kind = now.get("type", before.get("type"))
+        if now.get("path") is not None or kind != before.get("type"):
+            base = {key: value for key, value in base.items() if key != "model"}
+    return merged(base, over)
 
 
 def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -105,7 +122,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
         nested: Any = parse_yaml(text, key)
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        mapping = _merged(mapping, nested)
+        mapping = _settings_merged(mapping, nested)
     return mapping
 
 
@@ -171,7 +188,7 @@ def _nearest(key: str) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What does not add up, as far as the settings alone can tell."""
-    if config.nproc is not None:
+    if config.nproc is not None and "LOCAL_WORLD_SIZE" not in os.environ:  # torchrun has its own say on that
         yield from batch_problems(config, config.nproc)
     if config.schedule.warmup_steps > config.steps:
         yield (
@@ -185,6 +202,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.zero.offload == "cpu" and config.zero.stage == 0:
         yield "zero.offload: cpu needs zero.stage 1, 2 or 3, and zero.stage is 0"
     flat = set(_flat_keys(config.deepspeed))
+    for key in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(config.deepspeed.get(key, {}), dict):
+            yield f"deepspeed.{key}: {config.deepspeed[key]!r} should be a mapping of DeepSpeed's settings"
     for key, ours in OWNED_BY_US.items():
         if key in flat:
             yield f"deepspeed.{key}: set by Vernier; use {ours} instead"
@@ -239,6 +259,7 @@ def resolve(config: Config, *, nproc: int | None = None) -> Config:
             "data": config.data.model_copy(
                 update={
                     "dir": config.data_dir.absolute(),
+                    "source": _absolute(config.data.source),
                     "tokenizer": config.data.tokenizer and config.data.tokenizer.absolute(),
                 }
             ),
@@ -255,6 +276,14 @@ def resolve(config: Config, *, nproc: int | None = None) -> Config:
     if problems:
         raise ConfigError(*problems)
     return out
+
+
+def _absolute(source: str | list[str]) -> str | list[str]:
+    """Sources as absolute paths; a name that is no path (python-stdlib) stays."""
+    if isinstance(source, list):
+        return [str(_absolute(one)) for one in source]
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def dump_config(config: Config) -> str:

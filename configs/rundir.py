@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,6 @@ from configs.errors import DataError
 from configs.whole import MANIFEST, read_json, write_atomic
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "failed"]
-FINAL_STATES = ("done", "failed")
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -96,17 +96,30 @@ class RunDir:
         return sorted(s for s in steps if s is not None)
 
     def read_state(self) -> dict[str, Any]:
-        """`state.json`, or an empty mapping where the run has none yet."""
-        return dict(read_json(self.state)) if self.state.is_file() else {}
-
-    def write_state(self, state: State, **facts: Any) -> None:
-        """Renames a new `state.json` into place; facts not given stay as they were."""
+        """`state.json`; empty where the run has none, or one that a power cut left empty: the run will mend it."""
         try:
-            before = self.read_state()
-        except DataError:  # a broken state file must not stop the run that would mend it
-            before = {}
-        now = {**before, "state": state, "host": socket.gethostname(), **facts, "heartbeat": time.time()}
-        write_atomic(self.state, json.dumps(now, indent=1))
+            return dict(read_json(self.state))
+        except (DataError, TypeError, ValueError):
+            return {}
+
+    def write_state(self, state: State | None, **facts: Any) -> None:
+        """Renames a new `state.json` into place; what is not given (`state` None too) stays as it was."""
+        before = self.read_state()
+        named = {"state": state} if state else {}
+        now = {**before, **named, "host": socket.gethostname(), **facts, "heartbeat": time.time()}
+        write_atomic(self.state, json.dumps(now, indent=1), durable=state is not None)
+
+    def beat(self) -> None:
+        """Says that the run is alive, without touching what its state says."""
+        with suppress(OSError):
+            os.utime(self.lock)
+
+    def last_heartbeat(self) -> float:
+        """When the holder of the lock was last heard of, in seconds since the epoch; 0 where there was none."""
+        try:
+            return self.lock.stat().st_mtime
+        except OSError:
+            return 0.0
 
     def add_event(
         self, kind: str, message: str, *, step: int | None = None, rank: int | None = None, **detail: Any

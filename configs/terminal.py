@@ -17,6 +17,11 @@ def lend_terminal(environment: dict[str, str]) -> None:
     environment[_VARIABLE] = "stdin"
 
 
+def is_supervised() -> bool:
+    """Whether a `vernier` started this process and watches over it."""
+    return _VARIABLE in os.environ
+
+
 def lent_terminal() -> TextIO | None:
     """The stream that the `vernier` which started this process has lent it, if any."""
     if os.environ.get(_VARIABLE) != "stdin":

@@ -18,6 +18,7 @@ from typing import Any
 
 from configs.errors import EXIT_FAILED, ConfigError, DataError, VernierError
 from configs.load import load_config, resolve
+from configs.parent import die_with_parent
 from configs.rundir import RunDir
 from configs.whole import write_atomic
 
@@ -40,17 +41,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; gives the exit code."""
+    die_with_parent()
     asked = parse(sys.argv[1:] if arguments is None else arguments)
     # torch is imported from here on, once the command line is known to be good
-    from eval.ranks import die_with_parent, environment_ranks, log_to_file
+    from eval.ranks import environment_ranks, log_to_file
 
-    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for training; the evaluator ends when told or done
     rank = environment_ranks()[0]
     console = sys.stderr
     try:
         if asked.config is not None:
-            config = resolve_for_run(asked.config, asked.overrides)
+            config = resolve(load_config(asked.config, asked.overrides))
             console = log_to_file(RunDir(config.run_dir).logs / f"eval-rank-{rank}.log")
             watch_run(config)
         elif asked.models and asked.reference:
@@ -71,16 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(said, file=console)
         return code
     return 0
-
-
-def resolve_for_run(source: str, overrides: list[str]) -> Any:
-    """Settings of the run to watch: its own copy where it has started, else the config's."""
-    config = resolve(load_config(source, overrides))
-    started = RunDir(config.run_dir).config
-    if started.is_file():
-        kept = [o for o in overrides if o.startswith("eval.")]
-        return resolve(load_config(started, [*kept, f"run.dir={config.run_dir}"]))
-    return config
 
 
 def watch_run(config: Any) -> None:

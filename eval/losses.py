@@ -5,7 +5,9 @@ Legend: B samples, T tokens fed (one fewer than a sample's ids), N scored target
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-POSITION_BINS = 16
-LOGITS_BYTES = 64 << 20  # what a chunk of fp32 logits may take
+from eval.tables import POSITION_BINS
+
+LOGITS_BYTES = int(os.environ.get("VERNIER_LOGITS_BYTES", 64 << 20))  # what a chunk of fp32 logits may take
 IGNORED = -100  # a target that is not scored (torch's and transformers' convention)
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -38,8 +41,13 @@ def split_model(model: Any) -> tuple[Any, Head] | None:
     model.eval()
     with torch.no_grad():
         probe_BT = torch.arange(1, 9, device=_device_of(model)).unsqueeze(0) % model.config.get_text_config().vocab_size
-        whole = model(input_ids=probe_BT, use_cache=False).logits
-        parts = head(decoder(input_ids=probe_BT, use_cache=False).last_hidden_state)
+        # Logits of a new model are near 0, where a cap does nothing yet: seen at a hundredfold it shows.
+        hook = head.register_forward_pre_hook(lambda _, given: (100 * given[0],))
+        try:
+            whole = model(input_ids=probe_BT, use_cache=False).logits
+            parts = head(decoder(input_ids=probe_BT, use_cache=False).last_hidden_state)
+        finally:
+            hook.remove()
     model.train(was_training)
     alike = whole.shape == parts.shape and torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-4)
     return (decoder, head) if alike else None
@@ -105,8 +113,11 @@ class Scorer:
         *,
         parts: tuple[Any, Head] | None = None,
         device: torch.device | None = None,
+        gather_head: Callable[[], AbstractContextManager[Head]] | None = None,
     ) -> None:
+        """`gather_head`: where the head's weights are sharded, gives it whole, once a batch (a collective)."""
         self.model = model
+        self.gather_head = gather_head
         self.device = device or _device_of(model)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.parts = parts or split_model(model)
@@ -134,7 +145,8 @@ class Scorer:
         if self.parts is not None:
             decoder, head = self.parts
             hidden_NH = decoder(input_ids=fed_BT, use_cache=False).last_hidden_state[scored_BT]
-            nll_N, hit_N = self._in_chunks(hidden_NH, target_BT[scored_BT], head)
+            with self.gather_head() if self.gather_head else nullcontext(head) as whole_head:
+                nll_N, hit_N = self._in_chunks(hidden_NH, target_BT[scored_BT], whole_head)
             nll_BT[scored_BT], hit_BT[scored_BT] = nll_N, hit_N
         else:  # logits are more than head(decoder(ids)): a sample at a time bounds what they take
             for row in range(len(fed_BT)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs.errors import DataError
+from configs.rundir import step_of
 from configs.whole import MANIFEST, read_json, read_manifest, verify
 from eval.reference import ReferenceSet, tokenizer_fingerprint
 
@@ -46,8 +47,12 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether Vernier wrote this model directory."""
-    return (directory / MANIFEST).is_file()
+    """Whether Vernier wrote this model directory: by its manifest, or by its place in a run."""
+    in_run = directory.parent.name == "snapshots" and (directory.parent.parent / "config.yaml").is_file()
+    if in_run and step_of(directory.name) is not None:
+        return True
+    manifest = directory / MANIFEST
+    return manifest.is_file() and isinstance(found := read_json(manifest), dict) and found.get("kind") == "snapshot"
 
 
 def check_model(directory: Path) -> None:
@@ -58,7 +63,7 @@ def check_model(directory: Path) -> None:
     """
     if not directory.is_dir():
         raise DataError(f"model: {directory} is not a directory")
-    if directory.parent.name == "snapshots" or is_ours(directory):
+    if is_ours(directory):
         verify(directory, "snapshot")
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory}: not a Hugging Face model directory (it has no config.json)")
@@ -149,10 +154,15 @@ def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{directory}: transformers cannot load it as a causal LM: {_first_line(error)}") from error
+    check_loaded(directory, info)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def check_loaded(directory: Path, info: dict[str, Any]) -> None:
+    """Refuses a model some of whose weights transformers had to make up (`info`: its loading info)."""
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             raise DataError(f"{directory}: {what.replace('_', ' ')} in its weights: {sorted(map(str, info[what]))[0]}")
-    return model.eval().requires_grad_(False).to(device)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,17 +1,13 @@
-"""The rank-group: who this process is among its peers, its threads, its process group, and its end with its parent.
+"""The rank-group: who this process is among its peers, its threads, its process group, its log.
 
 Used by training and scoring alike. Nothing here knows what the ranks do.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
-import signal
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +19,9 @@ import torch.distributed as dist
 from configs.errors import VernierError
 from configs.terminal import lent_terminal
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+class StoppedByAnotherRank(VernierError):
+    """This rank ends because another did, which has told why."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +53,6 @@ class Ranks:
         box = torch.tensor([int(not good)], dtype=torch.int64)
         dist.all_reduce(box, group=self.control)
         return int(box.item()) == 0
-
-
-def die_with_parent() -> None:
-    """Has the kernel kill this process when its parent dies: `kill -9` of torchrun otherwise leaves its ranks alive."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the kernel was told
-        os._exit(1)
-    # The signal is tied to the parent's *thread* and is Linux only; a slow watch covers the rest.
-    threading.Thread(target=_watch_parent, args=(parent,), daemon=True, name="parent-watch").start()
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def environment_ranks() -> tuple[int, int, int]:
@@ -120,6 +101,8 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
         VernierError: the group could not be formed.
     """
     rank, world, local_rank = environment_ranks()
+    for name, number in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", local_rank)):
+        os.environ.setdefault(name, str(number))  # DeepSpeed asks for them also where one process is all
     set_threads(threads)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

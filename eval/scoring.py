@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import VernierError
-from eval.losses import POSITION_BINS, Scorer
+from eval.losses import Scorer
 from eval.models import scored_fingerprint
 from eval.ranks import Ranks
 from eval.reference import ReferenceSet
-from eval.tables import LossTable
+from eval.tables import POSITION_BINS, LossTable
 
 OBJECTIVE = "causal"
 

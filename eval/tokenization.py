@@ -120,8 +120,8 @@ def tokenizer_fingerprint(directory: Path) -> str:
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copies a tokenizer's files (and no weights beside them) into the new folder `target`."""
-    target.mkdir()
+    """Copies a tokenizer's files (and no weights beside them) into the folder `target`, made if need be."""
+    target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

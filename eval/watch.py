@@ -48,7 +48,8 @@ def training_is_over(run: RunDir) -> bool:
         return False
     if state.get("exit_code") is not None:
         return True
-    return time.time() - float(state.get("heartbeat", 0)) > ABANDONED_S and not lock_is_held(run)
+    heard = max(run.last_heartbeat(), float(state.get("heartbeat", 0)))
+    return time.time() - heard > ABANDONED_S and not lock_is_held(run)
 
 
 class RunScores:
@@ -83,8 +84,17 @@ class RunScores:
         earlier = [s for s in self.scored() if s < step]
         return (read_table(self._path(earlier[-1])) if earlier else None), max(1, len(earlier))
 
+    def add_or_refuse(self, step: int, table: LossTable, seconds: float) -> None:
+        """`add`, but a table that cannot be (a loss that is not finite, say) is its snapshot's fault, nobody else's."""
+        try:
+            self.add(step, table, seconds)
+        except DataError as error:
+            self.refuse(step, str(error))
+
     def add(self, step: int, table: LossTable, seconds: float) -> None:
-        """Writes a table, then tells of it."""
+        """Writes a table, then tells of it. Not so where the snapshot was replaced meanwhile: it is scored again."""
+        if weights_fingerprint(self.run.snapshots / step_name(step)) != table.meta["source"]:
+            return
         before, look = self.before(step)
         write_table(self._path(step), table)
         if self.board is None:
@@ -132,7 +142,13 @@ def score_snapshot(
         problem = str(error)
     if not ranks.agree(not problem):
         return problem or f"{directory}: refused by another rank"
-    model = load_for_scoring(directory, dtype, ranks.device)
+    model = None
+    try:
+        model = load_for_scoring(directory, dtype, ranks.device)
+    except DataError as error:
+        problem = str(error)
+    if not ranks.agree(not problem):
+        return problem or f"{directory}: refused by another rank"
     facts = scoring_facts(model, weights_fingerprint(directory), dtype, step_name(step), step, threads)
     with cpu_threads(threads):
         return score_reference(Scorer(model, reference.sequence_length), reference, ranks, facts)
@@ -158,16 +174,9 @@ def watch(config: Config, ranks: Ranks) -> None:
             if isinstance(table, str):
                 scores.refuse(step, table)
             else:
-                _add(scores, step, table, time.perf_counter() - started)
+                scores.add_or_refuse(step, table, time.perf_counter() - started)
     if scores is not None:
         scores.close()
-
-
-def _add(scores: RunScores, step: int, table: LossTable, seconds: float) -> None:
-    try:
-        scores.add(step, table, seconds)
-    except DataError as error:  # a loss that is not finite, say: this snapshot's fault, not the evaluator's
-        scores.refuse(step, str(error))
 
 
 def _wait_for_work(run: RunDir, scores: RunScores) -> int:

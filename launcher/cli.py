@@ -155,7 +155,7 @@ def board(
 def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is not imported for its name alone
     from rich.console import Console
 
-    return Console(stderr=not out, highlight=False)
+    return Console(stderr=not out, highlight=False, soft_wrap=not out)
 
 
 def main() -> None:

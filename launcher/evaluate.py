@@ -57,6 +57,9 @@ def run_eval(
             if meta.get("model") == expected and meta.get("reference") == reference.tokens_fingerprint:
                 console.print(f"{model}: scored already (--force scores it again)", markup=False, soft_wrap=True)
                 continue
+            raise ConfigError(
+                f"{path}: holds the losses of another model; name another --out, or --force to replace them"
+            )
         wanted.append((model, path))
     if wanted:
         _score(wanted, reference_dir, nproc, threads, dtype, shuffle_batches, trust_remote_code, console)

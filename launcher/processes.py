@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO
 
+from configs.parent import kill_with_parent
 from configs.terminal import lend_terminal
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TERM_GRACE_S = 5.0
 
 
@@ -52,12 +50,8 @@ def start(command: list[str], environment: dict[str, str], log: Path) -> subproc
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=kill_with_parent,
         )
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from types import FrameType
 
 from rich.console import Console
 
-from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, VernierError
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from configs.load import dump_config, load_config, resolve
-from configs.rundir import RunDir
+from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from configs.whole import write_atomic
+from configs.whole import read_json, write_atomic
 from launcher.processes import end, last_lines, start, torchrun
 
 POLL_S = 0.2
@@ -48,25 +47,20 @@ def run_train(source: str, overrides: list[str], *, fresh: bool, extend: bool, w
     """Trains here to the end, or goes on with what is there; gives the exit code."""
     config = resolve(load_config(source, overrides))
     run = RunDir(config.run_dir)
-    from trainer.lock import held_message
     from trainer.run import check_run, finished
 
     if _held(run):
-        from configs.errors import ConfigError
-
         raise ConfigError(held_message(run))
+    check_run(config, extend=extend, fresh=fresh)
     if fresh and run.path.exists():
         old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         run.path.rename(old)
         console.print(f"the earlier run is now {old}", markup=False)
-    check_run(config, extend=extend)
     group = EvalGroup(config, run, console) if config.eval.placement == "separate" else None
     interrupts = Interrupts()
     interrupts.listen()
     if finished(run, config):
         console.print(f"{run.path} is finished (step {config.steps})", markup=False)
-        if extend and int(run.read_state().get("step", 0)) < config.steps:
-            raise VernierError(f"{run.path}: could not be extended")
         code = EXIT_DONE
     else:
         _explain_extension(config, run, extend, console)
@@ -86,9 +80,16 @@ def _held(run: RunDir) -> bool:
     return lock_is_held(run)
 
 
+def held_message(run: RunDir) -> str:
+    """Who holds the run."""
+    from trainer import lock
+
+    return lock.held_message(run)
+
+
 def _explain_extension(config: Config, run: RunDir, extend: bool, console: Console) -> None:
-    if extend and run.config.is_file():
-        before = load_config(run.config).steps
+    before = load_config(run.config).steps if extend and run.config.is_file() else config.steps
+    if before != config.steps:
         console.print(
             f"extending from {before} to {config.steps} steps: the {config.schedule.name} schedule is drawn anew over "
             f"{config.steps} steps, so the learning rate jumps where the run goes on",
@@ -113,25 +114,25 @@ class EvalGroup:
         command, environment = torchrun("eval", arguments, nproc=settings.nproc, threads=settings.threads_per_rank)
         self.process = start(command, environment, self.run.logs / "eval-torchrun.log")
 
-    def tables(self) -> int:
-        return len(list(self.run.losses.glob("*/step-*.parquet")))
+    def tables(self) -> set[str]:
+        """Names of the steps that are scored, on this reference set and in this dtype."""
+        facts = read_json(self.config.reference_dir / "reference.json")
+        folder = self.run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
+        return {p.name.partition("@")[0] for p in folder.glob(f"step-*.{self.config.eval.dtype}.parquet")}
 
     def unscored(self) -> int:
-        """Snapshots that wait for their table (those the evaluator refused do not)."""
-        dtype, scored = self.config.eval.dtype, self.run.losses.glob("*/step-*.parquet")
-        have = {p.name.partition("@")[0] for p in scored if f".{dtype}." in p.name}
-        refused = {e["step"] for e in self.run.read_events() if e["kind"] == "not scored"}
-        steps = self.run.whole_steps(self.run.snapshots)
-        return sum(f"step-{s:08d}" not in have and s not in refused for s in steps)
+        """Snapshots without a table."""
+        scored = self.tables()
+        return sum(step_name(s) not in scored for s in self.run.whole_steps(self.run.snapshots))
 
-    def look_after(self) -> bool:
-        """Restarts the group if it died; gives whether it is (or will be) running."""
+    def look_after(self, *, training: bool) -> bool:
+        """Restarts the group if it died, or ended before training did; gives whether it is (or will be) running."""
         if self.process is None or self.given_up:
             return False
         code = self.process.poll()
         if code is None:
             return True
-        if code == 0:
+        if code == 0 and not training:
             return False
         if self.next_start == 0.0:
             self._note_death(code)
@@ -141,8 +142,9 @@ class EvalGroup:
         return not self.given_up
 
     def _note_death(self, code: int) -> None:
-        progress = self.tables() > self.scored_at_death
-        self.scored_at_death = self.tables()
+        scored = len(self.tables())
+        progress = scored > self.scored_at_death
+        self.scored_at_death = scored
         self.deaths = 1 if progress else self.deaths + 1
         if self.deaths > EVAL_RESTARTS:
             self.given_up = True
@@ -190,7 +192,7 @@ def _train(
         if told and time.monotonic() > deadline:
             trainer.kill()  # its ranks die with it; the last whole checkpoint stays
         if group is not None:
-            group.look_after()
+            group.look_after(training=True)
         time.sleep(POLL_S)
     return _outcome(run, trainer.returncode, interrupts, console)
 
@@ -198,6 +200,8 @@ def _train(
 def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Console) -> int:
     state = run.read_state()
     code = state.get("exit_code")
+    if code is None and _held(run):  # by another trainer, which was quicker: the state is its own
+        raise ConfigError(held_message(run))
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
         how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
@@ -219,27 +223,28 @@ def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Cons
 
 def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console) -> int:
     waiting = group.unscored()
-    if not waiting:
-        return EXIT_DONE
-    if not wait:
+    if waiting and not wait:
         console.print(f"{waiting} snapshots are not scored yet; vernier train, once more, scores them", markup=False)
         return EXIT_DONE
-    console.print(f"waiting for {waiting} snapshots to be scored", markup=False)
+    if waiting:
+        console.print(f"waiting for {waiting} snapshots to be scored", markup=False)
+    elif group.process is None:
+        return EXIT_DONE
     from trainer.progress import ProgressLine
 
-    teller = ProgressLine(Console(file=sys.stderr, force_terminal=False, highlight=False), 1, 0, run.events)
-    before = interrupts.count
+    teller = ProgressLine(Console(stderr=True, force_terminal=False, highlight=False, soft_wrap=True), 1, 0, run.events)
     if group.process is None:
         group.start()
-    while group.look_after() and interrupts.count == before:
+    while group.look_after(training=False) and not interrupts.count:  # it ends by itself, with all it has to tell
         teller.tell_events()
         time.sleep(POLL_S)
     teller.tell_events()
-    if interrupts.count > before:
+    if interrupts.count:
         console.print("stopped waiting; vernier train, once more, scores the rest", markup=False)
-        return EXIT_INTERRUPTED
-    if group.given_up:
-        console.print(f"error: {group.unscored()} snapshots could not be scored", markup=False)
+        return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
+    left = group.unscored()
+    if left:
+        console.print(f"error: {left} snapshots could not be scored; see {run.logs / 'eval-rank-0.log'}", markup=False)
         return EXIT_FAILED
     return EXIT_DONE
 

@@ -7,20 +7,22 @@ import sys
 
 from configs.errors import EXIT_FAILED, VernierError
 from configs.load import load_config, resolve
+from configs.parent import die_with_parent
 from configs.rundir import RunDir
+from configs.terminal import is_supervised
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; gives the exit code."""
+    die_with_parent()
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("config", help="YAML file or shipped recipe")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--extend", action="store_true", help="go on beyond the steps the run was started with")
     asked = parser.parse_args(arguments)
     # torch is imported from here on
-    from eval.ranks import die_with_parent, environment_ranks, local_world_size, log_to_file
+    from eval.ranks import environment_ranks, local_world_size, log_to_file
 
-    die_with_parent()
     rank = environment_ranks()[0]
     terminal = sys.stderr
     try:
@@ -29,12 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         from trainer.run import run_training
 
         return run_training(config, terminal, extend=asked.extend)
-    except VernierError as error:
-        print(error, file=terminal)
-        return error.exit_code
     except Exception as error:
-        print(f"rank {rank}: {type(error).__name__}: {error}", file=terminal)
-        return EXIT_FAILED
+        ours = isinstance(error, VernierError)
+        if not (is_supervised() and error.__dict__.get("recorded")):  # `vernier` tells what the run's state says
+            print(str(error) if ours else f"rank {rank}: {type(error).__name__}: {error}", file=terminal)
+        return error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
 
 
 if __name__ == "__main__":

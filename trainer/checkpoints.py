@@ -29,7 +29,7 @@ from configs.whole import (
     verify,
     write_atomic,
 )
-from eval.ranks import Ranks
+from eval.ranks import Ranks, StoppedByAnotherRank
 from trainer import zero_state
 
 VERSION = 1
@@ -48,8 +48,6 @@ def save_checkpoint(engine: Any, run: RunDir, ranks: Ranks, clock: Clock, keep: 
     """Writes checkpoint `clock.step` from all ranks, commits it, and drops those older than the newest `keep`."""
     final = run.checkpoints / step_name(clock.step)
     if ranks.first:
-        if final.exists():  # of an attempt that was cut off after it; this one's history is the one that counts
-            shutil.rmtree(final)
         begin(final)
     ranks.barrier()
     part = partial_path(final)
@@ -102,7 +100,12 @@ def _finish(engine: Any, final: Path, part: Path, ranks: Ranks, clock: Clock) ->
         "parameters": merged,
     }
     (part / "state.json").write_text(json.dumps(state))
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():  # of this very step: the new one is whole on disk before the old one goes
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     commit(final, {"kind": "checkpoint", "step": clock.step}, hashes)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def newest_checkpoint(run: RunDir) -> Path | None:
@@ -124,7 +127,7 @@ def load_checkpoint(engine: Any, directory: Path, ranks: Ranks, accumulation: in
     except DataError as error:
         problem = str(error)
     if not ranks.agree(not problem):
-        raise DataError(problem or f"{directory}: refused by another rank")
+        raise DataError(problem) if problem else StoppedByAnotherRank(f"{directory}: refused by another rank")
     state = read_json(directory / "state.json")
     _check_tiling(directory, state, engine)
     files = {name: safe_open(directory / name, "pt") for name in _file_names(state)}

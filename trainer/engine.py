@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.load import micro_batch
+from configs.load import merged, micro_batch
 from configs.schema import Config
 
 
@@ -63,14 +63,7 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
             ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
         case "amp":
             ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return _merged(ours, config.deepspeed)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = copy.deepcopy(base)
-    for key, value in over.items():
-        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
+    return merged(ours, config.deepspeed)
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

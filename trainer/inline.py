@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from eval.losses import Scorer
+from eval.losses import Head, Scorer
 from eval.models import DTYPES
 from eval.ranks import Ranks
 from eval.reference import load_reference
@@ -32,13 +34,18 @@ class InlineScoring:
         self.reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
         held = next(engine.module.parameters()).dtype
         # Under amp ZeRO-3 gathers weights in 16 bits for its matrix products: not what the snapshot holds.
-        rounded = config.precision == "amp" and config.zero.stage == 3
+        sharded = config.zero.stage == 3
+        rounded = config.precision == "amp" and sharded
+        parts = engine.module.parts()
+        plain_head = parts is not None and isinstance(parts[1], torch.nn.Linear)
         self.direct = held == DTYPES[self.dtype] == DTYPES[dtype_of(config)] and not rounded
+        self.direct &= plain_head or not sharded
         self.scorer = Scorer(
             engine.module.lm if self.direct else _empty_copy(hf, DTYPES[self.dtype], ranks.device),
             self.reference.sequence_length,
-            parts=engine.module.parts() if self.direct else None,
+            parts=parts if self.direct else None,
             device=ranks.device,
+            gather_head=self._whole_head if self.direct and sharded else None,
         )
         self.scores = RunScores(RunDir(config.run_dir), self.reference, self.dtype) if ranks.first else None
 
@@ -57,7 +64,14 @@ class InlineScoring:
         with cpu_threads(threads), torch.autocast(self.ranks.device.type, enabled=False):
             table = score_reference(self.scorer, self.reference, self.ranks, facts, lockstep=sharded)
         if self.scores is not None:
-            self.scores.add(step, table, time.perf_counter() - started)
+            self.scores.add_or_refuse(step, table, time.perf_counter() - started)
+
+    @contextmanager
+    def _whole_head(self) -> Iterator[Head]:
+        """The head for any number of calls: as a module, each would gather its weights from all ranks again."""
+        head = self.engine.module.parts()[1]
+        with zero_state.gathered(self.engine, list(head.parameters())):
+            yield lambda hidden: torch.nn.functional.linear(hidden, head.weight, head.bias)
 
     @torch.no_grad()
     def _fill(self) -> None:

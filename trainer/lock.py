@@ -13,6 +13,7 @@ from configs.errors import ConfigError
 from configs.rundir import RunDir
 
 FRESH_S = 60.0
+PATIENCE = 10  # tenths of a second
 
 
 class RunLock:
@@ -25,12 +26,7 @@ class RunLock:
     def acquire(self, attempt: int) -> None:
         """Takes the lock, or raises ConfigError naming its holder."""
         descriptor = os.open(self.run.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise ConfigError(held_message(self.run)) from None
-        if _alive_elsewhere(self.run):
+        if not _locked(descriptor) or _alive_elsewhere(self.run):
             os.close(descriptor)
             raise ConfigError(held_message(self.run))
         holder = {
@@ -52,6 +48,18 @@ class RunLock:
             self.descriptor = None
 
 
+def _locked(descriptor: int) -> bool:
+    """Takes the lock; patient for a moment, since one who asks whether it is held takes it for an instant."""
+    for _ in range(PATIENCE):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False
+
+
 def holder(run: RunDir) -> dict[str, Any]:
     """What the lock says of its holder; empty where it says nothing."""
     try:
@@ -65,8 +73,7 @@ def _alive_elsewhere(run: RunDir) -> bool:
     found = holder(run)
     if not found or found.get("host") == socket.gethostname():
         return False
-    state = run.read_state()
-    return state.get("exit_code") is None and time.time() - float(state.get("heartbeat", 0)) < FRESH_S
+    return time.time() - run.last_heartbeat() < FRESH_S  # only the holder touches the lock
 
 
 def held_message(run: RunDir) -> str:

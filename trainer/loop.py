@@ -5,6 +5,7 @@ The host never waits for the device inside a step: what a step measured rides on
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from configs.errors import VernierError
 from configs.load import micro_batch
 from configs.schema import Config
 from eval.losses import IGNORED
@@ -33,24 +35,27 @@ class Hooks:
     observe: Callable[[dict[str, Any]], None]  # a step's metrics, a step late
     snapshot: Callable[[Clock], None]
     checkpoint: Callable[[Clock], None]
+    skipped: Callable[[Clock], None]  # the last batch of this clock was used up without an update
+
+
+MOST_SKIPPED = 100  # updates in a row; fp16 finds its loss scale in far fewer
 
 
 @dataclass
 class Measured:
     """A step's figures on their way from the device."""
 
-    line: dict[str, Any]
-    sums: torch.Tensor  # [loss in nats, ranks asked to stop, of them by Ctrl-C], fp64, summed over ranks
-    work: Any
-    grad_norm: torch.Tensor | float | None
+    line: dict[str, Any] | None  # None: the update was skipped, only the flags count
+    sums: torch.Tensor  # fp64 [loss in nats, ranks asked to stop, of them by Ctrl-C, gradient norm], on the CPU
+    ready: Callable[[], Any]
     targets: int
 
-    def read(self) -> tuple[dict[str, Any], bool, bool]:
-        """(metrics line, asked to stop, by Ctrl-C); waits for the device if it must."""
-        self.work.wait()
-        loss, stop, interrupt = self.sums.tolist()
-        norm = None if self.grad_norm is None else float(self.grad_norm)
-        return {**self.line, "loss": loss / self.targets, "grad_norm": norm}, stop > 0, interrupt > 0
+    def read(self) -> tuple[dict[str, Any] | None, bool, bool]:
+        """(metrics line, asked to stop, by Ctrl-C); waits for what was enqueued up to its own step."""
+        self.ready()
+        loss, stop, interrupt, norm = self.sums.tolist()
+        line = self.line and {**self.line, "loss": loss / self.targets, "grad_norm": norm}
+        return line, stop > 0, interrupt > 0
 
 
 def train(
@@ -61,6 +66,7 @@ def train(
     accumulation = config.batch.global_ // (ranks.world * micro)
     pending: Measured | None = None
     stopped = interrupted = False
+    skipped = 0
     if clock.step == 0:
         hooks.snapshot(clock)
     while clock.step < config.steps and not stopped:
@@ -73,7 +79,7 @@ def train(
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for ids_BT, target_BT, seed in micro_batches(data, windows, config, ranks, clock.position, micro):
-            torch.manual_seed(seed)  # dropout is a function of the data, not of rank or history
+            torch.manual_seed(seed)  # dropout is a function of the place in the data, not of rank or history
             loss = engine(ids_BT, target_BT)
             # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
             engine.backward(loss * (ranks.world * accumulation / targets))
@@ -82,14 +88,22 @@ def train(
                 norm = grad_norm_before_step(engine)
             engine.step()
 
-        applied = engine.was_step_applied()  # not so only where fp16 overflowed
+        applied = engine.was_step_applied()  # not so where the gradient was not finite
         clock = Clock(step if applied else clock.step, clock.position + 1, clock.tokens + targets)
         if pending is not None:
             stopped, interrupted = _observe(pending, hooks)
-        line = _line(step, clock, rate, time.perf_counter() - started, targets, ranks, micro)
-        pending = _measure(line, loss_sum, norm if norm is not None else engine.get_global_grad_norm(), targets, asked)
-        if not applied:
-            pending = None  # the batch is used up, the step is made with the next
+        line = _line(step, clock, rate, time.perf_counter() - started, targets, ranks, micro) if applied else None
+        norm = norm if norm is not None else engine.get_global_grad_norm()
+        pending = _measure(line, loss_sum, norm, targets, asked)
+        skipped = 0 if applied else skipped + 1
+        if not applied:  # the batch is used up, the step is made with the next
+            hooks.skipped(clock)
+            if skipped == MOST_SKIPPED:
+                raise VernierError(
+                    f"step {step}: the gradient was not finite {skipped} times in a row; lower optimizer.lr"
+                )
+            if stopped:
+                hooks.checkpoint(clock)
             continue
 
         last = clock.step == config.steps
@@ -121,16 +135,34 @@ def micro_batches(
         yield ids_BT, target_BT, mixed_seed(config.seed, position, start)
 
 
-def _measure(line: dict[str, Any], loss_sum: torch.Tensor, norm: Any, targets: int, asked: StopRequest) -> Measured:
+def _measure(
+    line: dict[str, Any] | None, loss_sum: torch.Tensor, norm: Any, targets: int, asked: StopRequest
+) -> Measured:
     stop, interrupt = asked.poll()
     flags = torch.tensor([float(stop), float(interrupt)], dtype=torch.float64).to(loss_sum.device, non_blocking=True)
     sums = torch.cat([loss_sum.reshape(1), flags])
-    return Measured(line, sums, dist.all_reduce(sums, async_op=True), norm, targets)
+    work = dist.all_reduce(sums, async_op=True)
+    own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).reshape(1)
+    if sums.device.type == "cpu":
+
+        def arrived() -> None:
+            work.wait()
+            found[:3] = sums
+
+        found = torch.cat([torch.zeros(3, dtype=torch.float64), own])
+        return Measured(line, found, arrived, targets)
+    work.wait()  # orders the stream behind the all-reduce; the host goes on
+    on_host = torch.empty(4, dtype=torch.float64, pin_memory=True)
+    on_host.copy_(torch.cat([sums, own.to(sums.device, non_blocking=True)]), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return Measured(line, on_host, event.synchronize, targets)
 
 
 def _observe(pending: Measured, hooks: Hooks) -> tuple[bool, bool]:
     line, stop, interrupt = pending.read()
-    hooks.observe(line)
+    if line is not None:
+        hooks.observe(line)
     return stop, interrupt
 
 

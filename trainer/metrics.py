@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ class Metrics:
         self.board: Any = SummaryWriter(log_dir=str(run.train_board), purge_step=purge)
         self._hparams(config, parameters)
         self.told = 0.0
+        self.ended = threading.Event()
+        # From a thread, since a save or a scoring may take longer than others are ready to wait for a sign of life.
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
     def _hparams(self, config: Config, parameters: int) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -60,6 +64,10 @@ class Metrics:
         for summary in hparams(values, {"train/loss": 0.0}):
             self.board.file_writer.add_summary(summary)
 
+    def _beat(self) -> None:
+        while not self.ended.wait(HEARTBEAT_S):
+            self.run.beat()
+
     def add(self, line: dict[str, Any]) -> None:
         """Writes a step's line, and its scalars."""
         self.file.write(json.dumps(line) + "\n")
@@ -68,7 +76,7 @@ class Metrics:
                 self.board.add_scalar(f"train/{key}", line[key], line["step"])
         if time.monotonic() - self.told > HEARTBEAT_S:
             self.told = time.monotonic()
-            self.run.write_state("running", step=line["step"])
+            self.run.write_state(None, step=line["step"])
 
     def flush(self) -> None:
         """Puts what was written on disk, as it must be before a checkpoint commits."""
@@ -77,6 +85,7 @@ class Metrics:
         self.board.flush()
 
     def close(self) -> None:
+        self.ended.set()
         self.file.close()
         self.board.close()
 
@@ -114,7 +123,7 @@ MAY_CHANGE = (
     "batch.micro",
     "checkpoint.",
     "data.",  # where it lies; what it holds is checked by its fingerprint
-    "deepspeed.",
+    "deepspeed.zero_optimization.",  # how state is cut and moved, not what is computed
     "deterministic",
     "eval.",
     "gradient_checkpointing",

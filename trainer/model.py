@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
 from eval.losses import IGNORED, split_model, training_loss
-from eval.models import check_model
+from eval.models import check_loaded, check_model
 from eval.ranks import seed_everything
 
 
@@ -30,7 +29,10 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
 
     if settings.path is not None:
         check_model(settings.path)
-        config = AutoConfig.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"model.path: {settings.path}: {str(error).strip().splitlines()[0]}") from None
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ConfigError(f"model.path: {settings.path} is a {config.model_type}, which is no causal LM")
         return config
@@ -98,9 +100,14 @@ def make_model(config: Config, hf: Any) -> Any:
 
     seed_everything(config.seed)
     if config.model.path is not None:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model.path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.model.path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        check_loaded(config.model.path, info)
     else:
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
     if config.gradient_checkpointing:
@@ -136,10 +143,3 @@ class TrainableLM(nn.Module):
 def parameter_count(model: nn.Module) -> int:
     """Trainable parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer's files into a model directory."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != "manifest.json":
-            (target / file.name).write_bytes(file.read_bytes())

@@ -70,10 +70,6 @@ class ProgressLine:
             if event["kind"] in ("scored", "not scored"):
                 self.console.print(f"  {event['message']}", markup=False)
 
-    def say(self, text: str) -> None:
-        """A line above the progress line."""
-        self.console.print(text, markup=False)
-
     def close(self) -> None:
         if self.live is not None:
             self.live.stop()

@@ -13,8 +13,9 @@ from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
 from configs.load import batch_problems, dump_config, load_config, micro_batch
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from configs.whole import read_manifest, write_atomic
-from eval.ranks import Ranks, join, leave, set_determinism
+from configs.terminal import is_supervised
+from configs.whole import read_json, read_manifest, verify, write_atomic
+from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
 from eval.reference import tokenizer_fingerprint
 from trainer import stop
 from trainer.checkpoints import Clock, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -30,24 +31,29 @@ from trainer.progress import ProgressLine
 from trainer.snapshots import take_snapshot
 
 
-def check_run(config: Config, *, extend: bool = False) -> tuple[dict[str, Any], Any]:
+def check_run(config: Config, *, extend: bool = False, fresh: bool = False) -> tuple[dict[str, Any], Any]:
     """Everything that can be found wrong before a rank starts: gives (data facts, Hugging Face config).
+
+    Args:
+        fresh: what is in the run directory will be moved away, so it need not fit.
 
     Raises:
         ConfigError: what is wrong, a line each.
     """
     facts = load_dataset_facts(config.data_dir)
-    read_manifest(config.data_dir, "dataset")
+    verify(config.data_dir, "dataset", hashes=False)  # sizes only: hashing terabytes at each start would take hours
     fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
     hf = check_model_settings(config, facts, fingerprint)
     if config.eval.placement != "none":
-        read_manifest(config.reference_dir, "reference")
+        _check_reference(config, fingerprint, hf)
     if len(Windows(config.data_dir, config.sequence_length)) < 1:
         raise ConfigError(
             f"sequence_length: {config.sequence_length} is longer than all training tokens; prepare more data"
         )
     run = RunDir(config.run_dir)
-    if run.config.is_file():
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"run.dir: {run.path} is a file; name a directory")
+    if run.config.is_file() and not fresh:
         changes = forbidden_changes(load_config(run.config), config, extend=extend)
         before = _manifest(run).get("data", {}).get("data")
         if before is not None and before != facts["fingerprints"]["data"]:
@@ -57,8 +63,26 @@ def check_run(config: Config, *, extend: bool = False) -> tuple[dict[str, Any], 
     return facts, hf
 
 
+def _check_reference(config: Config, tokenizer: str, hf: Any) -> None:
+    """Refuses a reference set that the model, once trained, could not be scored on."""
+    directory = config.reference_dir
+    read_manifest(directory, "reference")
+    facts = read_json(directory / "reference.json")
+    if facts["tokenizer"]["fingerprint"] != tokenizer:
+        raise ConfigError(
+            f"eval.reference: {directory} has another tokenizer than the data; tokenize it again: "
+            f"vernier prepare --reference {directory} --tokenizer {config.data_dir / 'tokenizer'} --out NEW_DIR"
+        )
+    longest = getattr(hf.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and facts["sequence_length"] > longest:
+        raise ConfigError(
+            f"eval.reference: windows of {directory} have {facts['sequence_length']} tokens, the model {longest}; "
+            "prepare a reference set with a shorter sequence_length"
+        )
+
+
 def _manifest(run: RunDir) -> dict[str, Any]:
-    return dict(json.loads(run.manifest.read_text())) if run.manifest.is_file() else {}
+    return dict(read_json(run.manifest)) if run.manifest.is_file() else {}
 
 
 def finished(run: RunDir, config: Config) -> bool:
@@ -81,6 +105,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> i
     lock = RunLock(run)
     owner = ranks.first  # who may write the run's state
     try:
+        attempt = 0
         if ranks.first:
             try:
                 run.path.mkdir(parents=True, exist_ok=True)
@@ -88,18 +113,23 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> i
                 lock.acquire(attempt)
             except BaseException:
                 owner = False  # another trainer's run: its state is not ours to write
+                ranks.agree(False)
                 raise
+        if not ranks.agree(True):
+            raise StoppedByAnotherRank("the run is held by another trainer")
         problems = list(batch_problems(config, ranks.world))
         if problems:
             raise ConfigError(*problems)
         facts, hf = check_run(config, extend=extend)
         if ranks.first:
-            run.stop_request.unlink(missing_ok=True)
+            if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
+                run.stop_request.unlink(missing_ok=True)
             begin_run(run, config, attempt)
         ranks.barrier()
         code = _train(config, run, ranks, facts, hf, asked, console)
     except BaseException as error:
         _record_failure(run, ranks, error, owner)
+        error.__dict__["recorded"] = True
         raise
     lock.release()
     leave()
@@ -183,7 +213,14 @@ def _train(
         if ranks.first:
             run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
 
-    clock, stopped, interrupted = train(engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save))
+    def skipped(at: Clock) -> None:
+        if ranks.first:
+            told = f"batch {at.position - 1} is used up without an update: its gradient was not finite"
+            run.add_event("skipped", told, step=at.step, rank=0)
+
+    clock, stopped, interrupted = train(
+        engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save, skipped)
+    )
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
         inline.close()
@@ -200,7 +237,7 @@ def _train(
 
 def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, owner: bool) -> None:
     """Tells the first failure in `state.json`: torchrun turns every exit code into 1."""
-    if ranks.first and not owner:
+    if (ranks.first and not owner) or isinstance(error, StoppedByAnotherRank):
         return
     said = str(error).strip() or type(error).__name__
     if not isinstance(error, VernierError):

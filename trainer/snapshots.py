@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from configs.whole import (
 )
 from eval.models import DTYPES, fingerprint_of_digests, tensor_digest
 from eval.ranks import Ranks
+from eval.tokenization import copy_tokenizer_files
 from trainer import zero_state
-from trainer.model import copy_tokenizer
 
 SHARD_BYTES = 5 << 30
 GATHER_NUMEL = 64 << 20  # parameters gathered at once at ZeRO-3
@@ -187,7 +188,7 @@ def _finish(
     generation = getattr(engine.module.lm, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(part)
-    copy_tokenizer(config.data_dir / "tokenizer", part)
+    copy_tokenizer_files(config.data_dir / "tokenizer", part)
     if _same_weights_are_there(final, weights):
         import shutil
 
@@ -208,9 +209,10 @@ def _move_aside(final: Path, config: Config) -> None:
     if not final.exists():
         return
     run = RunDir(config.run_dir)
-    attempt = run.path / "replaced" / f"attempt-{run.read_state().get('attempt', 0)}"
-    attempt.mkdir(parents=True, exist_ok=True)
-    final.rename(attempt / final.name)
+    places = (run.path / "replaced" / f"{final.name}.{number}" for number in count(1))
+    place = next(p for p in places if not p.exists())
+    place.mkdir(parents=True)
+    final.rename(place / "snapshot")
     for table in run.losses.glob(f"*/{final.name}@*"):
-        table.rename(attempt / table.name)
-    run.add_event("replaced", f"{final.name} of an earlier attempt had other weights; it is in {attempt}")
+        table.rename(place / table.name)
+    run.add_event("replaced", f"{final.name} of an earlier attempt had other weights; it is in {place}")

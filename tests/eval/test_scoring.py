@@ -1,11 +1,13 @@
 """Scoring gives the same bits at any number of ranks, and the numbers that transformers gives."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import table_of, vernier
+from conftest import TINY, table_of, vernier
 
 from eval.reference import load_reference
 from eval.tables import read_table
@@ -75,16 +77,42 @@ def test_a_model_whose_logits_are_more_than_its_head_is_scored_right() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "gemma2", vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, pad_token_id=0,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0, pad_token_id=0,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
-    assert split_model(model) is None
+    assert split_model(model) is None  # also now, when its logits are near 0 and no cap is reached
     ids = torch.randint(1, 100, (3, 12))
     found = Scorer(model, 16).score(ids, torch.tensor([1, 4, 1]), torch.tensor([12, 12, 5]))
     logits = model(input_ids=ids[:, :-1]).logits
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(3, 11)
     expected = [nll[0].sum(), nll[1, 3:].sum(), nll[2, :4].sum()]
     np.testing.assert_allclose(found.loss.numpy(), [float(e) for e in expected], rtol=1e-5)
+
+
+def test_a_model_in_the_hugging_face_cache_is_scored(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The cache calls its folder `snapshots` as well, and knows nothing of our manifests."""
+    model = tmp_path / "models--who--what" / "snapshots" / "0123abcd"
+    shutil.copytree(tiny_run / "snapshots" / "step-00000020", model)
+    (model / "manifest.json").unlink()
+    out = tmp_path / "losses"
+    vernier("eval", model, "--reference", tiny_data / "reference", "--out", out)
+    (path,) = out.glob("0123abcd@*")
+    again, first = read_table(path), read_table(table_of(tiny_run, 20))
+    assert np.array_equal(again.loss, first.loss)
+    assert again.meta["source"] == first.meta["source"]  # by the content of the weights, not their files
+
+
+def test_zero3_scores_inline_in_chunks_although_batches_need_different_numbers_of_them(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = [f"data.dir={tiny_data}", f"run.dir={run}", "zero.stage=3", "steps=2", "schedule.warmup_steps=0"]
+    small = {**os.environ, "VERNIER_LOGITS_BYTES": str(4 * 512 * 20)}
+    vernier("train", TINY, *settings, env=small)
+    model = run / "snapshots" / "step-00000002"
+    vernier("eval", model, "--reference", tiny_data / "reference", "--out", tmp_path, env=small)
+    (path,) = tmp_path.glob("*.parquet")
+    np.testing.assert_allclose(read_table(table_of(run, 2)).loss, read_table(path).loss, rtol=1e-5)
 
 
 def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -47,6 +48,23 @@ def prepare(
         ConfigError: a setting or source is wrong, or what is there was prepared with other settings.
         DataError: the source holds too little, or what is there is damaged.
     """
+    with _alone(config.data_dir):
+        return _prepare(config, fresh, say, progress)
+
+
+@contextmanager
+def _alone(final: Path) -> Iterator[None]:
+    """Refuses to prepare a data set that another process is preparing."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with open(final.with_name(f".{final.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"data.dir: {final} is being prepared by another process; wait for it") from None
+        yield
+
+
+def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: Progress | None) -> dict[str, Any]:
     final = config.data_dir
     settings = _settings(config)
     there = final.is_dir() and any(final.iterdir())

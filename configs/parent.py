@@ -1,0 +1,35 @@
+"""Processes that die with their parent: `kill -9` of torchrun, or of `vernier`, must not leave ranks behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def kill_with_parent() -> None:
+    """Has the kernel kill this process when its parent does (Linux; kept over exec)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """`kill_with_parent`, and a watch besides. To be called first of all: a parent may die while torch is imported."""
+    parent = os.getppid()
+    kill_with_parent()
+    orphaned = parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun was gone before we looked
+    if orphaned or os.getppid() != parent:
+        os._exit(1)
+    # The signal is tied to the parent's *thread* and is Linux only; a slow watch covers the rest.
+    threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,205 @@
+"""A training that is stopped or killed goes on with the same command, to the same bits, and leaves no orphan."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier
+
+STEPS = 400
+SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=200", "model.attention_dropout=0.1"]
+
+
+def processes(run: Path) -> dict[int, str]:
+    """Processes whose command line names the run: pid → command line."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run) in command and int(entry.name) != os.getpid():
+            found[int(entry.name)] = command
+    return found
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def at_step(run: Path, step: int) -> Callable[[], bool]:
+    def reached() -> bool:
+        path = run / "metrics.jsonl"
+        return path.is_file() and path.read_text().count("\n") >= step
+
+    return reached
+
+
+def start(*settings: str) -> subprocess.Popen[str]:
+    command = [*VERNIER, "train", TINY, *SETTINGS, *settings]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def gone_within(run: Path, seconds: float) -> None:
+    wait_for(lambda: not processes(run), seconds)
+
+
+def torchrun_of(run: Path, module: str) -> int:
+    (pid,) = [p for p, c in processes(run).items() if "torch.distributed.run" in c and f"--module {module}" in c]
+    return pid
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbs."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    vernier("train", TINY, *SETTINGS, f"data.dir={tiny_data}", f"run.dir={run}")
+    return run
+
+
+def weights(run: Path) -> str:
+    return json.loads((run / "snapshots" / f"step-{STEPS:08d}" / "manifest.json").read_text())["weights"]
+
+
+def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    where = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=separate", "eval.nproc=2"]
+
+    training = start(*where)  # Ctrl-C: a checkpoint of the step it was at
+    wait_for(at_step(run, 60))
+    training.send_signal(signal.SIGINT)
+    said, _ = training.communicate(timeout=60)
+    assert training.returncode == 130, said
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    gone_within(run, 10)
+    stopped_at = json.loads((run / "state.json").read_text())["step"]
+    assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+
+    training = start(*where)  # kill -9 of torchrun: its ranks and the evaluator go with it
+    wait_for(at_step(run, max(170, stopped_at + 60)))
+    os.kill(torchrun_of(run, "trainer"), signal.SIGKILL)
+    said, _ = training.communicate(timeout=60)
+    assert training.returncode == 1, said
+    gone_within(run, 10)
+    assert f"going on from step {stopped_at}, written by 2 ranks" in said
+    assert json.loads((run / "state.json").read_text())["state"] == "failed"
+
+    training = start(*where)  # kill -9 of the evaluator: training does not notice; kill -9 of vernier: all go
+    wait_for(at_step(run, 230))
+    os.kill(torchrun_of(run, "eval"), signal.SIGKILL)
+    wait_for(at_step(run, 290))
+    training.kill()
+    said, _ = training.communicate(timeout=60)
+    assert "the evaluator died" in said
+    gone_within(run, 10)
+
+    done = vernier("train", TINY, *SETTINGS, *where)  # and on to the end
+    assert "going on from step" in done.stderr
+    gone_within(run, 10)
+    assert losses(run) == losses(straight)
+    assert weights(run) == weights(straight)
+    for step in (0, 200, 400):
+        assert table_of(run, step).read_bytes() == table_of(straight, step).read_bytes()
+
+    again = vernier("train", TINY, *SETTINGS, *where)  # a finished run says so
+    assert "is finished" in again.stderr
+
+
+def test_on_other_ranks_and_another_stage_it_goes_on_with_the_same_windows(tiny_data: Path, tmp_path: Path) -> None:
+    settings = [TINY, f"data.dir={tiny_data}", "eval.placement=none", "steps=60", "checkpoint.every=20"]
+    settings += ["checkpoint.keep=9"]
+    straight, other = tmp_path / "straight", tmp_path / "other"
+    vernier("train", *settings, f"run.dir={straight}")
+    shutil.copytree(straight, other)
+    changes = {20: ["nproc=1", "zero.stage=3", "batch.micro=16"], 40: ["nproc=4", "zero.stage=1"]}
+    for step, changed in changes.items():
+        for later in range(step + 20, 61, 20):
+            shutil.rmtree(other / "checkpoints" / f"step-{later:08d}", ignore_errors=True)
+        (other / "state.json").unlink()
+        done = vernier("train", *settings, f"run.dir={other}", *changed)
+        assert f"going on from step {step}, written by" in done.stderr
+    assert "written by 1 ranks at ZeRO-3" in done.stderr
+    assert np.max(np.abs(np.array(losses(other)) / np.array(losses(straight)) - 1)) < 1e-4
+    assert {line["ranks"] for line in lines(other / "metrics.jsonl") if line["step"] > 40} == {4}
+    assert [line["position"] for line in lines(other / "metrics.jsonl")] == list(range(60))
+
+
+def test_extended_when_asked_anew_when_asked_and_never_from_a_broken_checkpoint(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    where = [TINY, f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=none", "checkpoint.every=5"]
+    vernier("train", *where, "steps=10")
+    said = vernier("train", *where, "steps=20", "--extend").stderr
+    assert "the cosine schedule is drawn anew over 20 steps" in said
+    assert len(losses(run)) == 20
+    vernier("train", *where, "--fresh", "model.vocab_size=100", code=2)  # refused before anything is moved
+    assert len(losses(run)) == 20
+    vernier("train", *where, "steps=10", "--fresh")
+    assert len(losses(run)) == 10
+    (old,) = tmp_path.glob("run.old-*")
+    assert len(losses(old)) == 20
+
+    shard = next((run / "checkpoints" / "step-00000010").glob("rank-00001*"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1  # one bit
+    shard.write_bytes(content)
+    done = vernier("train", *where, "steps=20", "--extend", code=2)
+    assert done.stderr.count("rank-00001.safetensors: changed since it was written") == 1
+    assert json.loads((run / "state.json").read_text())["failure"]["rank"] == 0
+    assert len(losses(run)) == 10
+
+
+def test_a_second_trainer_started_by_hand_is_refused_and_a_stop_at_start_is_not_lost(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    where = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=none", "steps=100000"]
+    first = start(*where)
+    wait_for(lambda: (run / "checkpoints").is_dir())
+    second = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "trainer", TINY, *SETTINGS, *where),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert "is held by process" in second.stderr
+    state = json.loads((run / "state.json").read_text())
+    assert (state["state"], state["exit_code"], state["failure"]) == ("running", None, None)
+    first.send_signal(signal.SIGTERM)
+    assert "stopped at step" in first.communicate(timeout=60)[0]
+    assert first.returncode == 75
+
+    third = start(*where)  # asked to stop before its ranks are up
+    time.sleep(4)
+    third.send_signal(signal.SIGTERM)
+    said, _ = third.communicate(timeout=90)
+    assert third.returncode == 75, said
+    gone_within(run, 10)
+
+
+def test_gradients_that_are_never_finite_end_the_training_with_their_reason(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ["optimizer.lr=1e30", "clip_grad_norm=null", "steps=400", "eval.placement=none"]
+    done = vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}", *settings, code=1)
+    assert "the gradient was not finite 100 times in a row; lower optimizer.lr" in done.stderr
+    skipped = [line for line in lines(run / "events.jsonl") if line["kind"] == "skipped"]
+    assert len(skipped) == 100

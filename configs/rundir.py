@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -108,6 +109,17 @@ class RunDir:
         named = {"state": state} if state else {}
         now = {**before, **named, "host": socket.gethostname(), **facts, "heartbeat": time.time()}
         write_atomic(self.state, json.dumps(now, indent=1), durable=state is not None)
+
+    def is_held(self) -> bool:
+        """Whether a process holds the run's lock."""
+        try:
+            with open(self.lock) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def beat(self) -> None:
         """Says that the run is alive, without touching what its state says."""

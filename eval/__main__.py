@@ -18,7 +18,7 @@ from typing import Any
 
 from configs.errors import EXIT_FAILED, ConfigError, DataError, VernierError
 from configs.load import load_config, resolve
-from configs.parent import die_with_parent
+from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
 from configs.whole import write_atomic
 
@@ -133,4 +133,4 @@ def score_models(asked: argparse.Namespace, console: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_once(main())

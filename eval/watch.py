@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,6 @@ def table_path(run: RunDir, reference: ReferenceSet, step: int, dtype: str) -> P
     return run.losses / reference.short_name / table_name(step_name(step), OBJECTIVE, dtype)
 
 
-def lock_is_held(run: RunDir) -> bool:
-    """Whether a process holds the run's lock."""
-    try:
-        with open(run.lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 def training_is_over(run: RunDir) -> bool:
     """Whether no further snapshot will come: the trainer said its last word, or is plainly gone."""
     state = run.read_state()
@@ -49,7 +36,7 @@ def training_is_over(run: RunDir) -> bool:
     if state.get("exit_code") is not None:
         return True
     heard = max(run.last_heartbeat(), float(state.get("heartbeat", 0)))
-    return time.time() - heard > ABANDONED_S and not lock_is_held(run)
+    return time.time() - heard > ABANDONED_S and not run.is_held()
 
 
 class RunScores:

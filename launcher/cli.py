@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VernierError
+from configs.parent import end_at_once
 
 app = typer.Typer(
     name="vernier",
@@ -172,7 +173,7 @@ def main() -> None:
         code = stop.exit_code
     except Exception as error:
         code = _click_code(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    end_at_once(code if isinstance(code, int) else 0)
 
 
 def _click_code(error: Exception) -> int:

@@ -21,6 +21,7 @@ from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.whole import read_json, write_atomic
 from launcher.processes import end, last_lines, start, torchrun
+from trainer.lock import held_message
 
 POLL_S = 0.2
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
@@ -35,8 +36,10 @@ class Interrupts:
     by_ctrl_c: bool = False
 
     def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.count += 1
@@ -49,7 +52,7 @@ def run_train(source: str, overrides: list[str], *, fresh: bool, extend: bool, w
     run = RunDir(config.run_dir)
     from trainer.run import check_run, finished
 
-    if _held(run):
+    if run.is_held():
         raise ConfigError(held_message(run))
     check_run(config, extend=extend, fresh=fresh)
     if fresh and run.path.exists():
@@ -72,19 +75,6 @@ def run_train(source: str, overrides: list[str], *, fresh: bool, extend: bool, w
     if code == EXIT_DONE and config.eval.placement != "none":
         _print_scores(run, console)
     return code
-
-
-def _held(run: RunDir) -> bool:
-    from eval.watch import lock_is_held
-
-    return lock_is_held(run)
-
-
-def held_message(run: RunDir) -> str:
-    """Who holds the run."""
-    from trainer import lock
-
-    return lock.held_message(run)
 
 
 def _explain_extension(config: Config, run: RunDir, extend: bool, console: Console) -> None:
@@ -200,7 +190,7 @@ def _train(
 def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Console) -> int:
     state = run.read_state()
     code = state.get("exit_code")
-    if code is None and _held(run):  # by another trainer, which was quicker: the state is its own
+    if code is None and run.is_held():  # by another trainer, which was quicker: the state is its own
         raise ConfigError(held_message(run))
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED

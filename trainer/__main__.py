@@ -7,7 +7,7 @@ import sys
 
 from configs.errors import EXIT_FAILED, VernierError
 from configs.load import load_config, resolve
-from configs.parent import die_with_parent
+from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
 from configs.terminal import is_supervised
 
@@ -39,4 +39,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_once(main())

@@ -45,6 +45,12 @@ def test_extends_merges_over_the_recipe_beneath(tmp_path: Path) -> None:
     assert (config.name, config.steps, config.optimizer.lr, config.optimizer.eps) == ("demo", 300, 0.5, 1e-6)
 
 
+def test_another_kind_of_model_takes_the_place_of_the_one_beneath() -> None:
+    assert load_config("demo", ["model.path=runs/a"]).model.fields == {}
+    assert load_config("demo", ["model.type=gpt2", "model.n_embd=48"]).model.fields == {"n_embd": 48}
+    assert load_config("demo", ["model.hidden_size=64"]).model.fields["num_hidden_layers"] == 4
+
+
 def test_extends_in_a_circle_is_said(tmp_path: Path) -> None:
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     path = write(tmp_path, "extends: a.yaml\n", "b.yaml")
@@ -66,14 +72,15 @@ def test_a_section_with_all_its_lines_commented_out_means_its_defaults(tmp_path:
         ("optimizer.lr=-1", "optimizer.lr: -1 should be greater than 0"),
         ("precision=fp8", "precision: 'fp8' should be 'fp32', 'amp', 'bf16' or 'fp16'"),
         ("name=../up", "name: '../up' use up to 100 letters"),
-        ("model.path=x", "model: give either path"),
+        ("model={path: x, n_embd: 3}", "model: path brings its own config.json; remove n_embd"),
+        ("model={n_embd: 3, type: null}", "model: give either path (a model directory) or type"),
         (
             "batch.global=15",
             "batch.global: 15 is not divisible by 2 ranks; nearest batches that are: 14 or 16",
         ),
-        ("schedule.warmup_steps=500", "schedule.warmup_steps: 500 is longer than the training (steps: 240)"),
+        ("schedule.warmup_steps=500", "schedule.warmup_steps: 500 is longer than the training (steps: 480)"),
         ("sequence_length=4096", "sequence_length: 4096 is longer than model.max_position_embeddings (128)"),
-        ("snapshot.at=[999]", "snapshot.at: 999 is after the last step (steps: 240)"),
+        ("snapshot.at=[999]", "snapshot.at: 999 is after the last step (steps: 480)"),
         (
             "deepspeed.zero_optimization.stage=3",
             "deepspeed.zero_optimization.stage: set by Vernier; use zero.stage",

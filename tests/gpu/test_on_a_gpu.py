@@ -1,0 +1,55 @@
+"""What only a GPU can show: NCCL, fp16 with its loss scale, bf16 scoring, offload. `make gpu-test`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, lines, losses, table_of, vernier
+
+from configs.devices import gpu_count
+from eval.tables import read_table
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu_count() == 0, reason="no GPU is visible (make gpu-test)")]
+
+
+def train(run: Path, data: Path, *settings: str) -> Path:
+    vernier("train", TINY, f"data.dir={data}", f"run.dir={run}", "nproc=1", "deterministic=true", *settings)
+    return run
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "amp", "fp16"])
+def test_every_stage_and_precision_trains_under_nccl(
+    stage: int, precision: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = [f"zero.stage={stage}", f"precision={precision}", "optimizer.lr=2e-3"]
+    found = losses(train(tmp_path / "run", tiny_data, *settings))
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_an_fp16_overflow_uses_up_a_batch_and_makes_no_step(tiny_data: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", tiny_data, "precision=fp16", "deepspeed={fp16: {initial_scale_power: 32}}")
+    skipped = [e for e in lines(run / "events.jsonl") if e["kind"] == "skipped"]
+    found = lines(run / "metrics.jsonl")
+    assert skipped
+    assert [line["step"] for line in found] == list(range(1, 21))
+    assert found[-1]["position"] == 19 + len(skipped)
+
+
+def test_offload_agrees_with_training_on_the_device(tiny_data: Path, tmp_path: Path) -> None:
+    plain = losses(train(tmp_path / "plain", tiny_data, "precision=fp32"))
+    offloaded = losses(train(tmp_path / "offload", tiny_data, "precision=fp32", "zero.offload=cpu"))
+    assert np.max(np.abs(np.array(plain) / np.array(offloaded) - 1)) < 1e-4
+
+
+def test_scoring_in_bf16_again_gives_the_same_bits(tiny_data: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", tiny_data, "precision=bf16")
+    model = run / "snapshots" / "step-00000020"
+    vernier("eval", model, "--reference", tiny_data / "reference", "--out", tmp_path)
+    (path,) = tmp_path.glob("*.parquet")
+    assert np.array_equal(read_table(path).loss, read_table(table_of(run, 20)).loss)
+
+
+def test_two_runs_are_the_same_bits_when_deterministic(tiny_data: Path, tmp_path: Path) -> None:
+    first, second = (losses(train(tmp_path / name, tiny_data, "precision=bf16")) for name in "ab")
+    assert first == second

@@ -1,4 +1,4 @@
-"""The layout of a run directory, its state and its events. DESIGN calls it `runs/NAME`."""
+"""The layout of a run directory (`runs/NAME`), its state and its events."""
 
 from __future__ import annotations
 

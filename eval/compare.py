@@ -87,7 +87,7 @@ class Comparison:
         return "no difference seen"
 
     def to_json(self) -> dict[str, Any]:
-        """What `vernier compare A B --json` prints (DESIGN § 2); null where a number is infinite.
+        """What `vernier compare A B --json` prints (docs/design.md, section 2); null where a number is infinite.
 
         In bits per byte `nats` is null and `bits_per_byte` has the difference.
         """
@@ -279,7 +279,7 @@ class RunComparison:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What `vernier compare RUN --json` prints (DESIGN § 2)."""
+        """What `vernier compare RUN --json` prints (docs/design.md, section 2)."""
         return {
             "run": self.run,
             "reference": self.reference,

@@ -6,8 +6,11 @@ turns every rank's code into 1.
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +250,19 @@ def _print_scores(run: RunDir, console: Console) -> None:
         return
     out = Console(highlight=False)
     print_run_table(compare_run(run.path), out)
-    out.print(f"\nrun        {run.path}", markup=False, soft_wrap=True)
-    out.print(f"snapshots  {run.snapshots}", markup=False, soft_wrap=True)
-    out.print(f"losses     {run.losses}", markup=False, soft_wrap=True)
-    out.print(f"watch it   vernier board {run.path}", markup=False, soft_wrap=True)
+    out.print(f"\nrun        {_shown(run.path)}", markup=False, soft_wrap=True)
+    out.print(f"snapshots  {_shown(run.snapshots)}", markup=False, soft_wrap=True)
+    out.print(f"losses     {_shown(run.losses)}", markup=False, soft_wrap=True)
+    out.print(f"watch it   {_command()} board {_shown(run.path)}", markup=False, soft_wrap=True)
+
+
+def _shown(path: Path) -> str:
+    """A path as one would type it here, quoted for a shell."""
+    inside = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
+
+
+def _command() -> str:
+    """How one would type `vernier` here: after `make demo` the environment is not active."""
+    own = Path(sys.executable).with_name("vernier")
+    return _shown(own) if shutil.which("vernier") is None and own.is_file() else "vernier"

@@ -73,7 +73,8 @@ def train(
         started = time.perf_counter()
         step = clock.step + 1
         windows = windows_at(clock.position, batch=config.batch.global_, windows=len(data), seed=config.seed)
-        targets = int(data.target_counts(windows).sum())  # of the whole global batch, known to every rank
+        # Of the whole global batch, known to every rank; a batch may be all masked.
+        targets = max(1, int(data.target_counts(windows).sum()))
         rate = learning_rate(step, peak=config.optimizer.lr, steps=config.steps, schedule=config.schedule)
         set_learning_rate(engine, rate)
 

@@ -160,7 +160,7 @@ def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is n
 
 
 def main() -> None:
-    """Entry point of `vernier`: runs a verb, tells errors in a line, ends with DESIGN's exit codes."""
+    """Entry point of `vernier`: runs a verb, tells errors in a line, ends with the exit codes of configs.errors."""
     try:
         code = app(standalone_mode=False)
     except VernierError as error:

@@ -32,6 +32,8 @@ class ProgressLine:
                 TimeRemainingColumn(),
                 console=console,
                 refresh_per_second=4,
+                redirect_stdout=False,  # what libraries print belongs into the log
+                redirect_stderr=False,
             )
             self.task = self.live.add_task("", total=steps, completed=step, loss="–", speed="–")
             self.live.start()

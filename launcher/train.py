@@ -125,7 +125,7 @@ class EvalGroup:
         code = self.process.poll()
         if code is None:
             return True
-        if code == 0 and not training:
+        if code == 0 and (not training or self.run.read_state().get("exit_code") is not None):
             return False
         if self.next_start == 0.0:
             self._note_death(code)

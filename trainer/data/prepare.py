@@ -54,14 +54,21 @@ def prepare(
 
 @contextmanager
 def _alone(final: Path) -> Iterator[None]:
-    """Refuses to prepare a data set that another process is preparing."""
+    """Refuses to prepare a data set that another process is preparing; leaves no trace of having asked."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    with open(final.with_name(f".{final.name}.lock"), "w") as lock:
+    path = final.with_name(f".{final.name}.lock")
+    with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = os.fstat(lock.fileno()).st_ino == path.stat().st_ino
         except OSError:
-            raise ConfigError(f"data.dir: {final} is being prepared by another process; wait for it") from None
-        yield
+            current = False  # held by another, or just let go of and removed by another
+        if not current:
+            raise ConfigError(f"data.dir: {final} is being prepared by another process; wait for it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: Progress | None) -> dict[str, Any]:

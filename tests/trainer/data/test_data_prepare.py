@@ -1,5 +1,6 @@
 """`prepare` as a user meets it: the same data each time, nothing half there, no text on both sides."""
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,11 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no prepared data"):
         prepare(config(tmp_path), say=quiet)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_two_at_once_on_one_directory_are_not_let_to_mix(tmp_path: Path) -> None:
+    with open(tmp_path / ".out.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is being prepared by another process"):
+            prepare(config(tmp_path), say=quiet)
+    prepare(config(tmp_path), say=quiet)

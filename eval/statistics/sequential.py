@@ -1,0 +1,154 @@
+"""Looking while documents come in: an interval that holds at all looks at once, and bounds for planned looks.
+
+Documents must come in random order: in order of difficulty no guarantee is left. For looks along a training run, each
+of which scores the whole set anew, see `power.spent_alpha`.
+
+Legend: `_C` one entry a cluster (document) in the order of the stream, `_K` one a look; leading dimensions `…` are
+streams of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri, roots_legendre
+
+from configs.errors import DataError
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+FIRST_LOOK_DOCUMENTS = 40  # before these the variance is too uncertain for an asymptotic interval
+FIRST_LOOK_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class ConfidenceSequence:
+    """At each look: documents so far [K], the ratio [… K], and the half width of its interval [… K]."""
+
+    documents_K: Integers
+    value_K: Floats
+    half_K: Floats
+
+
+def mixture_rho(t_opt: float, alpha: float = 0.05) -> float:
+    """ρ at which the sequence is narrowest at time `t_opt`: ρ² = (−2 ln α + ln(−2 ln α + 1)) / t_opt.
+
+    Waudby-Smith et al., arXiv 2103.06476, appendix on optimizing Robbins' normal mixture.
+    """
+    return math.sqrt((-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / t_opt)
+
+
+def mixture_width(t: ArrayLike, rho: float, alpha: float = 0.05) -> Floats:
+    """Half width, in standard deviations, at time t: sqrt( 2(tρ²+1)/(t²ρ²) · ln( sqrt(tρ²+1)/α ) ).
+
+    Waudby-Smith et al., arXiv 2103.06476, theorem 2.2 (asymptotic confidence sequence, Gaussian mixture).
+    """
+    t_K = np.asarray(t, dtype=np.float64)
+    grown_K = t_K * rho**2 + 1
+    return np.sqrt(2 * grown_K / (t_K * rho) ** 2 * np.log(np.sqrt(grown_K) / alpha))
+
+
+def allowed_looks(ends: ArrayLike, samples: ArrayLike) -> Integers:
+    """Those of the block ends (in documents, ascending) at which one may look: ≥ 40 documents and ≥ 256 samples.
+
+    Args:
+        ends: [K] documents behind each look.
+        samples: [C] samples in each document.
+    """
+    ends_K = np.asarray(ends, dtype=np.int64)
+    samples_K = np.concatenate([[0], np.cumsum(np.asarray(samples))])[ends_K]
+    return ends_K[(ends_K >= FIRST_LOOK_DOCUMENTS) & (samples_K >= FIRST_LOOK_SAMPLES)]
+
+
+def confidence_sequence(
+    y: ArrayLike, m: ArrayLike, looks: ArrayLike, t_opt: float, alpha: float = 0.05
+) -> ConfidenceSequence:
+    """Intervals for the ratio Σy/Σm that hold at all looks together with probability 1 − α, whenever one stops.
+
+    d̄_t = Σy/Σm over the first t documents; half width s_t·`mixture_width`(t)/m̄_t, where s_t² is the variance of the
+    residuals y_c − d̄_t·m_c (divisor t − 1) and m̄_t the mean of m (Waudby-Smith et al., arXiv 2103.06476, theorem 2.2;
+    linearised as in Miller, arXiv 2411.00640, app. A). t counts documents, never samples.
+
+    The guarantee is asymptotic in the first look: pass `looks` through `allowed_looks`. The value at a stop chosen by
+    looking is inflated: report the interval.
+
+    Args:
+        y: [… C] sums by document, such as the difference in nats, in the order of the stream.
+        m: [… C] their weights, above zero (targets, bytes, or the first model's loss for a relative difference).
+        looks: [K] ascending numbers of documents at which to look, each 2 or more.
+        t_opt: the number of documents at which the interval shall be narrowest.
+
+    Raises:
+        DataError: a look at fewer than two documents or beyond the end of the stream.
+    """
+    y_C, m_C = np.asarray(y, dtype=np.float64), np.asarray(m, dtype=np.float64)
+    looks_K = np.asarray(looks, dtype=np.int64)
+    if not len(looks_K) or looks_K[0] < 2 or looks_K[-1] > y_C.shape[-1] or np.any(np.diff(looks_K) <= 0):
+        raise DataError(f"looks must ascend from 2 documents or more to at most the {y_C.shape[-1]} of the stream")
+    y_C, m_C = y_C[..., : looks_K[-1]], m_C[..., : looks_K[-1]]
+    # The first look's ratio is taken off before squaring: a difference with little spread would cancel to noise.
+    offset = y_C[..., : looks_K[0]].sum(-1, keepdims=True) / m_C[..., : looks_K[0]].sum(-1, keepdims=True)
+    shifted_C = y_C - offset * m_C
+    weight_K = _running(m_C, looks_K)
+    ratio_K = _running(shifted_C, looks_K) / weight_K
+    cross_K, weight_squares_K = _running(shifted_C * m_C, looks_K), _running(m_C**2, looks_K)
+    squares_K = _running(shifted_C**2, looks_K) - 2 * ratio_K * cross_K + ratio_K**2 * weight_squares_K
+    sd_K = np.sqrt(np.maximum(squares_K, 0.0) / (looks_K - 1))
+    width_K = mixture_width(looks_K, mixture_rho(t_opt, alpha), alpha)
+    return ConfidenceSequence(looks_K, offset + ratio_K, sd_K * width_K * looks_K / weight_K)
+
+
+def excludes(sequence: ConfidenceSequence, point: float = 0.0) -> NDArray[np.bool_]:
+    """Whether each look's interval leaves `point` out; [… K]."""
+    return np.abs(sequence.value_K - point) > sequence.half_K
+
+
+def first_look(hit_K: NDArray[np.bool_]) -> Integers:
+    """Index of the first look that is true, −1 where none is; […]."""
+    return np.where(hit_K.any(-1), hit_K.argmax(-1), -1)
+
+
+@lru_cache(maxsize=64)
+def obrien_fleming_constant(looks: int, alpha: float = 0.05) -> float:
+    """C at which P(|z_k| > C·sqrt(K/k) at any of K = `looks` equally spaced looks) = α.
+
+    O'Brien & Fleming, Biometrics 35, 1979; the probability by the recursion of Armitage, McPherson & Rowe, J. R.
+    Statist. Soc. A 132, 1969: f_1 = N(0, 1/K), f_{k+1}(x) = ∫_{−C}^{C} f_k(u)·φ_{1/K}(x − u) du. C lies between
+    z_{1−α/2} (one look) and z_{1−α/4} (looks without end, reflection principle).
+    """
+    if looks < 1:
+        raise ValueError(f"looks: {looks} is not a number of looks")
+    from scipy.optimize import brentq  # half the time of importing the rest, and needed here alone
+
+    lowest, highest = float(ndtri(1 - alpha / 2)), float(ndtri(1 - alpha / 4))
+    if looks == 1:
+        return lowest
+    nodes, weights = roots_legendre(64 + 12 * math.ceil(math.sqrt(looks)))  # several nodes a step's sd
+
+    def excess(bound: float) -> float:
+        x = bound * nodes
+        step = np.exp(-looks * (x[:, None] - x[None, :]) ** 2 / 2) * math.sqrt(looks / (2 * math.pi))
+        density = np.exp(-looks * x**2 / 2) * math.sqrt(looks / (2 * math.pi))
+        for _ in range(looks - 1):
+            density = step @ (bound * weights * density)
+        return 1 - float(bound * weights @ density) - alpha
+
+    return float(brentq(excess, lowest, highest, xtol=1e-9))
+
+
+def obrien_fleming_bounds(looks: int, alpha: float = 0.05) -> Floats:
+    """Bounds on |z_k| for the looks k = 1 … K at equal steps of information: C·sqrt(K/k); [K].
+
+    O'Brien & Fleming, Biometrics 35, 1979. The last is little above z_{1−α/2}; the number of looks must be planned.
+    """
+    return obrien_fleming_constant(looks, alpha) * np.sqrt(looks / np.arange(1, looks + 1))
+
+
+def _running(x_C: Floats, looks_K: Integers) -> Floats:
+    """Sums over the first looks_K[k] documents: sums between looks, added up; [… K]."""
+    return np.cumsum(np.add.reduceat(x_C, np.concatenate([[0], looks_K[:-1]]), axis=-1), axis=-1)

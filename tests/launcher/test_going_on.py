@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier
 
-STEPS = 400
-SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=200", "model.attention_dropout=0.1"]
+STEPS = 600
+SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=300", "model.attention_dropout=0.1"]
 
 
 def processes(run: Path) -> dict[int, str]:
@@ -99,10 +99,9 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     training = start(*where)  # kill -9 of the evaluator: training does not notice; kill -9 of vernier: all go
     wait_for(at_step(run, 230))
     os.kill(torchrun_of(run, "eval"), signal.SIGKILL)
-    wait_for(at_step(run, 290))
+    wait_for(lambda: "evaluator died" in (run / "events.jsonl").read_text())
     training.kill()
-    said, _ = training.communicate(timeout=60)
-    assert "the evaluator died" in said
+    training.communicate(timeout=60)
     gone_within(run, 10)
 
     done = vernier("train", TINY, *SETTINGS, *where)  # and on to the end
@@ -110,7 +109,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     gone_within(run, 10)
     assert losses(run) == losses(straight)
     assert weights(run) == weights(straight)
-    for step in (0, 200, 400):
+    for step in (0, 300, 600):
         assert table_of(run, step).read_bytes() == table_of(straight, step).read_bytes()
 
     again = vernier("train", TINY, *SETTINGS, *where)  # a finished run says so
@@ -189,7 +188,7 @@ def test_a_second_trainer_started_by_hand_is_refused_and_a_stop_at_start_is_not_
     assert first.returncode == 75
 
     third = start(*where)  # asked to stop before its ranks are up
-    time.sleep(4)
+    wait_for(lambda: json.loads((run / "state.json").read_text())["state"] == "pending")
     third.send_signal(signal.SIGTERM)
     said, _ = third.communicate(timeout=90)
     assert third.returncode == 75, said

@@ -28,6 +28,7 @@ from trainer.lock import held_message
 
 POLL_S = 0.2
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
+DYING_S = 5.0  # for the kernel to take down a killed rank, and with it the lock
 STOP_PATIENCE_S = 120.0  # for a step, a checkpoint and its fsync
 
 
@@ -193,8 +194,11 @@ def _train(
 def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Console) -> int:
     state = run.read_state()
     code = state.get("exit_code")
-    if code is None and run.is_held():  # by another trainer, which was quicker: the state is its own
-        raise ConfigError(held_message(run))
+    deadline = time.monotonic() + DYING_S
+    while code is None and run.is_held():
+        if time.monotonic() > deadline:  # held by another trainer, which was quicker: the state is its own
+            raise ConfigError(held_message(run))
+        time.sleep(POLL_S / 4)  # our own rank 0 is still dying of torchrun's death
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
         how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"

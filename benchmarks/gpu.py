@@ -1,4 +1,5 @@
-"""`python -m benchmarks.gpu`: training throughput on one GPU by precision and ZeRO stage, for a small Llama."""
+"""`python -m benchmarks.gpu [train] [score]`: on one GPU, training throughput by precision and ZeRO stage for a small
+Llama, and what scoring costs for a model in the shape of Qwen3-0.6B."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.scoring import Case, in_own_process, known_ways, report_memory, report_speed
 from configs.devices import gpu_count
 
 STEPS = 60
@@ -17,36 +19,78 @@ MODEL = (
 )
 MODEL += "max_position_embeddings: 1024, vocab_size: 8192}"
 
+QWEN3_0_6B = {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+SCORING = Case(
+    "Qwen3-0.6B's shape",
+    QWEN3_0_6B,
+    2048,
+    4,
+    turns=20,
+    rounds=3,
+    goals={"logits": 0.95, "harness": 1.5},
+    dtype="bf16",
+    device="cuda",
+)
 
-def main() -> int:
-    """Prints tokens/s and peak memory of each combination."""
+
+def train(folder: Path) -> None:
+    """Prints tokens/s and peak memory of each combination of precision and stage."""
+    common = [
+        "demo",
+        MODEL,
+        f"data.dir={folder / 'data'}",
+        "sequence_length=1024",
+        "data.vocab_size=8192",
+        "nproc=1",
+    ]
+    subprocess.run([sys.executable, "-m", "launcher.cli", "prepare", *common], check=True)
+    for precision in ("bf16", "amp", "fp32"):
+        for stage in (0, 2, 3):
+            run = folder / f"{precision}-{stage}"
+            settings = [f"run.dir={run}", f"steps={STEPS}", f"precision={precision}", f"zero.stage={stage}"]
+            settings += ["eval.placement=none", f"snapshot.every={STEPS}", "snapshot.at=[]", "checkpoint.every=60"]
+            settings += ["batch.global=16", "batch.micro=16"]
+            command = [sys.executable, "-m", "launcher.cli", "train", *common, *settings]
+            subprocess.run(command, check=True)
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            rate = statistics.median(line["tokens_per_s"] for line in lines[STEPS // 2 :])
+            print(f"{precision} ZeRO-{stage}: {rate:,.0f} tokens/s, {lines[-1]['memory_gib']:.2f} GiB", flush=True)
+
+
+def score(folder: Path) -> None:
+    """Prints speed and memory of scoring beside a plain forward pass and lm-evaluation-harness."""
+    ways, directory = known_ways(), folder / "model"
+    in_own_process("model", SCORING, directory, [])
+    report_speed(SCORING, directory, ways)
+    report_memory(SCORING, directory, ways)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs what was asked for, both by default."""
+    parts = {"train": train, "score": score}
+    unknown = [name for name in arguments if name not in parts]
+    if unknown:
+        print(f"benchmarks.gpu: {unknown[0]!r}; expected {' or '.join(parts)}", file=sys.stderr)
+        return 2
     if gpu_count() == 0:
         print("benchmarks.gpu: no GPU is visible", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="vernier-bench-") as name:
-        folder = Path(name)
-        common = [
-            "demo",
-            MODEL,
-            f"data.dir={folder / 'data'}",
-            "sequence_length=1024",
-            "data.vocab_size=8192",
-            "nproc=1",
-        ]
-        subprocess.run([sys.executable, "-m", "launcher.cli", "prepare", *common], check=True)
-        for precision in ("bf16", "amp", "fp32"):
-            for stage in (0, 2, 3):
-                run = folder / f"{precision}-{stage}"
-                settings = [f"run.dir={run}", f"steps={STEPS}", f"precision={precision}", f"zero.stage={stage}"]
-                settings += ["eval.placement=none", f"snapshot.every={STEPS}", "snapshot.at=[]", "checkpoint.every=60"]
-                settings += ["batch.global=16", "batch.micro=16"]
-                command = [sys.executable, "-m", "launcher.cli", "train", *common, *settings]
-                subprocess.run(command, check=True)
-                lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-                rate = statistics.median(line["tokens_per_s"] for line in lines[STEPS // 2 :])
-                print(f"{precision} ZeRO-{stage}: {rate:,.0f} tokens/s, {lines[-1]['memory_gib']:.2f} GiB", flush=True)
+        for part in arguments or parts:
+            parts[part](Path(name))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

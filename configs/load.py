@@ -256,6 +256,7 @@ def resolve(config: Config, *, nproc: int | None = None) -> Config:
             "precision": config.precision or ("bf16" if gpus else "fp32"),
             "deterministic": config.deterministic if config.deterministic is not None else gpus == 0,
             "run": config.run.model_copy(update={"dir": config.run_dir.absolute()}),
+            "baseline": config.baseline and config.baseline.absolute(),
             "data": config.data.model_copy(
                 update={
                     "dir": config.data_dir.absolute(),

@@ -74,6 +74,10 @@ class RunDir:
         return self.path / "snapshots"
 
     @property
+    def ema(self) -> Path:
+        return self.path / "ema"
+
+    @property
     def losses(self) -> Path:
         return self.path / "losses"
 

@@ -39,6 +39,9 @@ class DataSettings(Settings):
         description="python-stdlib; files or folders of .txt .md .py … .jsonl .csv .parquet .arrow; a saved data set",
     )
     text_field: str = Field("text", description="column that holds the text, where the source has columns")
+    prompt_field: str | None = Field(
+        None, description="column that holds a prompt to the text: context, neither trained on nor scored"
+    )
     max_bytes: Positive | None = Field(None, description="take documents, in random order, up to this many bytes")
     tokenizer: Path | None = Field(None, description="directory of a Hugging Face tokenizer; trained here when absent")
     vocab_size: Annotated[int, Field(ge=257)] = Field(8192, description="entries of the tokenizer that is trained here")
@@ -112,6 +115,12 @@ class SnapshotSettings(Settings):
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="default: as the precision keeps weights")
 
 
+class EmaSettings(Settings):
+    decay: Fraction | None = Field(
+        None, description="e.g. 0.999: snapshots also hold the moving average of the weights (in ema/); null: none"
+    )
+
+
 class EvalSettings(Settings):
     placement: Literal["separate", "inline", "none"] = Field(
         "separate",
@@ -119,6 +128,11 @@ class EvalSettings(Settings):
     )
     reference: Path | None = Field(None, description="reference set; default the one beside the training data")
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="default fp32 on CPU, bf16 on GPU")
+    weights: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="whole on every eval rank, sharded over them, or by what a device holds (placement: separate)",
+    )
+    timeout_s: Annotated[float, Field(gt=0)] = Field(1800.0, description="longest wait of eval ranks for one another")
     nproc: Positive = Field(1, description="ranks of the eval rank-group")
     threads_per_rank: Positive = Field(1, description="CPU threads of a scoring rank; fixed, since they change bits")
 
@@ -136,6 +150,11 @@ class Config(Settings):
     gradient_checkpointing: bool = False
     nproc: Positive | None = Field(None, description="ranks on this machine; default its GPUs, else 1")
     threads_per_rank: Positive | None = Field(None, description="CPU threads a training rank; default cores ÷ nproc")
+    baseline: Path | None = Field(
+        None,
+        description="a run with the same data, seed and batch; "
+        "TensorBoard shows the paired difference of training losses against it",
+    )
 
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
@@ -148,6 +167,7 @@ class Config(Settings):
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="anything else of DeepSpeed's, passed through")
     checkpoint: CheckpointSettings = CheckpointSettings()
     snapshot: SnapshotSettings = SnapshotSettings()
+    ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
 
     @field_validator("name")

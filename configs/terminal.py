@@ -17,6 +17,11 @@ def lend_terminal(environment: dict[str, str]) -> None:
     environment[_VARIABLE] = "stdin"
 
 
+def is_lent(environment: dict[str, str]) -> bool:
+    """Whether processes started with `environment` take their stdin for a terminal to write to."""
+    return environment.get(_VARIABLE) == "stdin"
+
+
 def is_supervised() -> bool:
     """Whether a `vernier` started this process and watches over it."""
     return _VARIABLE in os.environ

@@ -1,4 +1,4 @@
-"""`python -m eval`: a rank of the rank-group that scores. torchrun starts several; one alone works as well.
+"""`python -m eval`: a rank of the rank-group that scores. torchrun, mpirun or srun start several; one alone works.
 
 Two ways: `python -m eval CONFIG [key=value …]` watches that run; `python -m eval --models M … --reference REF` scores
 model directories once (`vernier eval` starts it so).
@@ -10,13 +10,11 @@ import argparse
 import json
 import signal
 import sys
-import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from configs.errors import EXIT_FAILED, ConfigError, DataError, VernierError
+from configs.errors import EXIT_FAILED, ConfigError, VernierError
 from configs.load import load_config, resolve
 from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
@@ -31,6 +29,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", type=Path, default=[], help="model directories to score once")
     parser.add_argument("--tables", nargs="+", type=Path, default=[], help="a loss table's path for each of --models")
     parser.add_argument("--reference", type=Path)
+    parser.add_argument("--ensemble", action="store_true", help="score the mean of the models' probabilities")
+    parser.add_argument("--objective", choices=["causal", "prompt", "masked", "pll"], help="default: the set's own")
+    parser.add_argument("--weights", choices=["auto", "replicated", "sharded"], default="auto")
+    parser.add_argument("--against", type=Path, metavar="TABLE", help="stop once the model is told apart from this one")
+    parser.add_argument(
+        "--margin", type=float, default=0.0, help="percent; with --against, no difference so large will do"
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shuffle-batches", type=int, default=None, metavar="SEED")
@@ -57,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif asked.models and asked.reference:
             if asked.log_dir:
                 console = log_to_file(asked.log_dir / f"rank-{rank}.log")
-            score_models(asked, console)
+            score_directories(asked, console)
         else:
             raise ConfigError("eval: give CONFIG, or --models with --reference")
     except Exception as error:
@@ -79,56 +84,36 @@ def watch_run(config: Any) -> None:
     from eval.ranks import join, leave
     from eval.watch import watch
 
-    ranks = join(config.eval.threads_per_rank)
+    ranks = join(config.eval.threads_per_rank, timeout_s=config.eval.timeout_s)
     watch(config, ranks)
     leave()
 
 
-def score_models(asked: argparse.Namespace, console: Any) -> None:
-    """Scores model directories one after another, all ranks on each."""
+def score_directories(asked: argparse.Namespace, console: Any) -> None:
+    """Scores model directories one after another, all ranks on each, or all together as an ensemble."""
     import torch
 
-    from eval.losses import Scorer
-    from eval.models import load_for_scoring, weights_fingerprint
+    from eval.once import Scoring, score_models
     from eval.ranks import join, leave
     from eval.reference import load_reference
-    from eval.scoring import cpu_threads, score_reference, scoring_facts
-    from eval.tables import write_table
-    from eval.watch import snapshot_step
 
     ranks = join(asked.threads)
     reference = load_reference(asked.reference, check=False)  # `vernier eval` has checked it
-    dtype = asked.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
-    for directory, path in zip(asked.models, asked.tables, strict=True):
-        model = load_for_scoring(directory, dtype, ranks.device, trust_remote_code=asked.trust_remote_code)
-        step = None
-        with suppress(DataError):  # a foreign model has no step
-            step = snapshot_step(directory)
-        facts = scoring_facts(model, weights_fingerprint(directory), dtype, directory.name, step, asked.threads)
-        started = told = time.monotonic()
-
-        def progress(done: int, of: int, directory: Path = directory) -> None:
-            nonlocal told
-            if ranks.first and time.monotonic() - told > 5:
-                told = time.monotonic()
-                print(f"{directory.name}: {100 * done // of} % scored", file=console)
-
-        with cpu_threads(asked.threads):
-            table = score_reference(
-                Scorer(model, reference.sequence_length),
-                reference,
-                ranks,
-                facts,
-                order_seed=asked.shuffle_batches,
-                on_batch=progress,
-            )
-        if ranks.first:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_table(path, table)
-            loss = table.loss.sum() / table.tokens.sum()
-            seconds = time.monotonic() - started
-            print(f"{directory.name}: {loss:.4f} nats/token, {seconds:.1f} s -> {path}", file=console)
-        ranks.barrier()
+    how = Scoring(
+        dtype=asked.dtype or ("bf16" if torch.cuda.is_available() else "fp32"),
+        objective=asked.objective,
+        weights=asked.weights,
+        threads=asked.threads,
+        order_seed=asked.shuffle_batches,
+        against=asked.against,
+        margin_percent=asked.margin,
+        trust_remote_code=asked.trust_remote_code,
+    )
+    groups = [asked.models] if asked.ensemble else [[model] for model in asked.models]
+    if len(groups) != len(asked.tables):
+        raise ConfigError(f"--tables: {len(asked.tables)} were given for {len(groups)} sets of losses")
+    for models, table in zip(groups, asked.tables, strict=True):
+        score_models(models, table, reference, ranks, how, lambda line: print(line, file=console))
     leave()
 
 

@@ -5,17 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eval.compare import compare_tables
 from eval.tables import LossTable
 
+BINS = 60
+# A histogram is drawn between its extremes: a few samples far out would leave one bar of all others.
+CUT = 0.005
+LAYOUT = {
+    "paired": {
+        title: ["Margin", [tag, f"{tag}_band/low", f"{tag}_band/high"]]
+        for title, tag in (
+            ("loss on the reference set, 95 %", "eval/loss"),
+            ("paired change from the checkpoint before, %, 95 %", "eval/change_percent"),
+        )
+    }
+}
+
 
 class EvalBoard:
-    """Scalars of the scored checkpoints of a run."""
+    """Scalars with their bands and histograms of the scored checkpoints of a run."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer: Any = SummaryWriter(log_dir=str(folder))
+        self.writer.add_custom_scalars(LAYOUT)
 
     def add(self, step: int, table: LossTable, before: LossTable | None, look: int) -> dict[str, Any]:
         """Writes a table's loss with its error band and its paired change; gives what it wrote."""
@@ -40,8 +57,22 @@ class EvalBoard:
         for name, value in scalars.items():
             if value is not None:
                 self.writer.add_scalar(name, value, step)
+        if before is not None and comparison["paired_by"] == "sample":
+            values_N = differences_percent(before, table)
+            self.writer.add_histogram("eval/differences_percent", values_N, step, bins=BINS)
         self.writer.flush()
         return comparison
 
     def close(self) -> None:
         self.writer.close()
+
+
+def differences_percent(a: LossTable, b: LossTable) -> NDArray[np.float64]:
+    """Each sample's change of loss per token in percent of A's mean loss, [N], for a histogram.
+
+    What lies beyond the outer half percent on either side is set to its border.
+    """
+    mean = float(a.loss.sum()) / float(a.tokens.sum(dtype=np.int64))
+    change_N = 100 * (b.loss - a.loss) / a.tokens / mean
+    ordered_N, out = np.sort(change_N), int(CUT * len(change_N))
+    return np.clip(change_N, ordered_N[out], ordered_N[-1 - out])

@@ -1,29 +1,33 @@
-"""Paired verdicts: between two loss tables, and along the checkpoints of a run. Prints nothing."""
+"""The paired verdict between two loss tables. Prints nothing; along a run see `eval.along`."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
-from configs.rundir import RunDir, read_jsonl, step_name
-from eval.statistics import PairedDifference, adjusted_p, by_cluster, clustered_ratio, detectable, spent_alpha
-from eval.statistics.paired import paired_difference
-from eval.tables import LossTable, read_table
-from eval.targets import most_scored
+from eval.statistics import (
+    Estimate,
+    PairedDifference,
+    Power,
+    adjusted_p,
+    by_cluster,
+    detectable,
+    power_for,
+    spent_alpha,
+)
+from eval.statistics.paired import FEW_DOCUMENTS, paired_difference
+from eval.tables import LossTable
 
 Verdict = Literal["better", "worse", "no difference seen", "identical"]
+Limit = Literal["samples", "training noise"]
 Gate = Literal["better", "not-worse"]
 PairedBy = Literal["sample", "document"]
 ALPHA = 0.05
-# With fewer documents the t interval of a clustered error is liberal: it claims .067 at 5 % with 20 of them.
-FEW_DOCUMENTS = 40
 NATS, BITS = "nats per token", "bits per byte"
 
 
@@ -51,7 +55,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B − A on the same reference set. Better: B's loss is lower."""
+    """B − A on the same reference set. Better: B's loss is lower.
+
+    `wobble_percent`: checkpoint-to-checkpoint noise of the runs that the two are of, the larger; None where it cannot
+    be told. `one_step`: the two are one optimizer step of one run apart.
+    """
 
     a: Side
     b: Side
@@ -62,6 +70,8 @@ class Comparison:
     paired_by: PairedBy
     reference: str
     cautions: tuple[str, ...] = ()
+    wobble_percent: float | None = None
+    one_step: bool = False
 
     @property
     def p_adjusted(self) -> float:
@@ -86,13 +96,47 @@ class Comparison:
             return "better" if self.difference.value < 0 else "worse"
         return "no difference seen"
 
+    @property
+    def below_wobble(self) -> bool:
+        """Whether the change is no larger than two checkpoints of such a run differ by anyway: 2·√2·wobble."""
+        return self.wobble_percent is not None and abs(self.difference.percent) < 2 * math.sqrt(2) * self.wobble_percent
+
+    @property
+    def limited_by(self) -> Limit | None:
+        """What keeps a verdict from saying more.
+
+        A clear difference below the wobble is limited by training noise, save between weights one optimizer step
+        apart: there no more is asked than which of two given sets of weights is better. Where no difference is seen,
+        the larger counts of the wobble of a difference, √2·wobble, and its standard error.
+        """
+        verdict = self.verdict
+        if verdict == "identical":
+            return None
+        if verdict != "no difference seen":
+            return "training noise" if self.below_wobble and not self.one_step else None
+        noise = math.sqrt(2) * (self.wobble_percent or 0.0)
+        return "training noise" if noise > self.difference.se_percent and not self.one_step else "samples"
+
+    def power(self, wanted_percent: float) -> Power | None:
+        """What seeing a change of `wanted_percent` (above zero) needs; None for a pair without any spread."""
+        if not self.difference.se_percent > 0:
+            return None
+        return power_for(
+            wanted_percent,
+            self.difference.se_percent,
+            100 * math.hypot(self.a.se, self.b.se) / self.a.loss,
+            documents=self.a.documents,
+            samples=self.a.samples,
+            tokens=self.a.tokens,
+            alpha=spent_alpha(self.alpha, self.look),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """What `vernier compare A B --json` prints (docs/design.md, section 2); null where a number is infinite.
 
         In bits per byte `nats` is null and `bits_per_byte` has the difference.
         """
         found = self.difference
-        verdict = self.verdict
         in_nats = self.unit == NATS
         return {
             "a": self.a.to_json(),
@@ -111,10 +155,11 @@ class Comparison:
                 "pairing_gain": finite(found.pairing_gain),
                 "t": finite(found.t),
                 "t_unpaired": finite(found.t_unpaired),
+                "method": found.method,
             },
-            "verdict": verdict,
-            "limited_by": "samples" if verdict == "no difference seen" else None,
-            "wobble_percent": None,
+            "verdict": self.verdict,
+            "limited_by": self.limited_by,
+            "wobble_percent": finite(self.wobble_percent),
             "unit": self.unit,
             "paired_by": self.paired_by,
             "reference": self.reference,
@@ -134,6 +179,8 @@ def compare_tables(
     look: int | None = None,
     alpha: float = ALPHA,
     names: tuple[str, str] | None = None,
+    in_bits: bool = False,
+    pairs: int = 1,
 ) -> Comparison:
     """The paired comparison of two tables, `b` against `a`.
 
@@ -143,19 +190,24 @@ def compare_tables(
     Args:
         look: None for a comparison that stands by itself; 1, 2, … along a run, where α·6/(π²k²) may be spent.
         names: what to call the two; default their labels.
+        in_bits: bits per byte by document also where the tokens are the same ones.
+        pairs: how many comparisons share α, so that a p by flipped signs can be small enough.
 
     Raises:
-        DataError: they have nothing in common to pair by, other objectives, or fewer than two documents.
+        DataError: they have nothing in common to pair by, other objectives, other parts of the set, or fewer than
+            two documents.
     """
+    level = spent_alpha(alpha, look) / pairs
     objectives = a.meta.get("objective"), b.meta.get("objective")
     if objectives[0] != objectives[1]:
         raise DataError(f"compare: the objectives differ ({objectives[0]} and {objectives[1]}); nothing can be paired")
-    if _same(a, b, "reference"):
+    _check_parts(a, b)
+    if _same(a, b, "reference") and not (in_bits and _same(a, b, "reference_text")):
         reference, paired_by, unit = str(a.meta["reference"]), "sample", NATS
-        found = _by_sample(a, b)
+        found = _by_sample(a, b, level)
     elif _same(a, b, "reference_text"):
         reference, paired_by, unit = str(a.meta["reference_text"]), "document", BITS
-        found = _by_document(a, b)
+        found = _by_document(a, b, level)
     else:
         raise DataError(
             f"compare: scored on different reference sets ({_reference_words(a)} and {_reference_words(b)}); "
@@ -163,8 +215,8 @@ def compare_tables(
         )
     labels = names or (str(a.meta.get("label") or "A"), str(b.meta.get("label") or "B"))
     return Comparison(
-        a=_side(a, labels[0], found.a.value, found.a.se, found.clusters),
-        b=_side(b, labels[1], found.b.value, found.b.se, found.clusters),
+        a=side_of(a, labels[0], found.a),
+        b=side_of(b, labels[1], found.b),
         difference=found,
         look=look,
         alpha=alpha,
@@ -184,11 +236,39 @@ def _reference_words(table: LossTable) -> str:
     return " ".join(str(w)[:16] for w in (name, fingerprint) if w) or "one without a fingerprint"
 
 
-def _side(table: LossTable, name: str, loss: float, se: float, documents: int) -> Side:
-    return Side(name, loss, se, len(table), documents, int(np.sum(table.tokens, dtype=np.int64)))
+def side_of(table: LossTable, name: str, loss: Estimate) -> Side:
+    """What a table amounts to, its loss told already."""
+    return Side(name, loss.value, loss.se, len(table), loss.clusters, int(np.sum(table.tokens, dtype=np.int64)))
 
 
-def _by_sample(a: LossTable, b: LossTable) -> PairedDifference:
+def part_of(table: LossTable) -> dict[str, Any] | None:
+    """{"blocks": k, "of": K, "samples": n} where a table has the first blocks of its set only; None for a whole one."""
+    part = table.meta.get("partial")
+    return part if isinstance(part, dict) and part.get("blocks") != part.get("of") else None
+
+
+def _check_parts(a: LossTable, b: LossTable) -> None:
+    """Refuses to set a part of a reference set against more of it."""
+    parts = part_of(a), part_of(b)
+    if parts == (None, None):
+        return
+    counts = [
+        None if part is None else (part.get("blocks"), len(table)) for part, table in zip(parts, (a, b), strict=True)
+    ]
+    if counts[0] == counts[1]:
+        return
+    words = [
+        f"{table.meta.get('label') or name} "
+        + ("on all" if part is None else f"on {part.get('blocks')} of {part.get('of')}")
+        for name, part, table in zip("AB", parts, (a, b), strict=True)
+    ]
+    raise DataError(
+        f"compare: scored on other parts of the reference set ({words[0]} blocks, {words[1]}); "
+        "complete the shorter with: vernier eval MODEL --reference REF"
+    )
+
+
+def _by_sample(a: LossTable, b: LossTable, level: float) -> PairedDifference:
     if len(a) != len(b):
         raise DataError(
             f"compare: the same reference set, but {len(a):,} samples in one table, {len(b):,} in the other"
@@ -197,10 +277,10 @@ def _by_sample(a: LossTable, b: LossTable) -> PairedDifference:
         if not np.array_equal(getattr(a, column), getattr(b, column)):
             first = int(np.argmax(getattr(a, column) != getattr(b, column)))
             raise DataError(f"compare: the same reference set, but column {column} differs from sample {first} on")
-    return paired_difference(a.loss, b.loss, a.tokens, a.document)
+    return paired_difference(a.loss, b.loss, a.tokens, a.document, flip_below=FEW_DOCUMENTS, level=level)
 
 
-def _by_document(a: LossTable, b: LossTable) -> PairedDifference:
+def _by_document(a: LossTable, b: LossTable, level: float) -> PairedDifference:
     documents_C, bits_a_C, bytes_a_C = _bits(a)
     others_C, bits_b_C, bytes_b_C = _bits(b)
     if not np.array_equal(documents_C, others_C):
@@ -216,7 +296,7 @@ def _by_document(a: LossTable, b: LossTable) -> PairedDifference:
         )
     if not bytes_a_C.sum() > 0:
         raise DataError("compare: the tables count no bytes, so bits per byte cannot be told")
-    return paired_difference(bits_a_C, bits_b_C, bytes_a_C, documents_C)
+    return paired_difference(bits_a_C, bits_b_C, bytes_a_C, documents_C, flip_below=FEW_DOCUMENTS, level=level)
 
 
 def _bits(table: LossTable) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
@@ -227,7 +307,7 @@ def _bits(table: LossTable) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[
 
 def _cautions(a: LossTable, b: LossTable, found: PairedDifference, unit: str) -> list[str]:
     out = []
-    if unit == BITS:
+    if unit == BITS and not _same(a, b, "reference"):
         out.append("other tokens of the same texts: compared in bits per byte, paired by document")
     dtypes = a.meta.get("dtype"), b.meta.get("dtype")
     if dtypes[0] != dtypes[1]:
@@ -237,11 +317,20 @@ def _cautions(a: LossTable, b: LossTable, found: PairedDifference, unit: str) ->
     hardware = a.meta.get("hardware"), b.meta.get("hardware")
     if hardware[0] != hardware[1] and None not in hardware:
         out.append(f"scored on other hardware ({hardware[0]} and {hardware[1]}): last digits differ by that alone")
-    if min(found.clusters, found.effective_clusters) < FEW_DOCUMENTS:
+    if found.method == "sign flips":
         out.append(
             f"{found.clusters} documents, worth {found.effective_clusters:.0f} of equal size: "
-            f"below {FEW_DOCUMENTS} the intervals are too narrow and the p-values too small"
+            f"below {FEW_DOCUMENTS} the p-value and interval are by flipping signs"
+            + (f"; with {found.clusters} nothing can be significant at 5 %" if found.clusters < 6 else "")
         )
+    part = part_of(a)
+    if part is not None:
+        out.append(
+            f"partial: only the first {part.get('blocks')} of {part.get('of')} blocks of the reference set "
+            f"({len(a):,} samples) were scored in both"
+        )
+    if any(table.meta.get("until_verdict") and part_of(table) for table in (a, b)):
+        out.append("stopped early: the estimate is inflated, read the interval of the stop")
     return out
 
 
@@ -256,90 +345,3 @@ def gate_holds(comparison: Comparison, gate: Gate, margin_percent: float = 0.0) 
     if gate == "not-worse":
         return upper < margin_percent or comparison.verdict == "identical"
     raise ConfigError(f"--gate: {gate!r} is not a verdict; use better or not-worse")
-
-
-@dataclass(frozen=True)
-class ScoredCheckpoint:
-    """A scored step of a run. `tokens`: trained on up to it, None where the run does not say."""
-
-    step: int
-    tokens: int | None
-    side: Side
-    versus_previous: Comparison | None
-    versus_first: Comparison | None
-
-
-@dataclass(frozen=True)
-class RunComparison:
-    """The scored checkpoints of a run in step order. `notes`: what was left out, for people."""
-
-    run: str
-    reference: str
-    checkpoints: tuple[ScoredCheckpoint, ...]
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """What `vernier compare RUN --json` prints (docs/design.md, section 2)."""
-        return {
-            "run": self.run,
-            "reference": self.reference,
-            "checkpoints": [
-                {
-                    "step": point.step,
-                    "tokens": point.tokens,
-                    "loss": finite(point.side.loss),
-                    "se": finite(point.side.se),
-                    "versus_previous": point.versus_previous and point.versus_previous.to_json(),
-                    "versus_first": point.versus_first and point.versus_first.to_json(),
-                }
-                for point in self.checkpoints
-            ],
-        }
-
-
-def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
-    """Compares every scored step of a run with the one before and with the first; look k = 1, 2, … at each.
-
-    Where it was scored in several ways (references, objectives, dtypes), that with most tables is taken.
-
-    Raises:
-        DataError: nothing is scored yet, or a table is broken.
-    """
-    scale, paths, others = most_scored(run_dir)
-    trained = _tokens_by_step(RunDir(run_dir))
-    points: list[ScoredCheckpoint] = []
-    first = previous = None
-    for look, (step, path) in enumerate(sorted(paths.items())):
-        table = read_table(path)
-        table = replace(table, meta={**table.meta, "label": step_name(step)})
-        try:
-            own = clustered_ratio(table.loss, table.tokens, table.document)
-            before = None if previous is None else compare_tables(previous, table, look=look, alpha=alpha)
-            start = None if first is None else compare_tables(first, table, look=look, alpha=alpha)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        side = _side(table, step_name(step), own.value, own.se, own.clusters)
-        points.append(ScoredCheckpoint(step, _tokens_at(trained, step), side, before, start))
-        first, previous = first or table, table
-    reference = str(previous.meta.get("reference")) if previous else ""
-    notes = (
-        [f"scored in other ways too; shown is {scale.words}, not {', '.join(o.words for o in others)}"]
-        if others
-        else []
-    )
-    return RunComparison(str(run_dir), reference, tuple(points), tuple(notes))
-
-
-def _tokens_by_step(run: RunDir) -> tuple[list[int], list[int]]:
-    """Steps in `metrics.jsonl`, ascending, and the tokens trained on up to each."""
-    known = {line["step"]: line["tokens"] for line in read_jsonl(run.metrics) if "step" in line and "tokens" in line}
-    steps = sorted(known)
-    return steps, [int(known[step]) for step in steps]
-
-
-def _tokens_at(trained: tuple[list[int], list[int]], step: int) -> int | None:
-    steps, tokens = trained
-    at = bisect_right(steps, step)
-    if step == 0:
-        return 0
-    return tokens[at - 1] if at else None

@@ -5,17 +5,21 @@ Legend: B samples, T tokens fed (one fewer than a sample's ids), N scored target
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from eval.tables import POSITION_BINS
+
+if TYPE_CHECKING:
+    from eval.reference import ReferenceSet
 
 LOGITS_BYTES = int(os.environ.get("VERNIER_LOGITS_BYTES", 64 << 20))  # what a chunk of fp32 logits may take
 IGNORED = -100  # a target that is not scored (torch's and transformers' convention)
@@ -66,6 +70,19 @@ def target_nll(hidden_NH: torch.Tensor, target_N: torch.Tensor, head: Head) -> t
     return nll_N, logits_NV.argmax(dim=-1) == target_N
 
 
+def mixture_nll(
+    states: Sequence[torch.Tensor], target_N: torch.Tensor, heads: Sequence[Head]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `target_nll`, of the mean of the models' probabilities: −log( Σ_k p_k(target) / K )."""
+    log_p, sum_NV = [], torch.zeros(())
+    for state_NH, head in zip(states, heads, strict=True):
+        log_p_NV = F.log_softmax(head(state_NH).float(), dim=-1)
+        log_p.append(log_p_NV.gather(-1, target_N[:, None])[:, 0])
+        sum_NV = log_p_NV.exp_() if len(log_p) == 1 else sum_NV.add_(log_p_NV.exp_())
+    nll_N = math.log(len(states)) - torch.stack(log_p).logsumexp(0)
+    return nll_N, sum_NV.argmax(dim=-1) == target_N
+
+
 def training_loss(
     parts: tuple[Any, Head], ids_BT: torch.Tensor, target_BT: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
@@ -100,8 +117,80 @@ class SampleLosses:
     position_tokens: torch.Tensor  # i32 [B, 16]
 
 
+class TargetLosses(torch.nn.Module):
+    """Losses of the scored targets under one model, or under the mean of several models' probabilities.
+
+    A module, so that weights can be sharded over ranks with it as their root (eval/sharded.py): all that needs weights
+    happens in its forward.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Any],
+        parts: tuple[Any, Head] | None = None,
+        gather_head: Callable[[], AbstractContextManager[Head]] | None = None,
+    ) -> None:
+        """`parts`: of the only model, where they are known. Otherwise they are found at the first forward."""
+        super().__init__()
+        self.models = torch.nn.ModuleList(models)
+        self.gather_head = gather_head
+        # In a list, so that modules inside are not registered twice.
+        self._parts: list[tuple[Any, Head] | None] | None = [parts] if parts is not None else None
+        self.vocab_size = max(int(model.config.get_text_config().vocab_size) for model in models)
+
+    def forward(
+        self, fed_BT: torch.Tensor, target_BT: torch.Tensor, scored_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(negative log likelihood in nats, 1 where the target was the likeliest), f64 [B, T], 0 where not scored."""
+        if self._parts is None:
+            self._parts = [split_model(model) for model in self.models]
+        nll_BT = torch.zeros(fed_BT.shape, dtype=torch.float64, device=fed_BT.device)
+        hit_BT = torch.zeros(fed_BT.shape, dtype=torch.float64, device=fed_BT.device)
+        if all(parts is not None for parts in self._parts):
+            nll_BT[scored_BT], hit_BT[scored_BT] = self._of_rows(fed_BT, target_BT, scored_BT)
+            return nll_BT, hit_BT
+        # Logits are more than head(decoder(ids)): a sample at a time bounds what they take.
+        for row in range(len(fed_BT)):
+            one, at = slice(row, row + 1), scored_BT[row]
+            nll_BT[row, at], hit_BT[row, at] = self._of_rows(fed_BT[one], target_BT[one], scored_BT[one])
+        return nll_BT, hit_BT
+
+    def _of_rows(
+        self, fed_BT: torch.Tensor, target_BT: torch.Tensor, scored_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the scored targets alone, f64 [N]."""
+        assert self._parts is not None
+        states, heads = [], []
+        for model, parts in zip(self.models, self._parts, strict=True):
+            if parts is not None:
+                states.append(parts[0](input_ids=fed_BT, use_cache=False).last_hidden_state[scored_BT])
+                heads.append(parts[1])
+            else:
+                states.append(model(input_ids=fed_BT, use_cache=False).logits[scored_BT])
+                heads.append(_as_it_is)
+        target_N = target_BT[scored_BT]
+        nll, hit = [], []
+        with self.gather_head() if self.gather_head else nullcontext(heads[0]) as first:
+            heads[0] = first
+            step = chunk_length(self.vocab_size)
+            for start in range(0, len(target_N), step):
+                chunk = slice(start, start + step)
+                found = (
+                    target_nll(states[0][chunk], target_N[chunk], heads[0])
+                    if len(states) == 1
+                    else mixture_nll([state[chunk] for state in states], target_N[chunk], heads)
+                )
+                nll.append(found[0])
+                hit.append(found[1])
+        return torch.cat(nll).double(), torch.cat(hit).double()
+
+
+def _as_it_is(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
 class Scorer:
-    """A causal LM made ready to score batches of a reference set.
+    """A causal LM, or an ensemble of several, made ready to score batches of a reference set.
 
     The result for a batch depends on the batch and the weights only, never on which rank meets it, or after what.
     """
@@ -111,18 +200,25 @@ class Scorer:
         model: Any,
         sequence_length: int,
         *,
+        others: Sequence[Any] = (),
         parts: tuple[Any, Head] | None = None,
         device: torch.device | None = None,
         gather_head: Callable[[], AbstractContextManager[Head]] | None = None,
     ) -> None:
-        """`gather_head`: where the head's weights are sharded, gives it whole, once a batch (a collective)."""
+        """
+        Args:
+            others: further models; what is scored is then the mean of all their probabilities.
+            gather_head: where the head's weights are sharded, gives it whole, once a batch (a collective).
+        """
         self.model = model
-        self.gather_head = gather_head
+        self.losses = TargetLosses([model, *others], parts, gather_head)
         self.device = device or _device_of(model)
-        self.vocab_size = int(model.config.get_text_config().vocab_size)
-        self.parts = parts or split_model(model)
         bins_T = torch.arange(sequence_length) * POSITION_BINS // sequence_length
         self.bins_TK = F.one_hot(bins_T, POSITION_BINS).double().to(self.device)
+
+    def score_batch(self, reference: ReferenceSet, batch: int) -> SampleLosses:
+        """Losses of the samples of `batch`, ascending."""
+        return self.score(*(torch.from_numpy(a) for a in reference.batch_inputs(batch)))
 
     @torch.no_grad()
     def score(self, ids: torch.Tensor, first_target_B: torch.Tensor, length_B: torch.Tensor) -> SampleLosses:
@@ -136,37 +232,14 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         ids, first_target_B, length_B = (t.to(self.device) for t in (ids, first_target_B, length_B))
-        fed_BT, target_BT = ids[:, :-1], ids[:, 1:]
         index_T = torch.arange(1, ids.shape[1], device=self.device)
         scored_BT = (index_T >= first_target_B[:, None]) & (index_T < length_B[:, None])
-
-        nll_BT = torch.zeros(fed_BT.shape, dtype=torch.float64, device=self.device)
-        hit_BT = torch.zeros(fed_BT.shape, dtype=torch.float64, device=self.device)
-        if self.parts is not None:
-            decoder, head = self.parts
-            hidden_NH = decoder(input_ids=fed_BT, use_cache=False).last_hidden_state[scored_BT]
-            with self.gather_head() if self.gather_head else nullcontext(head) as whole_head:
-                nll_N, hit_N = self._in_chunks(hidden_NH, target_BT[scored_BT], whole_head)
-            nll_BT[scored_BT], hit_BT[scored_BT] = nll_N, hit_N
-        else:  # logits are more than head(decoder(ids)): a sample at a time bounds what they take
-            for row in range(len(fed_BT)):
-                logits_TV = self.model(input_ids=fed_BT[row : row + 1], use_cache=False).logits[0]
-                at = scored_BT[row]
-                nll_N, hit_N = self._in_chunks(logits_TV[at], target_BT[row][at], lambda x: x)
-                nll_BT[row, at], hit_BT[row, at] = nll_N, hit_N
+        nll_BT, hit_BT = self.losses(ids[:, :-1], ids[:, 1:], scored_BT)
         self.model.train(was_training)
-
-        bins_TK = self.bins_TK[: fed_BT.shape[1]]
+        bins_TK = self.bins_TK[: scored_BT.shape[1]]
         return SampleLosses(
             loss=nll_BT.sum(1).cpu(),
             correct=hit_BT.sum(1).to(torch.int32).cpu(),
             position_loss=(nll_BT @ bins_TK).cpu(),
             position_tokens=(scored_BT.double() @ bins_TK).to(torch.int32).cpu(),
         )
-
-    def _in_chunks(self, rows: torch.Tensor, targets: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-        step = chunk_length(self.vocab_size)
-        pieces = [
-            target_nll(rows[at : at + step], targets[at : at + step], head) for at in range(0, len(targets), step)
-        ]
-        return torch.cat([p[0] for p in pieces]).double(), torch.cat([p[1] for p in pieces]).double()

@@ -48,7 +48,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def is_ours(directory: Path) -> bool:
     """Whether Vernier wrote this model directory: by its manifest, or by its place in a run."""
-    in_run = directory.parent.name == "snapshots" and (directory.parent.parent / "config.yaml").is_file()
+    in_run = directory.parent.name in ("snapshots", "ema") and (directory.parent.parent / "config.yaml").is_file()
     if in_run and step_of(directory.name) is not None:
         return True
     manifest = directory / MANIFEST
@@ -84,6 +84,12 @@ def weights_fingerprint(directory: Path) -> str:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 digests[name] = tensor_digest(tensors.get_tensor(name))
     return fingerprint_of_digests(digests)
+
+
+def snapshot_step(directory: Path) -> int | None:
+    """The training step that a snapshot of ours was taken after."""
+    step = read_manifest(directory, "snapshot").get("step")
+    return int(step) if step is not None else None
 
 
 def _opened(file: Path) -> Any:
@@ -155,7 +161,23 @@ def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{directory}: transformers cannot load it as a causal LM: {_first_line(error)}") from error
     check_loaded(directory, info)
+    _check_causal(directory, model.eval())
     return model.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def _check_causal(directory: Path, model: Any) -> None:
+    """Refuses a model whose prediction hangs on what comes after: tried, since an encoder loads as a causal LM too."""
+    last = model.config.get_text_config().vocab_size - 1
+    ids = torch.arange(1, 9)[None] % (last + 1)
+    other = torch.cat([ids[:, :-1], torch.tensor([[last]])], dim=1)
+    a, b = (model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other))
+    if not bool(torch.isfinite(a).all()):
+        return  # its losses will be refused
+    if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())):
+        raise DataError(
+            f"{directory}: looks at what comes after a token, so it is no causal LM; use --objective masked or pll"
+        )
 
 
 def check_loaded(directory: Path, info: dict[str, Any]) -> None:

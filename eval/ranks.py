@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,8 @@ class Ranks:
     world: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup  # CPU tensors, waits as long as it takes
+    control: Any  # process group of CPU tensors that waits as long as it takes
+    mpi: Any = None  # mpi4py's communicator, where MPI is all that can join ranks
 
     @property
     def first(self) -> bool:
@@ -40,33 +42,74 @@ class Ranks:
 
     def broadcast_int(self, value: int) -> int:
         """Rank 0's number, on every rank."""
+        if self.mpi is not None:
+            return int(self.mpi.bcast(value, root=0))
         box = torch.tensor([value], dtype=torch.int64)
         dist.broadcast(box, src=0, group=self.control)
         return int(box.item())
 
+    def free_bytes(self) -> int:
+        """Memory that this rank may take: what its GPU has free, or its part of what this machine has."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        with open("/proc/meminfo") as file:
+            available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+        return available * 1024 // local_world_size()
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's CPU tensor, on every rank; shape and dtype are known to all."""
+        if self.mpi is not None:
+            return torch.from_numpy(self.mpi.bcast(tensor.numpy(), root=0))
+        dist.broadcast(tensor, src=0, group=self.control)
+        return tensor
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a CPU tensor. Exact where no two ranks have the same place other than zero."""
+        if self.mpi is not None:
+            return torch.from_numpy(self.mpi.allreduce(tensor.numpy()))
+        joined = tensor.to(self.device)
+        dist.all_reduce(joined)
+        return joined.cpu()
+
     def barrier(self) -> None:
         """Waits for every rank, on the CPU."""
+        if self.mpi is not None:
+            self.mpi.barrier()
+            return
         dist.all_reduce(torch.zeros(1), group=self.control)
 
     def agree(self, good: bool) -> bool:
         """Whether `good` holds on every rank."""
+        if self.mpi is not None:
+            return all(self.mpi.allgather(good))
         box = torch.tensor([int(not good)], dtype=torch.int64)
         dist.all_reduce(box, group=self.control)
         return int(box.item()) == 0
 
 
+# How a launcher tells a process its rank, the world, and its rank on its machine; the first that is set counts.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI's mpirun
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH's and Intel's
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; the second is not set in a batch script itself
+)
+
+
 def environment_ranks() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun tells them; a process started alone is rank 0 of 1."""
-    return (
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    """(rank, world, local rank) as torchrun, mpirun or srun tell them; a process started alone is rank 0 of 1."""
+    for rank, world, local in LAUNCHERS:
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world]), int(os.environ.get(local, "0"))
+    return 0, 1, 0
 
 
 def local_world_size() -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    """Ranks on this machine, where the launcher tells; else all."""
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return environment_ranks()[1]
 
 
 def set_threads(threads: int) -> None:
@@ -93,6 +136,8 @@ def seed_everything(seed: int) -> None:
 def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
     """Joins the process group that the environment describes: NCCL on GPUs, gloo on CPU.
 
+    Where no address is given (mpirun), MPI finds it; where torch has no collectives, MPI joins tables itself.
+
     Args:
         threads: CPU threads of this rank.
         timeout_s: longest wait in a collective of the work itself; the control group waits without bound.
@@ -101,8 +146,6 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
         VernierError: the group could not be formed.
     """
     rank, world, local_rank = environment_ranks()
-    for name, number in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", local_rank)):
-        os.environ.setdefault(name, str(number))  # DeepSpeed asks for them also where one process is all
     set_threads(threads)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -112,6 +155,13 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
                 f"rank {rank} wants GPU {local_rank}, this machine has {torch.cuda.device_count()}; start fewer ranks"
             )
         torch.cuda.set_device(device)
+    if not dist.is_available() or os.environ.get("VERNIER_JOIN") == "mpi":
+        communicator = _mpi(world).COMM_WORLD
+        return Ranks(communicator.rank, communicator.size, local_rank, device, None, communicator)
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        _find_address(rank, world)
+    for name, number in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", local_rank)):
+        os.environ.setdefault(name, str(number))  # DeepSpeed asks for them also where one process is all
     backend = "nccl" if on_gpu else "gloo"
     try:
         if world == 1 and "MASTER_ADDR" not in os.environ:
@@ -125,10 +175,42 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
     return Ranks(rank, world, local_rank, device, control)
 
 
+def _mpi(world: int) -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise VernierError(
+            f"{world} ranks were started without MASTER_ADDR and MASTER_PORT, and MPI cannot find them ({said}); "
+            "set both, or install it: pip install 'vernier-lm[mpi]'"
+        ) from None
+    return MPI
+
+
+def _find_address(rank: int, world: int) -> None:
+    """Sets MASTER_ADDR and MASTER_PORT to a free port of rank 0's machine, told by MPI."""
+    communicator = _mpi(world).COMM_WORLD
+    if communicator.size != world:
+        raise VernierError(
+            f"rank {rank}: the launcher says {world} ranks, MPI {communicator.size}; "
+            "is mpi4py built for the MPI whose mpirun started it?"
+        )
+    hosts = communicator.allgather(socket.gethostname())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(hosts[0])
+    port = 0
+    if communicator.rank == 0:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            port = probe.getsockname()[1]
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = communicator.bcast((address, str(port)), root=0)
+
+
 def leave() -> None:
-    """Ends the process group."""
-    if dist.is_initialized():
+    """Ends the process group, and MPI where it was started: mpirun takes a process that did not end it for dead."""
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    if "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()
 
 
 def log_to_file(path: Path) -> TextIO:

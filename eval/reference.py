@@ -1,6 +1,7 @@
 """The reference set: frozen documents, cut into the samples that every checkpoint is scored on.
 
-Windows follow the rolling rule of lm-evaluation-harness: every token and byte is scored exactly once.
+Windows follow the rolling rule of lm-evaluation-harness: every token and byte is scored exactly once. Of a document
+with a prompt, the response's are.
 Legend: `_N` one entry a sample, `_D` one a document, `_BT` rows of a batch by position.
 """
 
@@ -19,10 +20,17 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 from configs.whole import read_json, read_manifest, verify, whole_directory, write_atomic
-from eval.samples import LARGEST_SHARE, Samples, cut_documents, make_samples
+from eval.samples import LARGEST_SHARE, Samples, cut_documents, document_sha256, make_samples
 from eval.tokenization import TextTokenizer, copy_tokenizer_files, open_tokenizer, tokenizer_fingerprint
 
-__all__ = ["ReferenceSet", "build_reference", "load_reference", "retokenize", "tokenizer_fingerprint"]
+__all__ = [
+    "ReferenceSet",
+    "build_reference",
+    "load_reference",
+    "read_documents",
+    "retokenize",
+    "tokenizer_fingerprint",
+]
 
 KIND = "reference"
 
@@ -33,6 +41,7 @@ class ReferenceSet:
 
     `input_ids` holds the ids of sample i at `offsets[i]:offsets[i + 1]`: at most `sequence_length` + 1,
     of which the targets from `labels_from[i]` on are scored (target j is predicted from the ids before it).
+    `objective` is "prompt" where a document has a prompt, which is context only; else "causal".
     """
 
     directory: Path
@@ -53,6 +62,7 @@ class ReferenceSet:
     bytes: NDArray[np.int32]
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
+    objective: str = "causal"
 
     @property
     def short_name(self) -> str:
@@ -93,6 +103,7 @@ def build_reference(
     max_windows: int | None,
     drawn: dict[str, Any] | None = None,
     decontamination: dict[str, Any] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Writes the reference set of `texts`, in their order, as the whole directory `directory`.
 
@@ -101,6 +112,7 @@ def build_reference(
             all tokens; None: the texts stay as they are (they were cut before).
         drawn: how the documents were chosen, for the record.
         decontamination: what was done to keep them out of the training data, for the record.
+        prompts: of each text, "" where it has none.
 
     Returns:
         What `reference.json` says.
@@ -108,16 +120,18 @@ def build_reference(
     Raises:
         DataError: fewer than two documents.
     """
-    sources, documents, cut = cut_documents(sources, texts, tokenizer, sequence_length, max_windows)
+    sources, documents, cut = cut_documents(sources, texts, tokenizer, sequence_length, max_windows, prompts)
     if len(documents) < 2:
         raise DataError(f"reference: {len(documents)} documents are left, at least 2 are needed")
     samples = make_samples(documents, tokenizer.prefix_id, sequence_length, batch, block_samples)
-    sha256s = [hashlib.sha256(d.text.encode()).hexdigest() for d in documents]
+    sha256s = [document_sha256(d.text, d.prompt) for d in documents]
     text_fingerprint = hashlib.sha256("\n".join(sha256s).encode()).hexdigest()
     tokens_fingerprint = _tokens_fingerprint(text_fingerprint, tokenizer.fingerprint, sequence_length, samples)
     tokens_D = np.bincount(samples.document, weights=samples.tokens)
+    prompted = any(d.prompt for d in documents)
     facts = {
         "name": name,
+        **({"objective": "prompt"} if prompted else {}),
         "fingerprints": {"text": text_fingerprint, "tokens": tokens_fingerprint},
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
@@ -143,7 +157,8 @@ def build_reference(
     }
     with whole_directory(directory, {"kind": KIND, "name": name, "fingerprints": facts["fingerprints"]}) as part:
         copy_tokenizer_files(tokenizer.directory, part / "tokenizer")
-        _write_documents(part / "documents.parquet", sources, [d.text for d in documents], sha256s)
+        asked = [d.prompt for d in documents] if prompted else None
+        _write_documents(part / "documents.parquet", sources, [d.text for d in documents], sha256s, asked)
         _write_samples(part / "samples.parquet", samples)
         write_atomic(part / "reference.json", json.dumps(facts, indent=1))
     return facts
@@ -179,12 +194,17 @@ def load_reference(directory: Path, check: bool = True) -> ReferenceSet:
         documents=facts["counts"]["documents"],
         batch_count=facts["counts"]["batches"],
         sample=np.arange(len(samples.document), dtype=np.int64),
+        objective=facts.get("objective", "causal"),
         **samples.arrays(),
     )
 
 
-def retokenize(reference_dir: Path, tokenizer_dir: Path, out_dir: Path) -> ReferenceSet:
+def retokenize(
+    reference_dir: Path, tokenizer_dir: Path, out_dir: Path, *, sequence_length: int | None = None
+) -> ReferenceSet:
     """The same documents, by the same rule, for another tokenizer: the text fingerprint stays.
+
+    `sequence_length`: of the new windows, where a model takes fewer tokens than the old ones have.
 
     Raises:
         DataError: one of the inputs is not what it should be, or `out_dir` is there already.
@@ -193,19 +213,20 @@ def retokenize(reference_dir: Path, tokenizer_dir: Path, out_dir: Path) -> Refer
         raise DataError(f"--out: {out_dir} is there already; name a directory that is not")
     verify(reference_dir, KIND)
     facts = read_json(reference_dir / "reference.json")
-    sources, texts = _read_documents(reference_dir / "documents.parquet")
+    sources, texts, prompts = read_documents(reference_dir)
     made = build_reference(
         out_dir,
         sources,
         texts,
         open_tokenizer(tokenizer_dir, "--tokenizer"),
         name=facts["name"],
-        sequence_length=facts["sequence_length"],
+        sequence_length=sequence_length or facts["sequence_length"],
         batch=facts["batch"],
         block_samples=facts["block_samples"],
         max_windows=None,
         drawn=facts["drawn"],
         decontamination=facts["decontamination"],
+        prompts=prompts,
     )
     assert made["fingerprints"]["text"] == facts["fingerprints"]["text"]
     return load_reference(out_dir, check=False)
@@ -219,7 +240,25 @@ def _tokens_fingerprint(text: str, tokenizer: str, sequence_length: int, samples
     return digest.hexdigest()
 
 
-def _write_documents(path: Path, sources: Sequence[str], texts: Sequence[str], sha256s: Sequence[str]) -> None:
+def read_documents(directory: Path) -> tuple[list[str], list[str], list[str]]:
+    """(sources, texts, prompts) of a reference set's documents, in its order; a prompt is "" where there is none."""
+    import pyarrow.parquet as pq
+
+    path = directory / "documents.parquet"
+    there = pq.read_schema(path).names
+    table = pq.read_table(path, columns=["source", "text", *(["prompt"] if "prompt" in there else [])])
+    texts = table["text"].to_pylist()
+    prompts = table["prompt"].to_pylist() if "prompt" in there else [""] * len(texts)
+    return table["source"].to_pylist(), texts, prompts
+
+
+def _write_documents(
+    path: Path,
+    sources: Sequence[str],
+    texts: Sequence[str],
+    sha256s: Sequence[str],
+    prompts: Sequence[str] | None,
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -232,14 +271,9 @@ def _write_documents(path: Path, sources: Sequence[str], texts: Sequence[str], s
         "text": pa.array(texts, pa.large_string()),
         "order": number_D,
     }
+    if prompts is not None:  # a set without prompts is the same files as ever
+        columns["prompt"] = pa.array(prompts, pa.large_string())
     pq.write_table(pa.table(columns), path)
-
-
-def _read_documents(path: Path) -> tuple[list[str], list[str]]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["source", "text"])
-    return table["source"].to_pylist(), table["text"].to_pylist()
 
 
 def _write_samples(path: Path, samples: Samples) -> None:

@@ -44,7 +44,8 @@ class LossTable:
 
     `loss` is the sum of negative log likelihood over the sample's scored targets, in nats. `meta` says what
     was scored and how; every key may be absent: reference, reference_text, reference_name, model, source,
-    label, step, dtype, objective, attention, hardware, threads, versions.
+    label, step, dtype, objective, weights, attention, hardware, threads, versions; partial (blocks, of, samples) where
+    the table is a prefix of the set's blocks, until_verdict where scoring was asked to stop at one.
     """
 
     sample: NDArray[np.int64]
@@ -67,6 +68,11 @@ def table_name(label: str, objective: str, dtype: str) -> str:
     if "/" in label or parse_table_name(name) != (label, objective, dtype):
         raise DataError(f"loss table: {label!r}, {objective!r}, {dtype!r} do not make a file name")
     return name
+
+
+def partial_path(table: Path) -> Path:
+    """Where the part of a table lies whose scoring was stopped early."""
+    return table.with_name(table.name.removesuffix(".parquet") + ".partial.parquet")
 
 
 def parse_table_name(name: str) -> tuple[str, str, str] | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 from configs.errors import DataError
@@ -37,6 +36,17 @@ class Target:
     table: Path | None = None
     run: Path | None = None
     step: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The table that a target means: what to call it, where it lies, and its run and step where it is of one."""
+
+    text: str
+    name: str
+    path: Path
+    run: Path | None
+    step: int | None
 
 
 def tables_of_run(run: Path) -> dict[Scale, dict[int, Path]]:
@@ -140,45 +150,84 @@ def resolve_target(text: str) -> LossTable:
     return read_table(tables[max(tables)])
 
 
-def resolve_pair(first: str, second: str) -> tuple[LossTable, LossTable, tuple[str, str]]:
-    """The two tables to compare and what to call them.
+def resolve_scale(text: str, scale: Scale) -> Path:
+    """The table that an argument means, scored in the way `scale`: of a run, its last step so scored.
 
-    Where a run was scored in several ways, the one that fits the other side is taken. Two runs without a step
-    mean their last step scored in both.
+    Raises:
+        DataError: no such thing, or not scored so; names the ways there are.
+    """
+    found = _options(parse_target(text))
+    tables = found.get(scale)
+    if tables is None:
+        raise DataError(f"{text}: is not scored as {scale.words}, but {', '.join(one.words for one in found)}")
+    return tables[max(tables)]
+
+
+def resolve_pair(first: str, second: str) -> tuple[LossTable, LossTable, tuple[str, str]]:
+    """The two tables to compare and what to call them; see `find_tables`."""
+    a, b = find_tables([first, second])
+    return read_table(a.path), read_table(b.path), (a.name, b.name)
+
+
+def find_tables(texts: Sequence[str]) -> list[Found]:
+    """The tables that two or more targets mean together.
+
+    Where a run was scored in several ways, the one that fits the others is taken. Runs without a step, if all are,
+    mean their last step scored in all.
 
     Raises:
         DataError: no such thing, not scored, or no step in common.
     """
-    a, b = parse_target(first), parse_target(second)
-    found_a, found_b = _options(a), _options(b)
-    last_in_both = a.run is not None and b.run is not None and a.step is None and b.step is None
-    pairs = []
-    for (scale_a, tables_a), (scale_b, tables_b) in product(found_a.items(), found_b.items()):
-        common = set(tables_a) & set(tables_b)
-        if last_in_both and not common:
+    targets = [parse_target(text) for text in texts]
+    options = [_options(target) for target in targets]
+    runs_alone = len(targets) > 1 and all(target.run is not None and target.step is None for target in targets)
+    best: tuple[tuple[int, ...], list[dict[int, Path]], list[int]] | None = None
+    for wanted in dict.fromkeys(scale for found in options for scale in found):
+        chosen = [min(found, key=lambda scale: _alike(scale, wanted), default=wanted) for found in options]
+        tables = [found[scale] for found, scale in zip(options, chosen, strict=True)]
+        common = set.intersection(*(set(by_step) for by_step in tables))
+        if runs_alone and not common:
             continue
-        step_a, step_b = (max(common), max(common)) if last_in_both else (max(tables_a), max(tables_b))
-        alike = (
-            scale_a.reference == scale_b.reference,
-            scale_a.objective == scale_b.objective,
-            scale_a.dtype == scale_b.dtype,
-            len(common) if last_in_both else len(tables_a) + len(tables_b),
+        steps = [max(common) if runs_alone else max(by_step) for by_step in tables]
+        rank = (
+            *(-sum(parts) for parts in zip(*(_alike(scale, wanted) for scale in chosen), strict=True)),
+            len(common) if runs_alone else sum(map(len, tables)),
         )
-        pairs.append((alike, tables_a[step_a], tables_b[step_b]))
-    if not pairs:
+        if best is None or rank > best[0]:
+            best = rank, tables, steps
+    if best is None:
         raise DataError(
-            f"compare: no step is scored in both; {first}: {_have(found_a.values())}; "
-            f"{second}: {_have(found_b.values())}"
+            "compare: no step is scored in "
+            + ("both" if len(targets) == 2 else f"all {len(targets)}")
+            + "".join(f"; {text}: {_have(found.values())}" for text, found in zip(texts, options, strict=True))
         )
-    _, path_a, path_b = max(pairs, key=lambda pair: pair[0])
-    return read_table(path_a), read_table(path_b), _names(a, b, path_a, path_b)
+    _, tables, steps = best
+    paths = [by_step[step] for by_step, step in zip(tables, steps, strict=True)]
+    return [
+        Found(target.text, name, path, *_home(target, path))
+        for target, path, name in zip(targets, paths, _names(targets, paths), strict=True)
+    ]
 
 
-def _names(a: Target, b: Target, path_a: Path, path_b: Path) -> tuple[str, str]:
-    """The shortest names that tell the two apart: the step; with its run; what the user wrote."""
-    labels = [path.name.partition("@")[0] for path in (path_a, path_b)]
-    if a.run is not None and b.run is not None and a.run.resolve() != b.run.resolve():
-        labels = [f"{t.run.name}@{step_of(n)}" for t, n in zip((a, b), labels, strict=True) if t.run is not None]
-    if labels[0] == labels[1] and path_a != path_b:
-        return a.text, b.text
-    return labels[0], labels[1]
+def _alike(scale: Scale, wanted: Scale) -> tuple[bool, bool, bool]:
+    """What differs between two ways of scoring, the gravest first."""
+    return scale.reference != wanted.reference, scale.objective != wanted.objective, scale.dtype != wanted.dtype
+
+
+def _home(target: Target, path: Path) -> tuple[Path | None, int | None]:
+    """The run and step of a table, also where the file itself was named."""
+    run = target.run
+    if run is None and path.resolve().parent.parent.name == "losses":
+        run = find_run(str(path.resolve().parents[2]))
+    return run, step_of(path.name) if run is not None else None
+
+
+def _names(targets: Sequence[Target], paths: Sequence[Path]) -> list[str]:
+    """The shortest names that tell all apart: the step; with its run; what the user wrote."""
+    labels = [path.name.partition("@")[0] for path in paths]
+    runs = [target.run for target in targets]
+    if all(run is not None for run in runs) and len({run.resolve() for run in runs if run is not None}) > 1:
+        labels = [f"{run.name}@{step_of(label)}" for run, label in zip(runs, labels, strict=True) if run is not None]
+    if len(set(labels)) < len(set(paths)):
+        return [target.text for target in targets]
+    return labels

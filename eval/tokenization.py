@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer.model",
 )
+ROLES = ("bos_token", "eos_token", "cls_token", "sep_token", "mask_token", "pad_token")
 ENCODE_BYTES = 4 << 20  # of text at once: enough to keep all cores busy, few enough results to hold
 
 
@@ -39,7 +40,8 @@ class TextTokenizer:
 
     `vocab_size` is one more than the largest id, added tokens included. `eos_id` ends a document in the
     training stream (BOS where there is no EOS); `prefix_id` stands before a reference document (EOS where
-    there is no BOS).
+    there is no BOS). Where there is neither, as in BERT's, they are SEP and CLS. `special` has the ids of the
+    special tokens that the directory names, by role (`bos_token`, `mask_token`, …).
     """
 
     directory: Path
@@ -48,6 +50,7 @@ class TextTokenizer:
     eos_id: int
     prefix_id: int
     backend: Any
+    special: Mapping[str, int] = field(default_factory=dict)
 
     def encode(
         self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
@@ -91,23 +94,27 @@ def open_tokenizer(directory: Path, setting: str = "tokenizer") -> TextTokenizer
     """Opens a Hugging Face tokenizer directory. `setting` is what an error calls it.
 
     Raises:
-        DataError: no `tokenizer.json`, not readable, or neither an EOS nor a BOS token.
+        DataError: no `tokenizer.json`, not readable, or neither an EOS, a BOS, a CLS nor a SEP token.
     """
     backend = _backend(directory, setting)
     backend.no_truncation()  # a tokenizer.json may carry both from where it was used last
     backend.no_padding()
     backend.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of a document
     names = _special_tokens(directory, setting)
-    ids = {role: backend.token_to_id(name) for role, name in names.items()}
-    bos, eos = ids.get("bos_token"), ids.get("eos_token")
-    first, last = (bos if bos is not None else eos), (eos if eos is not None else bos)
+    found = {role: backend.token_to_id(name) for role, name in names.items()}
+    ids = {role: number for role, number in found.items() if number is not None}
+    starts, ends = (
+        ("bos_token", "eos_token", "cls_token", "sep_token"),
+        ("eos_token", "bos_token", "sep_token", "cls_token"),
+    )
+    first, last = (next((ids[role] for role in roles if role in ids), None) for roles in (starts, ends))
     if first is None or last is None:
         raise DataError(
             f"{setting}: {directory} has neither an EOS nor a BOS token; "
             'add "eos_token" to its tokenizer_config.json (a token that its tokenizer.json knows)'
         )
     largest = max(backend.get_vocab(with_added_tokens=True).values())
-    return TextTokenizer(directory, _fingerprint(backend), largest + 1, last, first, backend)
+    return TextTokenizer(directory, _fingerprint(backend), largest + 1, last, first, backend, ids)
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
@@ -145,7 +152,7 @@ def _backend(directory: Path, setting: str) -> Any:
 
 
 def _special_tokens(directory: Path, setting: str) -> dict[str, str]:
-    """Content of the BOS and EOS tokens, as far as the directory names them."""
+    """Content of the special tokens in ROLES, as far as the directory names them."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / name
@@ -155,7 +162,7 @@ def _special_tokens(directory: Path, setting: str) -> dict[str, str]:
             mapping = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{setting}: {path} cannot be read as JSON ({error})") from None
-        for role in ("bos_token", "eos_token"):
+        for role in ROLES:
             token = mapping.get(role)
             content = token.get("content") if isinstance(token, dict) else token
             if isinstance(content, str):

@@ -9,13 +9,13 @@ from typing import Any
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from configs.whole import read_manifest
 from eval.board import EvalBoard
-from eval.losses import Scorer
-from eval.models import check_fits, check_model, load_for_scoring, weights_fingerprint
+from eval.journal import Journal, clear
+from eval.models import check_fits, check_model, weights_fingerprint
+from eval.placing import Scoring, open_scorer
 from eval.ranks import Ranks
 from eval.reference import ReferenceSet, load_reference
-from eval.scoring import OBJECTIVE, cpu_threads, score_reference, scoring_facts
+from eval.scoring import cpu_threads, score_reference, table_meta
 from eval.tables import LossTable, read_table, table_name, write_table
 
 POLL_S = 0.5
@@ -25,7 +25,7 @@ END = -1
 
 def table_path(run: RunDir, reference: ReferenceSet, step: int, dtype: str) -> Path:
     """Where the loss table of a snapshot lies."""
-    return run.losses / reference.short_name / table_name(step_name(step), OBJECTIVE, dtype)
+    return run.losses / reference.short_name / table_name(step_name(step), reference.objective, dtype)
 
 
 def training_is_over(run: RunDir) -> bool:
@@ -116,7 +116,7 @@ def scored_message(step: int, comparison: dict[str, Any], *, first: bool) -> str
 
 
 def score_snapshot(
-    run: RunDir, step: int, reference: ReferenceSet, ranks: Ranks, dtype: str, threads: int
+    run: RunDir, step: int, reference: ReferenceSet, ranks: Ranks, dtype: str, threads: int, weights: str = "auto"
 ) -> LossTable | str:
     """The table of a snapshot, or why it cannot be scored (the same answer on every rank)."""
     directory = run.snapshots / step_name(step)
@@ -129,16 +129,29 @@ def score_snapshot(
         problem = str(error)
     if not ranks.agree(not problem):
         return problem or f"{directory}: refused by another rank"
-    model = None
+    how = Scoring(dtype=dtype, weights=weights, threads=threads)
+    opened = None
     try:
-        model = load_for_scoring(directory, dtype, ranks.device)
+        opened = open_scorer([directory], reference, ranks, how)
     except DataError as error:
         problem = str(error)
-    if not ranks.agree(not problem):
+    if not ranks.agree(not problem) or opened is None:
         return problem or f"{directory}: refused by another rank"
-    facts = scoring_facts(model, weights_fingerprint(directory), dtype, step_name(step), step, threads)
+    scorer, model, sharded = opened
+    meta = table_meta(
+        reference,
+        model,
+        source=weights_fingerprint(directory),
+        dtype=dtype,
+        objective=reference.objective,
+        label=step_name(step),
+        step=step,
+        threads=threads,
+        sharded=sharded,
+    )
+    journal = Journal(table_path(run, reference, step, dtype), meta, ranks.rank)
     with cpu_threads(threads):
-        return score_reference(Scorer(model, reference.sequence_length), reference, ranks, facts)
+        return score_reference(scorer, reference, ranks, meta, lockstep=sharded, journal=journal)
 
 
 def watch(config: Config, ranks: Ranks) -> None:
@@ -156,12 +169,13 @@ def watch(config: Config, ranks: Ranks) -> None:
         if step == END:
             break
         started = time.perf_counter()
-        table = score_snapshot(run, step, reference, ranks, dtype, config.eval.threads_per_rank)
+        table = score_snapshot(run, step, reference, ranks, dtype, config.eval.threads_per_rank, config.eval.weights)
         if scores is not None:
             if isinstance(table, str):
                 scores.refuse(step, table)
             else:
                 scores.add_or_refuse(step, table, time.perf_counter() - started)
+                clear(table_path(run, reference, step, dtype))
     if scores is not None:
         scores.close()
 
@@ -175,9 +189,3 @@ def _wait_for_work(run: RunDir, scores: RunScores) -> int:
         if over:
             return END
         time.sleep(POLL_S)
-
-
-def snapshot_step(directory: Path) -> int | None:
-    """The training step that a snapshot of ours was taken after."""
-    step = read_manifest(directory, "snapshot").get("step")
-    return int(step) if step is not None else None

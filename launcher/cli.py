@@ -56,6 +56,9 @@ def prepare(
         typer.Option(help="Tokenize this reference set's documents again (with --tokenizer, --out)."),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Directory with the other tokenizer.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Targets a window of the new reference set; default as before.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the new reference set goes.")] = None,
     json_out: JsonOption = False,
 ) -> int:
@@ -63,7 +66,7 @@ def prepare(
     from launcher.prepare import run_prepare, run_retokenize
 
     if reference is not None:
-        return run_retokenize(reference, tokenizer, out)
+        return run_retokenize(reference, tokenizer, out, sequence_length)
     return run_prepare(config, overrides or [], fresh=fresh, json_out=json_out)
 
 
@@ -83,7 +86,11 @@ def train(
 
 @app.command(
     "eval",
-    epilog=_example("vernier eval runs/demo/snapshots/step-00000240 --reference data/demo/reference --nproc 2"),
+    epilog=_example(
+        "vernier eval runs/demo/snapshots/step-00000240 --reference data/demo/reference --nproc 2",
+        "vernier eval A B C --ensemble abc --reference REF",
+        "vernier eval B --reference REF --until-verdict --against A",
+    ),
 )
 def evaluate(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model directories.")],
@@ -92,6 +99,23 @@ def evaluate(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads a rank; tables agree to the bit at equal ones.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Directory for the loss tables.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; default fp32 on CPU, bf16 on GPU.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="masked or pll for masked language models; default the reference set's own.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="replicated on every rank, sharded over them, or auto: by what a device holds.")
+    ] = "auto",
+    ensemble: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Score the mean of all the models' probabilities as NAME.")
+    ] = None,
+    until_verdict: Annotated[
+        bool, typer.Option("--until-verdict", help="Stop as soon as the model is told apart from --against.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="A", help="A loss table, RUN@STEP or RUN, for --until-verdict.")
+    ] = None,
+    margin: Annotated[str, typer.Option(help="With --until-verdict: less than this is a verdict too.")] = "0%",
+    by: Annotated[str, typer.Option(help="What starts the ranks: torchrun or mpirun.")] = "torchrun",
     force: Annotated[bool, typer.Option("--force", help="Score also what has its table.")] = False,
     shuffle_batches: Annotated[
         int | None,
@@ -103,21 +127,26 @@ def evaluate(
     json_out: JsonOption = False,
 ) -> int:
     """Score models on a reference set, sample by sample."""
-    from launcher.evaluate import run_eval
+    from launcher.evaluate import run_eval, settled
 
-    return run_eval(
-        models,
+    if until_verdict != (against is not None):
+        raise ConfigError("--until-verdict and --against A go together")
+    asked = settled(
+        dtype,
+        objective,
         reference,
-        nproc=nproc,
+        nproc,
         threads=threads,
-        out=out,
-        dtype=dtype,
+        by=by,
+        weights=weights,
+        ensemble=ensemble,
+        against=against,
+        margin=margin,
         force=force,
         shuffle_batches=shuffle_batches,
         trust_remote_code=trust_remote_code,
-        json_out=json_out,
-        console=_console(),
     )
+    return run_eval(models, reference, asked, out=out, json_out=json_out, console=_console())
 
 
 @app.command(
@@ -125,21 +154,56 @@ def evaluate(
         "vernier compare runs/demo",
         "vernier compare runs/demo@200 runs/demo@240 --json",
         "vernier compare runs/a runs/b --gate better --margin 0.05%",
+        "vernier compare runs/a runs/b runs/c --parquet board.parquet",
     )
 )
 def compare(
     targets: Annotated[
         list[str],
-        typer.Argument(metavar="A [B]", help="Loss tables, snapshots, RUN@STEP or RUN; one RUN: along it."),
+        typer.Argument(
+            metavar="A [B...]", help="Loss tables, snapshots, RUN@STEP or RUN; one RUN: along it; three: all pairs."
+        ),
     ],
     gate: Annotated[str | None, typer.Option(help="better or not-worse: exit 3 where it does not hold.")] = None,
     margin: Annotated[str, typer.Option(help="By how much, such as 0.05%.")] = "0%",
+    power: Annotated[
+        str | None, typer.Option(metavar="CHANGE", help="How many documents seeing a change of, say, 0.001% needs.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Break down by source, length, position (comma-separated).")] = None,
+    changed: Annotated[int | None, typer.Option(metavar="N", help="Show the N samples that changed most.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The reference set, for --by and --changed; default the run's.")
+    ] = None,
+    advantage: Annotated[
+        str | None, typer.Option(help="What B must gain over a new A, such as 0.4%; fades (--half-life, --age).")
+    ] = None,
+    half_life: Annotated[str | None, typer.Option(help="Time in which --advantage halves, such as 7d.")] = None,
+    age: Annotated[str | None, typer.Option(help="How old A is, such as 14d.")] = None,
+    training: Annotated[bool, typer.Option("--training", help="Pair the training losses of two runs.")] = False,
+    from_step: Annotated[int | None, typer.Option(min=0, help="First step of --training.")] = None,
+    to_step: Annotated[int | None, typer.Option(min=0, help="Last step of --training.")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw it there.")] = None,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as flat rows too.")] = None,
     json_out: JsonOption = False,
 ) -> int:
     """Say whether B is really better than A, and how sure that is."""
-    from launcher.compare import run_compare
+    from launcher.compare import More, run_compare
 
-    return run_compare(targets, json_out=json_out, gate=gate, margin=margin, console=_console(out=True))
+    more = More(
+        power=power,
+        by=by,
+        changed=changed,
+        reference=reference,
+        parquet=parquet,
+        plots=plots,
+        training=training,
+        from_step=from_step,
+        to_step=to_step,
+        advantage=advantage,
+        half_life=half_life,
+        age=age,
+    )
+    return run_compare(targets, json_out=json_out, gate=gate, margin=margin, console=_console(out=True), more=more)
 
 
 @app.command(epilog=_example("vernier board runs/demo"))

@@ -1,30 +1,81 @@
-"""`vernier compare`: says in words what two loss tables, or a run's checkpoints, show; holds gates."""
+"""`vernier compare`: what was asked, whether it makes sense, and what it ends with; the words are in verdict_words."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
+from launcher.verdict_words import (
+    plus_minus,
+    power_words,
+    print_comparison,
+    print_leaderboard,
+    print_run_table,
+    say,
+    sentence,
+    signed,
+)
 
 if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --help` must not wait for
-    from eval.compare import Comparison, Gate, RunComparison
+    from eval.compare import Comparison, Gate
+    from eval.tables import LossTable
+    from eval.targets import Found
 
-STYLES = {"better": "green", "worse": "red", "no difference seen": "dim", "identical": "dim"}
+__all__ = ["More", "parse_margin", "plus_minus", "print_comparison", "print_run_table", "run_compare", "sentence"]
+
+BY = ("source", "length", "position")
 
 
-def run_compare(targets: list[str], *, json_out: bool, gate: str | None, margin: str, console: Console) -> int:
+@dataclass(frozen=True)
+class More:
+    """What may be asked besides the verdict; each named as its option is."""
+
+    power: str | None = None
+    by: str | None = None
+    changed: int | None = None
+    reference: Path | None = None
+    parquet: Path | None = None
+    plots: Path | None = None
+    training: bool = False
+    from_step: int | None = None
+    to_step: int | None = None
+    advantage: str | None = None
+    half_life: str | None = None
+    age: str | None = None
+
+    def given(self) -> set[str]:
+        """The options that were given, as they are typed."""
+        empty = More()
+        return {
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(empty, field.name)
+        }
+
+
+NOTHING = More()
+
+
+def run_compare(
+    targets: list[str],
+    *,
+    json_out: bool,
+    gate: str | None,
+    margin: str,
+    console: Console,
+    more: More = NOTHING,
+) -> int:
     """Compares and prints; gives the exit code: 0, or 3 where a gate does not hold.
 
     Args:
-        targets: two tables, snapshots, `RUN@STEP`s or runs; or one run.
+        targets: two tables, snapshots, `RUN@STEP`s or runs; three or more of them; or one run.
         gate: None, "better" or "not-worse". On a run: the last step against the one scored before.
         margin: of the gate, in percent, such as "0.05%".
 
@@ -33,16 +84,68 @@ def run_compare(targets: list[str], *, json_out: bool, gate: str | None, margin:
     """
     wanted = _gate(gate)
     margin_percent = parse_margin(margin)
-    comparison: Comparison | None
-    if len(targets) == 2:
-        comparison = _pair(targets, json_out, console)
-    elif len(targets) == 1:
-        comparison = _along_run(targets[0], json_out, wanted, console)
+    _check(targets, more, gated=wanted is not None, json_out=json_out)
+    power_percent = None if more.power is None else _parse_power(more.power)
+    by = _parse_by(more.by)
+    if more.training:
+        from launcher.curves import run_curves
+
+        return run_curves(
+            *targets, first=more.from_step, last=more.to_step, json_out=json_out, plots=more.plots, console=console
+        )
+    if len(targets) > 2:
+        return _leaderboard(targets, json_out, more, console)
+    if len(targets) == 1:
+        comparison = _along_run(targets[0], json_out, wanted, power_percent, more, console)
+    elif more.advantage is not None:
+        return _advantage(targets, json_out, more, console)
     else:
-        raise ConfigError(f"compare: expected two tables, snapshots or RUN@STEPs, or one run; got {len(targets)}")
+        comparison = _pair(targets, json_out, power_percent, by, more, console)
     if wanted is None or comparison is None:
         return EXIT_DONE
     return _hold(comparison, wanted, margin_percent, json_out, console)
+
+
+def _check(targets: list[str], more: More, *, gated: bool, json_out: bool) -> None:
+    """Refuses what makes no sense together, in one line.
+
+    Raises:
+        ConfigError: names the option and what it goes with.
+    """
+    given = more.given()
+    if not targets:
+        raise ConfigError("compare: expected two or more tables, snapshots, runs or RUN@STEPs, or one run; got none")
+    count = len(targets)
+    pair_only = sorted(given & {"--by", "--changed", "--advantage"})
+    if pair_only and count != 2:
+        raise ConfigError(f"{pair_only[0]}: is about two; {count} given, expected A B")
+    if "--changed" in given and (more.changed or 0) < 1:
+        raise ConfigError(f"--changed: {more.changed} is not a number of samples of 1 or more")
+    if more.training:
+        if count != 2:
+            raise ConfigError(f"--training: compares the training losses of two runs; {count} given")
+        other = sorted(given - {"--training", "--plots", "--from-step", "--to-step"}) + (["--gate"] if gated else [])
+        if other:
+            raise ConfigError(f"--training: does not go with {other[0]}, which is about loss tables")
+        return
+    steps = sorted(given & {"--from-step", "--to-step"})
+    if steps:
+        raise ConfigError(f"{steps[0]}: is about training losses; give --training too")
+    if "--reference" in given and not given & {"--by", "--changed"}:
+        raise ConfigError(
+            "--reference: only --by and --changed read a reference set; a comparison needs the tables alone"
+        )
+    three = {"--advantage", "--half-life", "--age"}
+    if given & three:
+        if not three <= given:
+            raise ConfigError(f"{sorted(given & three)[0]}: --advantage, --half-life and --age go together")
+        other = sorted(given - three) + (["--gate"] if gated else [])
+        if other:
+            raise ConfigError(f"--advantage: does not go with {other[0]}; ask for the two one after the other")
+    if count > 2 and gated:
+        raise ConfigError(f"--gate: holds one comparison; {count} targets given, expected A B or one run")
+    if count > 2 and "--power" in given:
+        raise ConfigError(f"--power: goes by the spread of one pair; {count} targets given, expected A B or one run")
 
 
 def _gate(text: str | None) -> Gate | None:
@@ -53,30 +156,116 @@ def _gate(text: str | None) -> Gate | None:
 
 def parse_margin(text: str) -> float:
     """Percent in a margin such as `0.05%`, `0.05 %` or `0.05`."""
-    try:
-        value = float(text.strip().removesuffix("%"))
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
+    value = _percent(text)
+    if not value >= 0:
         raise ConfigError(f"--margin: {text!r} is not a percentage of 0 or more, such as 0.05%")
     return value
 
 
-def _pair(targets: list[str], json_out: bool, console: Console) -> Comparison:
-    from eval.compare import compare_tables
-    from eval.targets import resolve_pair
+def _parse_power(text: str) -> float:
+    value = _percent(text)
+    if not value >= 1e-9:  # below, the count of documents is beyond any number that could be meant
+        raise ConfigError(f"--power: {text!r} is not a percentage above 0, such as 0.001%")
+    return value
 
-    a, b, names = resolve_pair(targets[0], targets[1])
-    comparison = compare_tables(a, b, names=names)
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _parse_by(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    wanted = list(dict.fromkeys(word.strip() for word in text.split(",")))
+    for word in wanted:
+        if word not in BY:
+            raise ConfigError(f"--by: {word!r} is none of {', '.join(BY)}")
+    return wanted
+
+
+def _compare_two(targets: list[str]) -> tuple[Comparison, LossTable, LossTable, list[Found]]:
+    from eval.along import with_wobble
+    from eval.compare import compare_tables
+    from eval.tables import read_table
+    from eval.targets import find_tables
+
+    found = find_tables(targets)
+    a, b = (read_table(one.path) for one in found)
+    comparison = compare_tables(a, b, names=(found[0].name, found[1].name))
+    return with_wobble(comparison, found[0], found[1], {}), a, b, found
+
+
+def _pair(
+    targets: list[str], json_out: bool, power_percent: float | None, by: list[str], more: More, console: Console
+) -> Comparison:
+    comparison, a, b, found = _compare_two(targets)
+    content = comparison.to_json()
+    reference = _reference(more.reference, a, found) if by or more.changed is not None else None
+    breakdowns: list[Any] = []
+    changed: Any = None
+    if by:
+        from eval.breakdown import breakdown
+
+        sources, length = _sources(reference) if "source" in by else None, _length(reference)
+        breakdowns = [breakdown(a, b, one, sources=sources, sequence_length=length) for one in by]
+        breakdowns = [replace(one, a=found[0].name, b=found[1].name) for one in breakdowns]  # labels are but steps
+        content["breakdown"] = [one.to_json() for one in breakdowns]
+    if more.changed is not None:
+        from eval.changed import most_changed
+
+        if reference is None:
+            raise ConfigError("--changed: needs the texts, and no run here says where they are; give --reference REF")
+        changed = most_changed(a, b, reference, more.changed)
+        changed = replace(changed, a=found[0].name, b=found[1].name)
+        content["changed"] = changed.to_json()
     if json_out:
-        _print_json(comparison.to_json())
+        _print_json(_with_power(content, comparison, power_percent))
     else:
         print_comparison(comparison, console)
+        _say_power(comparison, power_percent, console)
+    if not json_out and (breakdowns or changed is not None):
+        from launcher.views import print_breakdown, print_changed
+
+        for one in breakdowns:
+            print_breakdown(one, console)
+        if changed is not None:
+            print_changed(changed, console)
+    if more.parquet is not None:
+        from eval.flat import comparison_row
+
+        _write_parquet(more.parquet, [comparison_row(comparison)], json_out, console)
+    if more.plots is not None:
+        from eval.plots import plot_pair
+
+        _wrote(plot_pair(a, b, comparison, more.plots), json_out, console)
     return comparison
 
 
-def _along_run(target: str, json_out: bool, gate: Gate | None, console: Console) -> Comparison | None:
-    from eval.compare import compare_run
+def _advantage(targets: list[str], json_out: bool, more: More, console: Console) -> int:
+    from launcher.advantage import say_advantage
+
+    comparison = _compare_two(targets)[0]
+    if not json_out:
+        print_comparison(comparison, console)
+    assert more.advantage is not None
+    assert more.half_life is not None
+    assert more.age is not None
+    return say_advantage(comparison, more.advantage, more.half_life, more.age, json_out=json_out, console=console)
+
+
+def _along_run(
+    target: str,
+    json_out: bool,
+    gate: Gate | None,
+    power_percent: float | None,
+    more: More,
+    console: Console,
+) -> Comparison | None:
+    from eval.along import compare_run
     from eval.targets import parse_target
 
     parsed = parse_target(target)
@@ -84,15 +273,125 @@ def _along_run(target: str, json_out: bool, gate: Gate | None, console: Console)
         raise ConfigError(f"compare: {target} is one set of losses; give a second to compare it with, or a run")
     comparison = compare_run(parsed.run)
     last = comparison.checkpoints[-1]
-    if gate is not None and last.versus_previous is None:
-        raise ConfigError(f"--gate: only step {last.step} of {target} is scored; a gate needs one before it")
+    for option, wanted in (("--gate", gate), ("--power", power_percent)):
+        if wanted is not None and last.versus_previous is None:
+            raise ConfigError(f"{option}: only step {last.step} of {target} is scored; it needs one before it")
     if json_out:
-        _print_json(comparison.to_json())
+        _print_json(_with_power(comparison.to_json(), last.versus_previous, power_percent))
         for note in comparison.notes:
             print(note, file=sys.stderr)
     else:
         print_run_table(comparison, console)
+        _say_power(last.versus_previous, power_percent, console)
+    if more.parquet is not None:
+        from eval.flat import run_rows
+
+        _write_parquet(more.parquet, run_rows(comparison), json_out, console)
+    if more.plots is not None:
+        from eval.plots import plot_run
+
+        _wrote(plot_run(comparison, comparison.tables, more.plots), json_out, console)
     return last.versus_previous
+
+
+def _leaderboard(targets: list[str], json_out: bool, more: More, console: Console) -> int:
+    from eval.along import with_wobble
+    from eval.leaderboard import leaderboard
+    from eval.tables import read_table
+    from eval.targets import find_tables
+
+    found = find_tables(targets)
+    wobbles: dict[Path, float | None] = {}
+    board = leaderboard(
+        [read_table(one.path) for one in found],
+        [one.name for one in found],
+        finish=lambda comparison, a, b: with_wobble(comparison, found[a], found[b], wobbles),
+    )
+    if json_out:
+        _print_json(board.to_json())
+    else:
+        print_leaderboard(board, console)
+    if more.parquet is not None:
+        from eval.flat import leaderboard_rows
+
+        _write_parquet(more.parquet, leaderboard_rows(board), json_out, console)
+    if more.plots is not None:
+        from eval.plots import plot_leaderboard
+
+        _wrote(plot_leaderboard(board, more.plots), json_out, console)
+    return EXIT_DONE
+
+
+def _with_power(content: dict[str, Any], comparison: Comparison | None, wanted: float | None) -> dict[str, Any]:
+    if wanted is None or comparison is None:
+        return content
+    power = comparison.power(wanted)
+    return {**content, "power": power and power.to_json()}
+
+
+def _say_power(comparison: Comparison | None, wanted: float | None, console: Console) -> None:
+    if wanted is not None and comparison is not None:
+        say(console, f"  {power_words(comparison.power(wanted), wanted)}")
+
+
+def _reference(given: Path | None, table: LossTable, found: list[Found]) -> Path | None:
+    """The reference set that a table was scored on: the one given, or the one that a run's settings name.
+
+    Raises:
+        ConfigError: the one given is none, or another.
+    """
+    from configs.load import load_config
+    from configs.whole import read_json
+
+    if given is not None:
+        if not (given / "reference.json").is_file():
+            raise ConfigError(f"--reference: {given} is not a reference set (it has no reference.json)")
+        if read_json(given / "reference.json")["fingerprints"]["tokens"] != table.meta.get("reference"):
+            raise ConfigError(f"--reference: {given} is not the set that these tables were scored on")
+        return given
+    for run in dict.fromkeys(one.run for one in found if one.run is not None):
+        try:
+            directory = load_config(run / "config.yaml").reference_dir
+            facts = read_json(directory / "reference.json")
+            if facts["fingerprints"]["tokens"] == table.meta.get("reference"):
+                return directory
+        except (ConfigError, KeyError, TypeError):  # a run from elsewhere: its data may not be here
+            continue
+    return None
+
+
+def _sources(reference: Path | None) -> list[str]:
+    from eval.reference import read_documents
+
+    if reference is None:
+        raise ConfigError("--by source: needs the sources of the texts; give --reference REF")
+    return list(read_documents(reference)[0])
+
+
+def _length(reference: Path | None) -> int | None:
+    from configs.whole import read_json
+
+    return None if reference is None else int(read_json(reference / "reference.json")["sequence_length"])
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]], json_out: bool, console: Console) -> None:
+    from eval.flat import write_rows
+
+    replaced = write_rows(path, rows)
+    count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+    _tell(f"wrote {path}, {count}{', in the place of an older result' * replaced}", json_out, console)
+
+
+def _wrote(paths: list[Path], json_out: bool, console: Console) -> None:
+    for path in paths:
+        _tell(f"wrote {path}", json_out, console)
+
+
+def _tell(line: str, json_out: bool, console: Console) -> None:
+    if json_out:
+        print(line, file=sys.stderr)  # stdout is the JSON's alone
+    else:
+        say(console, line)
 
 
 def _print_json(content: object) -> None:
@@ -107,148 +406,10 @@ def _hold(comparison: Comparison, gate: Gate, margin_percent: float, json_out: b
     limit = -margin_percent if gate == "better" else margin_percent
     line = (
         f"gate {gate}, {comparison.a.name} → {comparison.b.name}: {'holds' if holds else 'does not hold'}; "
-        f"the upper 95 % bound of the change is {_signed(upper, 3)} %, to be below {limit + 0.0:g} %"
+        f"the upper 95 % bound of the change is {signed(upper, 3)} %, to be below {limit + 0.0:g} %"
     )
     if json_out:
-        print(line, file=sys.stderr)  # stdout is the JSON's alone
+        print(line, file=sys.stderr)
     else:
-        _say(console, line, "green" if holds else "red")
+        say(console, line, "green" if holds else "red")
     return EXIT_DONE if holds else EXIT_VERDICT
-
-
-def sentence(comparison: Comparison) -> str:
-    """What a person would say of a comparison."""
-    a, b, found = comparison.a.name, comparison.b.name, comparison.difference
-    items = f"{comparison.paired_by}s"
-    verdict = comparison.verdict
-    if verdict == "identical":
-        return f"{b} and {a} are identical: the difference is exactly 0 on every one of the {items}"
-    change, half = plus_minus(found.percent, comparison.half_width_percent)
-    p = f"p = {found.p:.1g}" if found.p > 0 else "p < 1e-300"
-    tail = f"smallest change this set could show at 80 % power: {_digits(comparison.detectable_percent)} %"
-    if found.pairing_gain is not None:
-        tail += f"; pairing gained {_gain(found.pairing_gain)}×"
-    if verdict == "no difference seen":
-        return (
-            f"no difference seen between {a} and {b}: {_minus(change)} % ± {half} % (95 %), {p}; "
-            f"{b} lower on {100 * found.win_rate:.0f} % of {items}; {tail}"
-        )
-    share = found.win_rate if verdict == "better" else 1 - found.win_rate
-    return (
-        f"{b} is {verdict} than {a} by {change.lstrip('+-')} % ± {half} % (95 %), {p}; "
-        f"on {100 * share:.0f} % of {items}; {tail}"
-    )
-
-
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """The sentence, the two losses it rests on, the test with and without pairing, and the cautions."""
-    _say(console, sentence(comparison), STYLES[comparison.verdict].replace("dim", "none"))
-    found = comparison.difference
-    table = _table()
-    for heading in ("", f"loss, {comparison.unit}", "documents", "samples", "tokens"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for side in (comparison.a, comparison.b):
-        loss, error = plus_minus(side.loss, side.se, signed=False, at_least=4)
-        counts = (f"{count:,}" for count in (side.documents, side.samples, side.tokens))
-        table.add_row(Text(side.name), f"{loss} ± {error}", *counts)
-    _print_table(table, console)
-    _say(
-        console,
-        f"  paired t = {_signed(found.t, 2)} (clustered by document); "
-        f"unpaired t = {_signed(found.t_unpaired, 2)}; losses ± standard error",
-    )
-    for caution in comparison.cautions:
-        _say(console, f"  caution: {caution}", "yellow")
-
-
-def print_run_table(comparison: RunComparison, console: Console) -> None:
-    """The scored checkpoints of a run, a row each, then what single optimizer steps did."""
-    table = _table()
-    table.add_column("step", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("loss ± SE", justify="right")
-    table.add_column("change, % (95 %)", justify="right")
-    table.add_column("verdict")
-    for heading in ("win\nrate", "paired\nt", "unpaired\nt"):
-        table.add_column(heading, justify="right")
-    for point in comparison.checkpoints:
-        loss, error = plus_minus(point.side.loss, point.side.se, signed=False, at_least=4)
-        tokens = "" if point.tokens is None else _count(point.tokens)
-        row = [str(point.step), tokens, f"{loss} ± {error}"]
-        versus = point.versus_previous
-        if versus is not None:
-            found = versus.difference
-            change, half = plus_minus(found.percent, versus.half_width_percent)
-            row += [f"{_minus(change)} ± {half}", Text(versus.verdict, STYLES[versus.verdict])]  # type: ignore[list-item]
-            row += [f"{100 * found.win_rate:.0f} %", _signed(found.t, 2), _signed(found.t_unpaired, 2)]
-        table.add_row(*row)
-    _print_table(table, console)
-    for line in single_steps(comparison):
-        _say(console, line)
-    cautions = dict.fromkeys(c for p in comparison.checkpoints if p.versus_previous for c in p.versus_previous.cautions)
-    for note in (*comparison.notes, *(f"caution: {c}" for c in cautions)):
-        _say(console, f"  {note}", "yellow")
-
-
-def single_steps(comparison: RunComparison) -> list[str]:
-    """A line for each two scored checkpoints exactly one optimizer step apart."""
-    lines = []
-    for before, after in zip(comparison.checkpoints, comparison.checkpoints[1:], strict=False):
-        versus = after.versus_previous
-        if versus is None or after.step != before.step + 1:
-            continue
-        found = versus.difference
-        change, half = plus_minus(found.percent, versus.half_width_percent)
-        lines.append(
-            f"One optimizer step, {before.step} → {after.step}: paired t = {_signed(found.t, 2)} "
-            f"(clustered by document) where the unpaired t = {_signed(found.t_unpaired, 2)}; "
-            f"the change is {_minus(change)} % ± {half} %"
-        )
-    return lines
-
-
-def plus_minus(value: float, error: float, *, signed: bool = True, at_least: int = 0) -> tuple[str, str]:
-    """A value and its error as text: to two digits of the error, and `at_least` so many decimals."""
-    decimals = min(12, max(at_least, 1 - math.floor(math.log10(error)))) if error > 0 else 4
-    return f"{value:{'+' if signed else ''}.{decimals}f}", f"{error:.{decimals}f}"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
-
-
-def _signed(value: float, digits: int) -> str:
-    """A number of `digits` digits, or whole where it has more than those before the point."""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "−∞"
-    return _minus(f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".removesuffix("."))
-
-
-def _digits(value: float) -> str:
-    return plus_minus(value, value, signed=False)[0]
-
-
-def _gain(gain: float) -> str:
-    return f"{gain:,.0f}" if gain >= 10 else f"{gain:.1f}"
-
-
-def _count(count: int) -> str:
-    """1,234,567 in full; from ten million on, three digits and a unit, to keep the table narrow."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
-        if count >= size and count >= 10**7:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
-    return f"{count:,}"
-
-
-def _table() -> Table:
-    return Table(box=SIMPLE, pad_edge=False, collapse_padding=True, header_style="bold")
-
-
-def _print_table(table: Table, console: Console) -> None:
-    """Prints a table at its own width; rich would cut columns to the terminal's, or to the 80 of a pipe."""
-    table.width = console.measure(table, options=console.options.update(width=1000)).maximum
-    console.print(table, soft_wrap=True)
-
-
-def _say(console: Console, line: str, style: str = "none") -> None:
-    console.print(Text(line, style=style), soft_wrap=True)

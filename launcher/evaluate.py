@@ -5,130 +5,240 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
 from configs.whole import read_json
-from launcher.processes import end, last_lines, start, torchrun
+from launcher.compare import parse_margin
+from launcher.processes import end, last_lines, mpirun, start, torchrun
+
+if TYPE_CHECKING:
+    from eval.reference import ReferenceSet
+
+MOST_DEATHS = 3  # of rank-groups in a row; what they scored stays, so each start has less to do
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `vernier eval` was asked: how to score, and by what ranks."""
+
+    nproc: int
+    threads: int
+    by: str
+    dtype: str
+    objective: str
+    weights: str
+    ensemble: str | None
+    against: str | None
+    margin: str
+    force: bool
+    shuffle_batches: int | None
+    trust_remote_code: bool
 
 
 def run_eval(
-    models: list[Path],
-    reference_dir: Path,
-    *,
-    nproc: int,
-    threads: int,
-    out: Path | None,
-    dtype: str | None,
-    force: bool,
-    shuffle_batches: int | None,
-    trust_remote_code: bool,
-    json_out: bool,
-    console: Console,
+    models: list[Path], reference_dir: Path, asked: Asked, *, out: Path | None, json_out: bool, console: Console
 ) -> int:
-    """Scores each model that has no table yet (all with `force`); prints where the tables are."""
-    from eval.models import check_fits, check_model, scored_fingerprint, weights_fingerprint
-    from eval.reference import load_reference
-    from eval.tables import read_table
+    """Scores each model (or the ensemble of all) that has no table yet; prints where the tables are.
 
-    if dtype is None:
-        dtype = "bf16" if gpu_count() else "fp32"
-    if dtype not in ("fp32", "bf16"):
-        raise ConfigError(f"--dtype: {dtype!r} should be fp32 or bf16")
+    Raises:
+        ConfigError, DataError: usage, or a model that cannot be scored on this set. Nothing is scored then.
+    """
+    from eval.models import check_fits, check_model
+    from eval.reference import load_reference
+
     reference = load_reference(reference_dir)
-    wanted: list[tuple[Path, Path]] = []
-    tables: dict[Path, Path] = {}
     for model in models:
         check_model(model)
         check_fits(model, reference)
-        path = table_for(model, reference.short_name, dtype, out)
-        if path in tables.values():
+    groups = [models] if asked.ensemble else [[model] for model in models]
+    tables: list[Path] = []
+    for group in groups:
+        path = table_for(group[0], asked.ensemble, reference, asked, out)
+        if path in tables:
             raise ConfigError(
-                f"{model}: another of the models is named {model.name} as well; score it with its own --out"
+                f"{group[0]}: another of the models is named {group[0].name} as well; score it with its own --out"
             )
-        tables[model] = path
-        if path.is_file() and not force:
-            meta = read_table(path).meta
-            expected = scored_fingerprint(weights_fingerprint(model), dtype)
-            if meta.get("model") == expected and meta.get("reference") == reference.tokens_fingerprint:
-                console.print(f"{model}: scored already (--force scores it again)", markup=False, soft_wrap=True)
-                continue
-            raise ConfigError(
-                f"{path}: holds the losses of another model; name another --out, or --force to replace them"
-            )
-        wanted.append((model, path))
+        tables.append(path)
+    against = _against(asked, reference)
+    pairs = zip(groups, tables, strict=True)
+    wanted = [pair for pair in pairs if not _is_scored(*pair, reference, asked, against, console)]
     if wanted:
-        _score(wanted, reference_dir, nproc, threads, dtype, shuffle_batches, trust_remote_code, console)
-    rows = [{"model": str(m), "table": str(p), **_summary(p)} for m, p in tables.items()]
+        _score(wanted, reference_dir, asked, against, console)
+    rows = [{"model": _name(g), **_summary(t, against)} for g, t in zip(groups, tables, strict=True)]
     if json_out:
         print(json.dumps(rows, indent=2))
     else:
         for row in rows:
             print(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
+            if row.get("until_verdict"):
+                print(verdict_words(row["model"], row["until_verdict"]))
     return EXIT_DONE
 
 
-def table_for(model: Path, reference: str, dtype: str, out: Path | None) -> Path:
-    """Where a model's loss table goes: its run's `losses/` for a snapshot of a run, else `losses/` here."""
-    from eval.scoring import OBJECTIVE
+def table_for(model: Path, ensemble: str | None, reference: ReferenceSet, asked: Asked, out: Path | None) -> Path:
+    """Where a loss table goes: a snapshot's run's `losses/`, else `losses/` here."""
     from eval.tables import table_name
 
     model = model.absolute()
-    name = table_name(model.name, OBJECTIVE, dtype)
+    label, folder = ensemble or model.name, model.parent.name
+    run = model.parent.parent
+    of_run = folder in ("snapshots", "ema") and (run / "config.yaml").is_file()
+    if folder == "ema" and of_run and not ensemble:
+        label = f"{label}.ema"
+    name = table_name(label, asked.objective, asked.dtype)
     if out is not None:
         return out / name
-    if model.parent.name == "snapshots" and (model.parent.parent / "config.yaml").is_file():
-        return model.parent.parent / "losses" / reference / name
-    return Path("losses") / reference / name
+    return (run / "losses" if of_run else Path("losses")) / reference.short_name / name
 
 
-def _summary(path: Path) -> dict[str, float | int]:
-    from eval.statistics import clustered_ratio
+def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc: int, **others: Any) -> Asked:
+    """`Asked` with what was left open filled in."""
+    from eval.reference import load_reference
+
+    if dtype is None:
+        dtype = "bf16" if gpu_count() else "fp32"
+    if dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"--dtype: {dtype!r} should be fp32 or bf16")
+    own = load_reference(reference_dir, check=False).objective
+    if objective is not None and objective not in ("masked", "pll", own):
+        raise ConfigError(f"--objective: {objective!r} does not fit this reference set; use {own}, masked or pll")
+    if others["weights"] not in ("auto", "replicated", "sharded"):
+        raise ConfigError(f"--weights: {others['weights']!r} should be auto, replicated or sharded")
+    if others["by"] not in ("torchrun", "mpirun"):
+        raise ConfigError(f"--by: {others['by']!r} should be torchrun or mpirun")
+    if others["against"] is None and others["margin"] != "0%":
+        raise ConfigError("--margin: goes with --until-verdict --against A")
+    return Asked(nproc=nproc, dtype=dtype, objective=objective or own, **others)
+
+
+def _against(asked: Asked, reference: ReferenceSet) -> Path | None:
+    if asked.against is None:
+        return None
+    from eval.early_stop import UntilVerdict
     from eval.tables import read_table
+    from eval.targets import Scale, resolve_scale
 
-    table = read_table(path)
-    mean = clustered_ratio(table.loss, table.tokens, table.document)
-    return {"loss": mean.value, "se": mean.se, "samples": len(table.sample)}
+    scale = Scale(reference.tokens_fingerprint[:8], asked.objective, asked.dtype)
+    path = resolve_scale(asked.against, scale)
+    UntilVerdict(reference, read_table(path), parse_margin(asked.margin))  # refuses now what it would refuse later
+    return path
+
+
+def _name(group: list[Path]) -> str:
+    return str(group[0]) if len(group) == 1 else " + ".join(str(model) for model in group)
+
+
+def _is_scored(
+    group: list[Path], path: Path, reference: ReferenceSet, asked: Asked, against: Path | None, console: Console
+) -> bool:
+    """Whether there is nothing to do for a table. Refuses to replace the losses of another model."""
+    from eval.models import scored_fingerprint, weights_fingerprint
+    from eval.scoring import ensemble_source
+    from eval.tables import partial_path, read_table
+
+    if asked.force:
+        return False
+    expected = scored_fingerprint(ensemble_source([weights_fingerprint(model) for model in group]), asked.dtype)
+
+    def same(meta: dict[str, Any]) -> bool:
+        return bool(meta.get("model") == expected and meta.get("reference") == reference.tokens_fingerprint)
+
+    if path.is_file():
+        if not same(read_table(path).meta):
+            raise ConfigError(
+                f"{path}: holds the losses of another model; name another --out, or --force to replace them"
+            )
+        console.print(f"{_name(group)}: scored already (--force scores it again)", markup=False, soft_wrap=True)
+        return True
+    part = partial_path(path)
+    if against is None or not part.is_file():
+        return False
+    meta = read_table(part).meta
+    told = meta.get("until_verdict") or {}
+    alike = same(meta) and told.get("against") == read_table(against).meta.get("model")
+    if not alike or told.get("margin_percent") != parse_margin(asked.margin):
+        return False
+    console.print(f"{_name(group)}: scored until this verdict already", markup=False, soft_wrap=True)
+    return True
+
+
+def _summary(table: Path, against: Path | None) -> dict[str, Any]:
+    from eval.statistics import clustered_ratio
+    from eval.tables import partial_path, read_table
+
+    path = table if table.is_file() else partial_path(table)
+    found = read_table(path)
+    mean = clustered_ratio(found.loss, found.tokens, found.document)
+    out = {"table": str(path), "loss": mean.value, "se": mean.se, "samples": len(found)}
+    if against is not None:
+        out["until_verdict"] = found.meta.get("until_verdict")
+    return out
+
+
+def verdict_words(model: str, told: dict[str, Any]) -> str:
+    """What a scoring until a verdict found: the interval that holds at every look, not the inflated estimate."""
+    documents = f"{told['documents']} of {told['of_documents']} documents"
+    part = f"{told['samples']:,} of {told['of_samples']:,} samples ({documents})"
+    low, high = told["interval95_percent"]
+    say = {
+        "better": f"is better than {told['against_label']}",
+        "worse": f"is worse than {told['against_label']}",
+        "not settled": f"and {told['against_label']} are not told apart",
+    }.get(told["verdict"], f"differs from {told['against_label']} by less than {told['margin_percent']:g} %")
+    return (
+        f"  {Path(model).name} {say}: the change lies between {low:+.3g} % and {high:+.3g} % "
+        f"(95 %, valid at every look); after {part}"
+    ).replace(" -", " −")
 
 
 def _score(
-    wanted: list[tuple[Path, Path]],
-    reference_dir: Path,
-    nproc: int,
-    threads: int,
-    dtype: str,
-    shuffle_batches: int | None,
-    trust_remote_code: bool,
-    console: Console,
+    wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: Asked, against: Path | None, console: Console
 ) -> None:
     logs = Path(tempfile.mkdtemp(prefix="vernier-eval-"))
-    arguments = ["--reference", str(reference_dir.absolute()), "--dtype", dtype, "--threads", str(threads)]
-    arguments += ["--log-dir", str(logs)]
-    if shuffle_batches is not None:
-        arguments += ["--shuffle-batches", str(shuffle_batches)]
-    if trust_remote_code:
-        arguments += ["--trust-remote-code"]
-    arguments += ["--models", *(str(m.absolute()) for m, _ in wanted)]
-    arguments += ["--tables", *(str(p.absolute()) for _, p in wanted)]
-    command, environment = torchrun("eval", arguments, nproc=nproc, threads=threads)
-    process = start(command, environment, logs / "torchrun.log")
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        end(process)
-        raise
-    if code:
+    command, environment = _command(wanted, reference_dir, asked, against, logs)
+    for death in range(MOST_DEATHS + 1):
+        process = start(command, environment, logs / "ranks.log")
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            end(process)
+            raise
+        if code == 0:
+            shutil.rmtree(logs, ignore_errors=True)
+            return
         for file in sorted(logs.glob("error-*.json")):
             raise told_by_rank(read_json(file))
-        raise VernierError(
-            f"eval: the rank-group failed (torchrun's exit code {code}); its logs are in {logs}\n"
-            + last_lines(logs / "rank-0.log")
-        )
-    shutil.rmtree(logs, ignore_errors=True)
+        if death < MOST_DEATHS:
+            console.print("a rank died; what was scored stays, the rest is scored now", style="yellow")
+    raise VernierError(
+        f"eval: the rank-group failed {MOST_DEATHS + 1} times (exit code {code}); its logs are in {logs}, what was "
+        f"scored is kept and the same command goes on\n{last_lines(logs / 'rank-0.log')}"
+    )
+
+
+def _command(
+    wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: Asked, against: Path | None, logs: Path
+) -> tuple[list[str], dict[str, str]]:
+    arguments = ["--reference", str(reference_dir.absolute()), "--dtype", asked.dtype, "--threads", str(asked.threads)]
+    arguments += ["--objective", asked.objective, "--weights", asked.weights, "--log-dir", str(logs)]
+    if asked.shuffle_batches is not None:
+        arguments += ["--shuffle-batches", str(asked.shuffle_batches)]
+    if asked.trust_remote_code:
+        arguments += ["--trust-remote-code"]
+    if asked.ensemble:
+        arguments += ["--ensemble"]
+    if against is not None:
+        arguments += ["--against", str(against.absolute()), "--margin", str(parse_margin(asked.margin))]
+    arguments += ["--models", *(str(model.absolute()) for group, _ in wanted for model in group)]
+    arguments += ["--tables", *(str(table.absolute()) for _, table in wanted)]
+    launch = mpirun if asked.by == "mpirun" else torchrun
+    return launch("eval", arguments, nproc=asked.nproc, threads=asked.threads)
 
 
 def told_by_rank(told: dict[str, Any]) -> VernierError:

@@ -32,13 +32,15 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
     return EXIT_DONE
 
 
-def run_retokenize(reference: Path, tokenizer: Path | None, out: Path | None) -> int:
-    """Tokenizes the documents of a reference set with another tokenizer, into a new reference set."""
+def run_retokenize(
+    reference: Path, tokenizer: Path | None, out: Path | None, sequence_length: int | None = None
+) -> int:
+    """Tokenizes the documents of a reference set with another tokenizer (or windows), into a new reference set."""
     if tokenizer is None or out is None:
         raise ConfigError("prepare --reference: give --tokenizer DIR and --out DIR as well")
     from eval.reference import retokenize
 
-    retokenize(reference, tokenizer, out)
+    retokenize(reference, tokenizer, out, sequence_length=sequence_length)
     print(f"wrote {out}")
     return EXIT_DONE
 
@@ -62,7 +64,11 @@ def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
         f"{split['families']:,} of {split['documents']:,} documents (a shared run of {run} tokens joins), "
         f"the largest has {split['largest_family']}; {across} such runs are on both sides",
     )
-    yield "training", f"{train['documents']:,} documents, {train['tokens']:,} tokens, {train['windows']:,} windows"
+    scored = f", {train['scored_tokens']:,} of them scored" if train["scored_tokens"] < train["tokens"] else ""
+    yield (
+        "training",
+        f"{train['documents']:,} documents, {train['tokens']:,} tokens{scored}, {train['windows']:,} windows",
+    )
     yield (
         "reference",
         f"{reference['documents']:,} documents, {reference['samples']:,} samples, {reference['tokens']:,} tokens; "

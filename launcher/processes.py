@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import IO
 
+from configs.errors import ConfigError
 from configs.parent import kill_with_parent
-from configs.terminal import lend_terminal
+from configs.terminal import is_lent, lend_terminal
 
 TERM_GRACE_S = 5.0
 
@@ -34,6 +36,27 @@ def torchrun(module: str, arguments: list[str], *, nproc: int, threads: int) -> 
     return command, environment
 
 
+def mpirun(module: str, arguments: list[str], *, nproc: int, threads: int) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) that starts `nproc` ranks of `python -m module` on this machine by MPI.
+
+    Raises:
+        ConfigError: there is no mpirun.
+    """
+    if shutil.which("mpirun") is None:
+        raise ConfigError("--by: mpirun is not on this machine's PATH; install Open MPI or MPICH, or use torchrun")
+    command = ["mpirun", "-n", str(nproc), sys.executable, "-m", module, *arguments]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # more ranks than cores is the user's choice
+    environment.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    return command, environment
+
+
 def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Starts a rank-group with its output appended to `log`.
 
@@ -46,7 +69,8 @@ def start(command: list[str], environment: dict[str, str], log: Path) -> subproc
         return subprocess.Popen(
             command,
             env=environment,
-            stdin=sys.stderr,  # lent to the ranks, see configs.terminal
+            # Lent to the ranks, see configs.terminal; mpirun would read from it.
+            stdin=sys.stderr if is_lent(environment) else subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,

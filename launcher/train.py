@@ -247,7 +247,7 @@ def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, w
 
 
 def _print_scores(run: RunDir, console: Console) -> None:
-    from eval.compare import compare_run
+    from eval.along import compare_run
     from launcher.compare import print_run_table
 
     if not any(run.losses.glob("*/step-*.parquet")):

@@ -9,28 +9,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name
-from configs.whole import (
-    begin,
-    commit,
-    fsync_path,
-    partial_path,
-    read_json,
-    sha256_file,
-    verify,
-    write_atomic,
-)
+from configs.whole import commit, read_json, verify
 from eval.ranks import Ranks, StoppedByAnotherRank
 from trainer import zero_state
+from trainer.ema import MovingAverage
+from trainer.together import begin_together, save_tensors, tell_first
 
 VERSION = 1
 
@@ -44,67 +37,69 @@ class Clock:
     tokens: int = 0
 
 
-def save_checkpoint(engine: Any, run: RunDir, ranks: Ranks, clock: Clock, keep: int) -> None:
+def save_checkpoint(
+    engine: Any, run: RunDir, ranks: Ranks, clock: Clock, keep: int, average: MovingAverage | None = None
+) -> None:
     """Writes checkpoint `clock.step` from all ranks, commits it, and drops those older than the newest `keep`."""
     final = run.checkpoints / step_name(clock.step)
-    if ranks.first:
-        begin(final)
-    ranks.barrier()
-    part = partial_path(final)
+    part = begin_together(final, ranks)
     tensors: dict[str, torch.Tensor] = {}
     index: dict[str, Any] = {}
     for fragment in zero_state.fragments(engine):
         index[fragment.name] = {"shape": fragment.shape, "start": fragment.start, "length": fragment.length}
         for kind, value in zero_state.values(engine, fragment).items():
             tensors[f"{kind}/{fragment.name}"] = value.to("cpu", torch.float32, copy=True)
+    if average is not None:
+        for name, held in average.fragments():
+            tensors[f"ema/{name}"] = held.to("cpu", copy=True)
     if ranks.first:
         kept = engine.module.lm.state_dict(keep_vars=True)
         for name, buffer in engine.module.lm.named_buffers():
             if name in kept:
                 tensors[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
-    path = part / f"rank-{ranks.rank:05d}.safetensors"
-    save_file(tensors, path)
-    fsync_path(path)
-    told = {"sha256": sha256_file(path), "fragments": index}
-    write_atomic(part / f".rank-{ranks.rank}.json", json.dumps(told))
-    ranks.barrier()
-    if ranks.first:
-        _finish(engine, final, part, ranks, clock)
+    sha256 = save_tensors(tensors, part / _file_name(ranks.rank))
+    told = tell_first(part, ranks, {"sha256": sha256, "fragments": index})
+    if told is not None:
+        state = {
+            "version": VERSION,
+            "clock": asdict(clock),
+            "world": ranks.world,
+            "zero_stage": engine.zero_optimization_stage(),
+            "adam_step": zero_state.adam_step(engine),
+            "counters": zero_state.counters(engine),
+            "loss_scale": zero_state.loss_scale_state(engine),
+            "ema_decay": None if average is None else average.decay,
+            "parameters": _merged(rank["fragments"] for rank in told),
+        }
+        (part / "state.json").write_text(json.dumps(state))
+        _put_in_place(final, clock.step, {_file_name(rank): one["sha256"] for rank, one in enumerate(told)})
         for step in run.whole_steps(run.checkpoints)[:-keep]:
             shutil.rmtree(run.checkpoints / step_name(step))
     ranks.barrier()
 
 
-def _finish(engine: Any, final: Path, part: Path, ranks: Ranks, clock: Clock) -> None:
-    hashes: dict[str, str] = {}
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _merged(told: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Where the ranges of each parameter are, from what each rank tells of its own."""
     merged: dict[str, Any] = {}
-    for rank in range(ranks.world):
-        sidecar = part / f".rank-{rank}.json"
-        told = read_json(sidecar)
-        file = f"rank-{rank:05d}.safetensors"
-        hashes[file] = told["sha256"]
-        for name, at in told["fragments"].items():
+    for rank, fragments in enumerate(told):
+        for name, at in fragments.items():
             entry = merged.setdefault(name, {"shape": at["shape"], "parts": []})
-            entry["parts"].append([at["start"], at["length"], file])
-        sidecar.unlink()
+            entry["parts"].append([at["start"], at["length"], _file_name(rank)])
     for entry in merged.values():
         entry["parts"].sort()
-    state = {
-        "version": VERSION,
-        "clock": asdict(clock),
-        "world": ranks.world,
-        "zero_stage": engine.zero_optimization_stage(),
-        "adam_step": zero_state.adam_step(engine),
-        "counters": zero_state.counters(engine),
-        "loss_scale": zero_state.loss_scale_state(engine),
-        "parameters": merged,
-    }
-    (part / "state.json").write_text(json.dumps(state))
+    return merged
+
+
+def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # of this very step: the new one is whole on disk before the old one goes
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    commit(final, {"kind": "checkpoint", "step": clock.step}, hashes)
+    commit(final, {"kind": "checkpoint", "step": step}, hashes)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -114,8 +109,12 @@ def newest_checkpoint(run: RunDir) -> Path | None:
     return run.checkpoints / step_name(steps[-1]) if steps else None
 
 
-def load_checkpoint(engine: Any, directory: Path, ranks: Ranks, accumulation: int) -> tuple[Clock, dict[str, Any]]:
-    """Puts the engine where the checkpoint was; gives the clock and (world, zero_stage) it was written with.
+def load_checkpoint(
+    engine: Any, directory: Path, ranks: Ranks, accumulation: int, average: MovingAverage | None = None
+) -> tuple[Clock, dict[str, Any]]:
+    """Puts the engine where the checkpoint was; gives the clock and (world, zero_stage, ema_decay) it was written with.
+
+    A moving average that the checkpoint does not hold starts from its weights.
 
     Raises:
         DataError: a file is missing, cut short or changed, or the checkpoint is of another model. Nothing was changed.
@@ -142,14 +141,19 @@ def load_checkpoint(engine: Any, directory: Path, ranks: Ranks, accumulation: in
         return out
 
     zero_state.restore(engine, lookup, state["adam_step"])
-    first = files.get("rank-00000.safetensors") or safe_open(directory / "rank-00000.safetensors", "pt")
+    if average is not None and state.get("ema_decay") is not None:
+        average.restore(lookup)
+    elif average is not None:
+        average.start()
+    first = files.get(_file_name(0)) or safe_open(directory / _file_name(0), "pt")
     saved = set(first.keys())
     for name, buffer in engine.module.lm.named_buffers():
         if f"buffer/{name}" in saved:
             buffer.data.copy_(first.get_tensor(f"buffer/{name}"))
     zero_state.restore_counters(engine, state["counters"], accumulation)
     zero_state.restore_loss_scale(engine, state["loss_scale"])
-    return Clock(**state["clock"]), {"world": state["world"], "zero_stage": state["zero_stage"]}
+    written_by = {key: state.get(key) for key in ("world", "zero_stage", "ema_decay")}
+    return Clock(**state["clock"]), written_by
 
 
 def _file_names(state: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from eval.losses import Head, Scorer
 from eval.models import DTYPES
 from eval.ranks import Ranks
 from eval.reference import load_reference
-from eval.scoring import cpu_threads, score_reference, scoring_facts
+from eval.scoring import cpu_threads, score_reference, table_meta
 from eval.watch import RunScores
 from trainer import zero_state
 from trainer.snapshots import dtype_of
@@ -58,11 +58,20 @@ class InlineScoring:
         if not self.direct:
             self._fill()
         threads = self.config.eval.threads_per_rank
-        facts = scoring_facts(self.scorer.model, source, self.dtype, step_name(step), step, threads)
+        meta = table_meta(
+            self.reference,
+            self.scorer.model,
+            source=source,
+            dtype=self.dtype,
+            objective=self.reference.objective,
+            label=step_name(step),
+            step=step,
+            threads=threads,
+        )
         sharded = self.direct and self.engine.zero_optimization_stage() == 3
         # DeepSpeed's autocast is off here: scoring is without it, wherever it runs.
         with cpu_threads(threads), torch.autocast(self.ranks.device.type, enabled=False):
-            table = score_reference(self.scorer, self.reference, self.ranks, facts, lockstep=sharded)
+            table = score_reference(self.scorer, self.reference, self.ranks, meta, lockstep=sharded)
         if self.scores is not None:
             self.scores.add_or_refuse(step, table, time.perf_counter() - started)
 

@@ -35,6 +35,7 @@ class Hooks:
     observe: Callable[[dict[str, Any]], None]  # a step's metrics, a step late
     snapshot: Callable[[Clock], None]
     checkpoint: Callable[[Clock], None]
+    updated: Callable[[], None]  # the weights were updated; right after it, on the device's own time
     skipped: Callable[[Clock], None]  # the last batch of this clock was used up without an update
 
 
@@ -90,6 +91,8 @@ def train(
             engine.step()
 
         applied = engine.was_step_applied()  # not so where the gradient was not finite
+        if applied:
+            hooks.updated()
         clock = Clock(step if applied else clock.step, clock.position + 1, clock.tokens + targets)
         if pending is not None:
             stopped, interrupted = _observe(pending, hooks)

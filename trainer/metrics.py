@@ -17,6 +17,7 @@ from configs.load import differences
 from configs.rundir import RunDir, read_jsonl
 from configs.schema import Config
 from configs.whole import write_atomic
+from trainer.baseline import Baseline
 
 HEARTBEAT_S = 2.0
 
@@ -42,6 +43,9 @@ class Metrics:
         purge = step + 1 if run.train_board.is_dir() else None
         self.board: Any = SummaryWriter(log_dir=str(run.train_board), purge_step=purge)
         self._hparams(config, parameters)
+        self.baseline = Baseline(config.baseline, config.steps) if config.baseline is not None else None
+        if self.baseline is not None:
+            self.baseline.catch_up(lines)
         self.told = 0.0
         self.ended = threading.Event()
         # From a thread, since a save or a scoring may take longer than others are ready to wait for a sign of life.
@@ -74,6 +78,9 @@ class Metrics:
         for key in ("loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib"):
             if line.get(key) is not None:
                 self.board.add_scalar(f"train/{key}", line[key], line["step"])
+        if self.baseline is not None:
+            for tag, value, step in self.baseline.add(line):
+                self.board.add_scalar(f"train/{tag}", value, step)
         if time.monotonic() - self.told > HEARTBEAT_S:
             self.told = time.monotonic()
             self.run.write_state(None, step=line["step"])
@@ -120,11 +127,13 @@ def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:
 
 # What may change when a run goes on; everything else is the experiment itself.
 MAY_CHANGE = (
+    "baseline",
     "batch.micro",
     "checkpoint.",
     "data.",  # where it lies; what it holds is checked by its fingerprint
     "deepspeed.zero_optimization.",  # how state is cut and moved, not what is computed
     "deterministic",
+    "ema.",  # watches training, does not change it
     "eval.",
     "gradient_checkpointing",
     "name",

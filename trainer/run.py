@@ -18,9 +18,11 @@ from configs.whole import read_json, read_manifest, verify, write_atomic
 from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
 from eval.reference import tokenizer_fingerprint
 from trainer import stop
+from trainer.baseline import check_baseline
 from trainer.checkpoints import Clock, load_checkpoint, newest_checkpoint, save_checkpoint
 from trainer.data.prepare import load_dataset_facts
 from trainer.data.shards import Windows
+from trainer.ema import MovingAverage
 from trainer.engine import make_engine
 from trainer.inline import InlineScoring
 from trainer.lock import RunLock
@@ -50,6 +52,7 @@ def check_run(config: Config, *, extend: bool = False, fresh: bool = False) -> t
         raise ConfigError(
             f"sequence_length: {config.sequence_length} is longer than all training tokens; prepare more data"
         )
+    check_baseline(config, facts["fingerprints"]["data"])
     run = RunDir(config.run_dir)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"run.dir: {run.path} is a file; name a directory")
@@ -160,9 +163,10 @@ def _train(
     micro = micro_batch(config, ranks.world)
     accumulation = config.batch.global_ // (ranks.world * micro)
     clock = Clock()
+    average = MovingAverage(engine, config.ema.decay) if config.ema.decay is not None else None
     checkpoint = newest_checkpoint(run)
     if checkpoint is not None:
-        clock, written_by = load_checkpoint(engine, checkpoint, ranks, accumulation)
+        clock, written_by = load_checkpoint(engine, checkpoint, ranks, accumulation, average)
     data = Windows(config.data_dir, config.sequence_length)
     inline = InlineScoring(engine, config, hf, ranks) if config.eval.placement == "inline" else None
 
@@ -194,6 +198,7 @@ def _train(
             told = f"going on from step {clock.step}, written by {world} ranks at ZeRO-{stage}"
             run.add_event("resumed", told, step=clock.step, rank=0)
             console.print(told, markup=False)
+            _tell_average(run, clock, before=written_by["ema_decay"], now=config.ema.decay)
         line = ProgressLine(console, config.steps, clock.step, run.events)
 
     def observe(measured: dict[str, Any]) -> None:
@@ -205,13 +210,19 @@ def _train(
         source = take_snapshot(engine, config, hf, ranks, at.step, at.tokens)
         if inline is not None:
             inline.score(at.step, source)
+        if average is not None:
+            take_snapshot(engine, config, hf, ranks, at.step, at.tokens, average)
 
     def save(at: Clock) -> None:
         if metrics is not None:
             metrics.flush()
-        save_checkpoint(engine, run, ranks, at, config.checkpoint.keep)
+        save_checkpoint(engine, run, ranks, at, config.checkpoint.keep, average)
         if ranks.first:
             run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
+
+    def updated() -> None:
+        if average is not None:
+            average.update()
 
     def skipped(at: Clock) -> None:
         if ranks.first:
@@ -219,7 +230,7 @@ def _train(
             run.add_event("skipped", told, step=at.step, rank=0)
 
     clock, stopped, interrupted = train(
-        engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save, skipped)
+        engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save, updated, skipped)
     )
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
@@ -233,6 +244,17 @@ def _train(
         run.add_event("stopped" if stopped else "done", f"at step {clock.step}", step=clock.step, rank=0)
     ranks.barrier()
     return code
+
+
+def _tell_average(run: RunDir, clock: Clock, *, before: float | None, now: float | None) -> None:
+    """Says where the moving average of the weights begins or ends with this checkpoint."""
+    if before is None and now is not None:
+        told = f"the checkpoint has no moving average of the weights; it starts from those of step {clock.step}"
+    elif before is not None and now is None:
+        told = "the checkpoint's moving average of the weights is ignored, since ema.decay is null"
+    else:
+        return
+    run.add_event("ema", told, step=clock.step, rank=0)
 
 
 def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, owner: bool) -> None:

@@ -9,31 +9,24 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from configs.whole import (
-    MANIFEST,
-    begin,
-    commit,
-    fsync_path,
-    partial_path,
-    read_json,
-    sha256_file,
-    write_atomic,
-)
+from configs.whole import MANIFEST, commit, partial_path, read_json
 from eval.models import DTYPES, fingerprint_of_digests, tensor_digest
 from eval.ranks import Ranks
 from eval.tokenization import copy_tokenizer_files
 from trainer import zero_state
+from trainer.ema import MovingAverage
+from trainer.together import begin_together, save_tensors, tell_first
 
 SHARD_BYTES = 5 << 30
 GATHER_NUMEL = 64 << 20  # parameters gathered at once at ZeRO-3
@@ -54,34 +47,48 @@ def dtype_of(config: Config) -> str:
     return config.snapshot.dtype or held
 
 
-def take_snapshot(engine: Any, config: Config, hf: Any, ranks: Ranks, step: int, tokens: int) -> str:
+def take_snapshot(
+    engine: Any,
+    config: Config,
+    hf: Any,
+    ranks: Ranks,
+    step: int,
+    tokens: int,
+    average: MovingAverage | None = None,
+) -> str:
     """Writes snapshot `step` of the run; gives the fingerprint of its weights, on every rank.
 
     A whole snapshot of the same weights that is there already stays as it is; one of other weights (an earlier attempt
     at another world size, say) is moved to `replaced/` with its loss tables.
+
+    Args:
+        average: write this instead of the weights, into the run's `ema/`.
     """
-    final = RunDir(config.run_dir).snapshots / step_name(step)
-    if ranks.first:
-        begin(final)
-    ranks.barrier()
-    part = partial_path(final)
+    run = RunDir(config.run_dir)
+    final = (run.snapshots if average is None else run.ema) / step_name(step)
+    part = begin_together(final, ranks)
     dtype = dtype_of(config)
     pieces = list(_pieces(engine, ranks.world, DTYPES[dtype].itemsize))
-    shards = 1 + max(p.shard for p in pieces)
-    kept = _kept_here(
-        engine, pieces, ranks, dtype, from_masters=dtype == "fp32" and config.precision in ("bf16", "fp16")
-    )
-    written = {}
-    for shard, tensors in kept.items():
-        path = part / shard_name(shard, shards)
-        save_file(tensors, path, metadata={"format": "pt"})
-        fsync_path(path)
-        written[path.name] = sha256_file(path)
-    digests = {name: tensor_digest(t) for tensors in kept.values() for name, t in tensors.items()}
-    write_atomic(part / f".rank-{ranks.rank}.json", json.dumps({"files": written, "tensors": digests}))
-    ranks.barrier()
-    if ranks.first:
-        _finish(final, part, engine, config, hf, ranks, step, tokens, pieces, shards, dtype)
+    kept = _kept_here(engine, pieces, ranks, dtype, _whole_weight(engine, config, average))
+    facts = {
+        "files": {name: save_tensors(kept[shard], part / name) for shard, name in _files(pieces) if shard in kept},
+        "tensors": {name: tensor_digest(t) for tensors in kept.values() for name, t in tensors.items()},
+    }
+    told = tell_first(part, ranks, facts)
+    if told is not None:
+        digests = {name: digest for rank in told for name, digest in rank["tensors"].items()}
+        hashes = {name: sha256 for rank in told for name, sha256 in rank["files"].items()}
+        manifest = {
+            "kind": "snapshot",
+            "step": step,
+            "tokens": tokens,
+            "dtype": dtype,
+            "weights": fingerprint_of_digests(digests),
+            **({} if average is None else {"ema_decay": average.decay}),
+        }
+        _describe(part, engine.module.lm, hf, config, dtype)
+        _write_index(part, pieces, dtype)
+        _put_in_place(final, run, manifest, hashes)
     ranks.barrier()
     return str(read_json(final / MANIFEST)["weights"])
 
@@ -107,10 +114,29 @@ def _pieces(engine: Any, world: int, itemsize: int) -> Iterator[Piece]:
         done += math.prod(zero_state.full_shape(tensor))
 
 
+def _files(pieces: list[Piece]) -> list[tuple[int, str]]:
+    """(shard, file name) of all weights files."""
+    shards = 1 + max(piece.shard for piece in pieces)
+    return [(shard, shard_name(shard, shards)) for shard in range(shards)]
+
+
+def _whole_weight(engine: Any, config: Config, average: MovingAverage | None) -> Callable[[Piece], torch.Tensor] | None:
+    """What gives a trained weight as the snapshot should hold it; None: the weights as the model has them."""
+    if average is not None:
+        return lambda piece: average.whole(piece.name, piece.tensor)
+    if dtype_of(config) == "fp32" and config.precision in ("bf16", "fp16"):
+        return lambda piece: zero_state.master_weight(engine, piece.tensor)
+    return None
+
+
 def _kept_here(
-    engine: Any, pieces: list[Piece], ranks: Ranks, dtype: str, *, from_masters: bool
+    engine: Any,
+    pieces: list[Piece],
+    ranks: Ranks,
+    dtype: str,
+    whole_weight: Callable[[Piece], torch.Tensor] | None,
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """CPU copies of the tensors in this rank's shards: {shard: {name: tensor}}. A collective at stage 3."""
+    """CPU copies of the tensors in this rank's shards: {shard: {name: tensor}}. A collective."""
     kept: dict[int, dict[str, torch.Tensor]] = {}
 
     def keep(piece: Piece, tensor: torch.Tensor) -> None:
@@ -120,18 +146,19 @@ def _kept_here(
             kept.setdefault(piece.shard, {})[piece.name] = copied
 
     for group in _gather_groups(pieces):
-        if from_masters:
+        as_held = [piece for piece in group if whole_weight is None or not _trained(piece.tensor)]
+        with torch.no_grad(), zero_state.gathered(engine, [p.tensor for p in as_held if _sharded(p.tensor)]):
+            for piece in as_held:
+                keep(piece, piece.tensor)
+        if whole_weight is not None:
             for piece in group:
-                trained = isinstance(piece.tensor, torch.nn.Parameter) and piece.tensor.requires_grad
-                keep(piece, zero_state.master_weight(engine, piece.tensor) if trained else piece.tensor)
-        else:
-            with (
-                torch.no_grad(),
-                zero_state.gathered(engine, [p.tensor for p in group if _sharded(p.tensor)]),
-            ):
-                for piece in group:
-                    keep(piece, piece.tensor)
+                if _trained(piece.tensor):
+                    keep(piece, whole_weight(piece))
     return kept
+
+
+def _trained(tensor: Any) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
 
 
 def _sharded(tensor: Any) -> bool:
@@ -151,51 +178,36 @@ def _gather_groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def _finish(
-    final: Path,
-    part: Path,
-    engine: Any,
-    config: Config,
-    hf: Any,
-    ranks: Ranks,
-    step: int,
-    tokens: int,
-    pieces: list[Piece],
-    shards: int,
-    dtype: str,
-) -> None:
-    """Rank 0, once every rank's files are on disk: index, config, tokenizer, manifest, and into place."""
-    hashes: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    for rank in range(ranks.world):
-        sidecar = part / f".rank-{rank}.json"
-        told = read_json(sidecar)
-        hashes |= told["files"]
-        digests |= told["tensors"]
-        sidecar.unlink()
-    weights = fingerprint_of_digests(digests)
-    if shards > 1:
-        numel = sum(math.prod(zero_state.full_shape(p.tensor)) for p in pieces)
-        index = {
-            "metadata": {"total_size": numel * DTYPES[dtype].itemsize},
-            "weight_map": {p.name: shard_name(p.shard, shards) for p in pieces},
-        }
-        (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def _describe(part: Path, lm: Any, hf: Any, config: Config, dtype: str) -> None:
+    """What a Hugging Face directory has beside the weights: config, generation config, tokenizer."""
     described = copy.deepcopy(hf)
-    described.architectures = [type(engine.module.lm).__name__]
+    described.architectures = [type(lm).__name__]
     described.dtype = str(DTYPES[dtype]).removeprefix("torch.")
     described.save_pretrained(part)
-    generation = getattr(engine.module.lm, "generation_config", None)
+    generation = getattr(lm, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(part)
     copy_tokenizer_files(config.data_dir / "tokenizer", part)
-    if _same_weights_are_there(final, weights):
-        import shutil
 
-        shutil.rmtree(part)
+
+def _write_index(part: Path, pieces: list[Piece], dtype: str) -> None:
+    """Says which tensor is in which file, where there are several."""
+    files = dict(_files(pieces))
+    if len(files) == 1:
         return
-    _move_aside(final, config)
-    manifest = {"kind": "snapshot", "step": step, "tokens": tokens, "dtype": dtype, "weights": weights}
+    numel = sum(math.prod(zero_state.full_shape(p.tensor)) for p in pieces)
+    index = {
+        "metadata": {"total_size": numel * DTYPES[dtype].itemsize},
+        "weight_map": {p.name: files[p.shard] for p in pieces},
+    }
+    (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _put_in_place(final: Path, run: RunDir, manifest: dict[str, Any], hashes: dict[str, str]) -> None:
+    if _same_weights_are_there(final, manifest["weights"]):
+        shutil.rmtree(partial_path(final))
+        return
+    _move_aside(final, run)
     commit(final, manifest, hashes)
 
 
@@ -204,15 +216,15 @@ def _same_weights_are_there(final: Path, weights: str) -> bool:
     return manifest.is_file() and read_json(manifest).get("weights") == weights
 
 
-def _move_aside(final: Path, config: Config) -> None:
+def _move_aside(final: Path, run: RunDir) -> None:
     """What an earlier attempt left at this step is kept, out of the way, with the tables that were made from it."""
     if not final.exists():
         return
-    run = RunDir(config.run_dir)
-    places = (run.path / "replaced" / f"{final.name}.{number}" for number in count(1))
+    label = f"{final.name}.ema" if final.parent == run.ema else final.name  # as `vernier eval` names its tables
+    places = (run.path / "replaced" / f"{label}.{number}" for number in count(1))
     place = next(p for p in places if not p.exists())
     place.mkdir(parents=True)
     final.rename(place / "snapshot")
-    for table in run.losses.glob(f"*/{final.name}@*"):
+    for table in run.losses.glob(f"*/{label}@*"):
         table.rename(place / table.name)
-    run.add_event("replaced", f"{final.name} of an earlier attempt had other weights; it is in {place}")
+    run.add_event("replaced", f"{label} of an earlier attempt had other weights; it is in {place}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.errors import VernierError
+from configs.errors import ConfigError, VernierError
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 _PREFIX = "lm."  # of `TrainableLM`; checkpoints and snapshots carry the model's own names
@@ -76,6 +76,28 @@ def values(engine: Any, fragment: Fragment) -> dict[str, torch.Tensor]:
     else:
         found = _views(engine, parameter)
     return {kind: tensor.detach().flatten()[: fragment.length] for kind, tensor in found.items()}
+
+
+def master_view(engine: Any, fragment: Fragment) -> torch.Tensor:
+    """The fragment's fp32 master weights themselves, flat: later updates are seen through it. Also before the first.
+
+    Raises:
+        ConfigError: DeepSpeed was told to keep them on a disk.
+    """
+    parameter, stage = fragment.parameter, engine.zero_optimization_stage()
+    if stage == 0:
+        found = _stage0_master(engine, parameter)
+    elif stage == 3:
+        found, group = engine.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
+        if engine.optimizer._swappable_optimizer_subgroup(group):
+            raise ConfigError(
+                "ema.decay: does not go with deepspeed.zero_optimization.offload_optimizer on nvme; "
+                "use zero.offload=cpu, or ema.decay=null"
+            )
+    else:
+        found = parameter._hp_mapping.hp_fragment
+    flat: torch.Tensor = found.detach().view(-1)[: fragment.length]
+    return flat
 
 
 def _views(engine: Any, parameter: Any) -> dict[str, torch.Tensor]:

@@ -2,14 +2,26 @@
 
 Knows nothing of files or models. `clustered` has estimates of one mean, `paired` the difference of two,
 `power` what a set can show and what looking again costs, `multiple` many comparisons at once, `sequential` looking
-while documents come in, `resampling` few documents, `distribution` the shape of losses and the size of subsets.
+while documents come in, `resampling` few documents, `wobble` a run's own noise, `blocks` series whose
+neighbours are alike (training losses), `distribution` the shape of losses and the size of subsets.
 """
 
+from eval.statistics.blocks import (
+    BlockMean,
+    autocorrelation_time,
+    block_ends,
+    block_length,
+    block_means,
+    block_sums,
+    detrended,
+    mean_over_blocks,
+    sign_flip_blocks,
+)
 from eval.statistics.clustered import Estimate, by_cluster, clustered_mean, clustered_ratio, effective_number
 from eval.statistics.distribution import GaussianFit, gaussian_fit, subset_error, subset_error_resampled
 from eval.statistics.multiple import benjamini_hochberg, holm
 from eval.statistics.paired import PairedDifference, paired_difference
-from eval.statistics.power import adjusted_p, detectable, samples_needed, spent_alpha
+from eval.statistics.power import Power, adjusted_p, detectable, power_for, samples_needed, spent_alpha
 from eval.statistics.resampling import SignFlip, sign_flip
 from eval.statistics.sequential import (
     ConfidenceSequence,
@@ -22,34 +34,47 @@ from eval.statistics.sequential import (
     obrien_fleming_bounds,
     obrien_fleming_constant,
 )
+from eval.statistics.wobble import wobble_percent
 
 __all__ = [
+    "BlockMean",
     "ConfidenceSequence",
     "Estimate",
     "GaussianFit",
     "PairedDifference",
+    "Power",
     "SignFlip",
     "adjusted_p",
     "allowed_looks",
+    "autocorrelation_time",
     "benjamini_hochberg",
+    "block_ends",
+    "block_length",
+    "block_means",
+    "block_sums",
     "by_cluster",
     "clustered_mean",
     "clustered_ratio",
     "confidence_sequence",
     "detectable",
+    "detrended",
     "effective_number",
     "excludes",
     "first_look",
     "gaussian_fit",
     "holm",
+    "mean_over_blocks",
     "mixture_rho",
     "mixture_width",
     "obrien_fleming_bounds",
     "obrien_fleming_constant",
     "paired_difference",
+    "power_for",
     "samples_needed",
     "sign_flip",
+    "sign_flip_blocks",
     "spent_alpha",
     "subset_error",
     "subset_error_resampled",
+    "wobble_percent",
 ]

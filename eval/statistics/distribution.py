@@ -5,6 +5,7 @@ Legend: `_N` one entry an item (sample), `_C` one a cluster (document), `_K` one
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,14 @@ class GaussianFit:
     share_below: float
     share_above: float
     normal_share: float
+
+    @property
+    def unpaired_percent(self) -> float:
+        """√2·sd/√n in percent of the mean: the error bar of a difference of two such means, drawn independently.
+
+        As if samples were independent; infinite for a mean of zero.
+        """
+        return 100 * math.sqrt(2 / self.count) * self.sd / abs(self.mean) if self.mean else math.inf
 
 
 def gaussian_fit(x: ArrayLike, beyond: float = 3.0) -> GaussianFit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from scipy.special import ndtri
 
@@ -27,6 +28,73 @@ def samples_needed(sd: float, delta: float, alpha: float = 0.05, power: float = 
     if delta == 0:
         raise ValueError("delta: no number of samples shows a difference of 0")
     return math.ceil((_quantiles(alpha, power) * sd / delta) ** 2)
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a set can show of a pair like this one, and what a wanted change would need. Changes in percent.
+
+    `documents`, `samples`, `tokens`: of this set; what is needed is in its proportions, each of two sets where
+    unpaired.
+    """
+
+    wanted_percent: float
+    detectable_percent: float
+    documents: int
+    samples: int
+    tokens: int
+    documents_needed: int
+    samples_needed: int
+    tokens_needed: int
+    documents_needed_unpaired: int
+
+    def to_json(self) -> dict[str, float | int]:
+        return {
+            "wanted_percent": self.wanted_percent,
+            "documents_needed": self.documents_needed,
+            "samples_needed": self.samples_needed,
+            "documents": self.documents,
+            "samples": self.samples,
+            "detectable_percent": self.detectable_percent,
+            "documents_needed_unpaired": self.documents_needed_unpaired,
+        }
+
+
+def power_for(
+    wanted_percent: float,
+    se_percent: float,
+    se_unpaired_percent: float,
+    *,
+    documents: int,
+    samples: int,
+    tokens: int,
+    alpha: float = 0.05,
+) -> Power:
+    """What a change of `wanted_percent` needs at 80 % power, by the spread that this pair showed.
+
+    A clustered error shrinks as 1/√documents, so the set's own error times √documents is the spread that
+    `samples_needed` asks for. Never fewer than 2 documents.
+
+    Args:
+        wanted_percent: above zero.
+        se_percent, se_unpaired_percent: of the difference on this set, paired and as if scored on different documents.
+        documents, samples, tokens: of this set.
+    """
+    needed, unpaired = (
+        max(2, samples_needed(se * math.sqrt(documents), wanted_percent, alpha))
+        for se in (se_percent, se_unpaired_percent)
+    )
+    return Power(
+        wanted_percent=wanted_percent,
+        detectable_percent=detectable(se_percent, alpha),
+        documents=documents,
+        samples=samples,
+        tokens=tokens,
+        documents_needed=needed,
+        samples_needed=math.ceil(needed * samples / documents),
+        tokens_needed=math.ceil(needed * tokens / documents),
+        documents_needed_unpaired=unpaired,
+    )
 
 
 def spent_alpha(alpha: float, look: int | None) -> float:

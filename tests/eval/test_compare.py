@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from configs.errors import DataError
-from eval.compare import compare_run, compare_tables, gate_holds
+from eval.compare import compare_tables, gate_holds
+from eval.statistics import by_cluster, paired_difference, sign_flip
 from eval.tables import LossTable, write_table
 from eval.targets import parse_target, resolve_pair, resolve_target
 
@@ -20,7 +21,7 @@ REFERENCE = "0123abcd" + "0" * 56
 SIDE = {"name", "loss", "se", "samples", "documents", "tokens"}
 DIFFERENCE = {
     *("nats", "percent", "se_percent", "ci95_percent", "p", "p_adjusted", "alpha", "win_rate"),
-    *("detectable_percent", "pairing_gain", "t", "t_unpaired"),
+    *("detectable_percent", "pairing_gain", "t", "t_unpaired", "method"),
 }
 TOP = {"a", "b", "difference", "verdict", "limited_by", "wobble_percent"}
 ADDED = {"unit", "paired_by", "reference", "cautions"}
@@ -179,6 +180,110 @@ def test_cautions() -> None:
     assert "worth 1 of equal size" in cautions(replace(a, tokens=whole), replace(a, tokens=whole))
 
 
+def test_few_documents_are_judged_by_flipping_signs() -> None:
+    a, b = a_table(documents=20, seed=1), a_table(-0.0004, documents=20, seed=2)
+    found = compare_tables(a, b)
+    by_t = paired_difference(a.loss, b.loss, a.tokens, a.document)
+    assert (found.difference.method, by_t.method) == ("sign flips", "t")
+    flipped = sign_flip(by_cluster(b.loss - a.loss, a.document), by_cluster(a.loss, a.document))
+    assert found.difference.p == flipped.p
+    assert found.difference.ci95_percent == pytest.approx([100 * bound for bound in flipped.interval])
+    assert found.difference.percent == pytest.approx(100 * flipped.value, rel=1e-12)
+    assert (found.difference.se, found.difference.t) == (by_t.se, by_t.t)
+    assert found.to_json()["difference"]["method"] == "sign flips"
+    assert (
+        "20 documents, worth 19 of equal size: below 40 the p-value and interval are by flipping signs"
+        in (found.cautions[0])
+    )
+    assert gate_holds(found, "not-worse", flipped.interval[1] * 100 + 1e-6)
+    assert not gate_holds(found, "not-worse", flipped.interval[1] * 100 - 1e-6)
+    assert compare_tables(a_table(documents=60), a_table(documents=60, seed=1)).difference.method == "t"
+
+
+def test_five_documents_can_show_nothing_and_their_bounds_are_infinite() -> None:
+    found = compare_tables(a_table(documents=5, seed=1), a_table(-0.1, documents=5, seed=2))
+    assert found.verdict == "no difference seen"
+    content = found.to_json()
+    assert content["difference"]["ci95_percent"] == [None, None]
+    assert content["difference"]["p"] == pytest.approx(2 / 32)
+    assert "with 5 nothing can be significant" in content["cautions"][0]
+    assert not gate_holds(found, "not-worse", 50)
+    json.dumps(content, allow_nan=False)
+    assert compare_tables(*[a_table(documents=5)] * 2).to_json()["difference"]["ci95_percent"] == [0, 0]
+
+
+def test_late_looks_draw_as_many_flips_as_they_need_to_be_clear() -> None:
+    a, b = a_table(documents=30, seed=1), a_table(-0.1, documents=30, seed=2)
+    assert compare_tables(a, b).difference.p == pytest.approx(1e-4)
+    assert compare_tables(a, b, look=30).verdict == "better"
+
+
+def test_one_great_document_among_many_small_ones_is_flipped_in_bundles() -> None:
+    a = a_table(documents=400, seed=1)
+    weights = np.where(np.arange(1200) < 3, 30_000, a.tokens).astype(np.int32)
+    a = replace(a, tokens=weights, loss=2.0 * weights)
+    b = replace(a, loss=a.loss * (1 - 0.01 * np.random.default_rng(0).uniform(0.5, 1.5, 1200)))
+    found = compare_tables(a, b)
+    assert (found.difference.method, found.verdict) == ("sign flips", "better")
+    low, high = found.difference.ci95_percent
+    assert low < found.difference.percent < high < 0
+
+
+def test_power_says_how_many_documents_a_change_needs() -> None:
+    found = compare_tables(a_table(seed=1), a_table(seed=2))
+    power = found.power(0.001)
+    assert power is not None
+    se = found.difference.se_percent
+    assert power.documents_needed == math.ceil((2.801585 * se * 10 / 0.001) ** 2)
+    assert power.samples_needed == 3 * power.documents_needed
+    assert power.documents_needed_unpaired > 100 * power.documents_needed
+    assert power.detectable_percent == found.detectable_percent
+    assert set(power.to_json()) == {
+        *("wanted_percent", "documents_needed", "samples_needed", "documents", "samples"),
+        *("detectable_percent", "documents_needed_unpaired"),
+    }
+    again = found.power(power.detectable_percent)
+    assert again is not None
+    assert again.documents_needed in (100, 101)
+    assert compare_tables(a_table(), a_table()).power(0.001) is None
+
+
+def test_what_limits_a_verdict() -> None:
+    clear = compare_tables(a_table(seed=1), a_table(-0.001, seed=2))  # −0.1 %
+    for wobble, one_step, limit in (
+        (None, False, None),
+        (0.01, False, None),
+        (0.1, False, "training noise"),
+        (0.1, True, None),
+    ):
+        found = replace(clear, wobble_percent=wobble, one_step=one_step)
+        assert (found.verdict, found.to_json()["limited_by"]) == ("better", limit)
+        assert found.to_json()["wobble_percent"] == wobble
+    same = compare_tables(a_table(seed=1), a_table(seed=2))
+    error = same.difference.se_percent
+    assert replace(same, wobble_percent=error / 2).limited_by == "samples"
+    assert replace(same, wobble_percent=error).limited_by == "training noise"
+    assert replace(compare_tables(a_table(), a_table()), wobble_percent=1.0).limited_by is None
+
+
+def test_parts_of_a_set_are_compared_only_with_the_same_part() -> None:
+    def part(samples: int, blocks: int, **meta: Any) -> LossTable:
+        whole = a_table(**meta)
+        columns = {c: getattr(whole, c)[:samples] for c in ("sample", "document", "tokens", "bytes", "loss")}
+        partial = {"blocks": blocks, "of": 5, "samples": samples}
+        return replace(whole, **columns, meta={**whole.meta, "partial": partial})
+
+    found = compare_tables(part(180, 3, seed=1), part(180, 3, seed=2))
+    assert found.a.samples == 180
+    assert "partial: only the first 3 of 5 blocks of the reference set (180 samples)" in found.cautions[0]
+    stopped = compare_tables(part(180, 3, seed=1), part(180, 3, seed=2, until_verdict={"looks": 2}))
+    assert "stopped early: the estimate is inflated, read the interval of the stop" in stopped.cautions
+    for a, b in ((part(180, 3), part(240, 4)), (part(180, 3), a_table()), (a_table(), part(240, 4))):
+        with pytest.raises(DataError, match=r"other parts of the reference set .*vernier eval MODEL") as caught:
+            compare_tables(a, b)
+        assert "\n" not in str(caught.value)
+
+
 def test_gates_ask_for_the_upper_bound() -> None:
     found = compare_tables(a_table(seed=1), a_table(-0.001, seed=2))
     upper = found.difference.ci95_percent[1]
@@ -195,82 +300,6 @@ def test_gates_ask_for_the_upper_bound() -> None:
     identical = compare_tables(a_table(), a_table())
     assert gate_holds(identical, "not-worse")
     assert not gate_holds(identical, "better")
-
-
-def test_along_a_run_every_look_spends_its_share(tmp_path: Path) -> None:
-    tables = {
-        0: a_table(seed=1),
-        100: a_table(-0.1, seed=2),
-        101: a_table(-0.101, seed=3),
-        140: a_table(-0.1, seed=4),
-    }
-    run = write_run(tmp_path / "run", tables)
-    lines = [{"step": s, "tokens": 1000 * s, "loss": 2.0} for s in range(1, 121)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 121, "to')
-    found = compare_run(run)
-    assert [(p.step, p.tokens) for p in found.checkpoints] == [
-        (0, 0),
-        (100, 100_000),
-        (101, 101_000),
-        (140, 120_000),
-    ]
-    assert found.checkpoints[0].versus_previous is None
-    assert [p.versus_previous.verdict for p in found.checkpoints[1:] if p.versus_previous] == [
-        "better",
-        "better",
-        "worse",
-    ]
-    third = found.checkpoints[3]
-    assert third.versus_previous is not None
-    assert third.versus_first is not None
-    for versus in (third.versus_previous, third.versus_first):
-        assert versus.p_adjusted == pytest.approx(min(1, versus.difference.p * math.pi**2 * 9 / 6))
-    assert (third.versus_first.a.name, third.versus_previous.a.name) == ("step-00000000", "step-00000101")
-
-    content = found.to_json()
-    assert set(content) == {"run", "reference", "checkpoints"}
-    assert content["reference"] == REFERENCE
-    assert set(content["checkpoints"][1]) == {
-        "step",
-        "tokens",
-        "loss",
-        "se",
-        "versus_previous",
-        "versus_first",
-    }
-    assert set(content["checkpoints"][1]["versus_first"]) == TOP | ADDED
-    assert content["checkpoints"][0]["versus_first"] is None
-    json.dumps(content, allow_nan=False)
-
-
-def test_without_metrics_only_the_tokens_of_step_0_are_known(tmp_path: Path) -> None:
-    found = compare_run(write_run(tmp_path / "run", {0: a_table(), 5: a_table(seed=1)}))
-    assert [p.tokens for p in found.checkpoints] == [0, None]
-
-
-def test_the_way_of_scoring_with_most_tables_is_taken_and_said(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", {0: a_table(), 5: a_table(seed=1)})
-    write_run(run, {5: a_table(seed=2)}, dtype="bf16")
-    write_run(run, {5: a_table(seed=2, reference="fedc" * 16)}, folder="other-fedcfedc")
-    (run / "losses" / "py-0123abcd" / "step-00000009@causal.fp32.partial.parquet").touch()
-    found = compare_run(run)
-    assert [p.step for p in found.checkpoints] == [0, 5]
-    assert "py-0123abcd (causal, bf16)" in found.notes[0]
-    assert "other-fedcfedc" in found.notes[0]
-
-
-def test_a_run_with_nothing_scored_says_how(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", {})
-    with pytest.raises(DataError, match=r"nothing has been scored yet.*vernier eval"):
-        compare_run(run)
-
-
-def test_a_broken_table_of_a_run_is_named(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", {0: a_table(), 5: a_table(seed=1)})
-    path = next(run.glob("losses/*/step-00000005*"))
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match=r"step-00000005@causal\.fp32\.parquet: cannot be read"):
-        compare_run(run)
 
 
 def test_targets_mean_the_tables_a_person_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,9 @@ def test_another_tokenizer_keeps_the_text_fingerprint(tmp_path: Path, tokenizer:
     assert load_reference(tmp_path / "out").short_name == f"r-{after.tokens_fingerprint[:8]}"
     with pytest.raises(DataError, match="is there already"):
         retokenize(tmp_path / "r", tokenizer, tmp_path / "out")
+    shorter = retokenize(tmp_path / "r", tokenizer, tmp_path / "shorter", sequence_length=L // 2)
+    assert (shorter.sequence_length, shorter.text_fingerprint) == (L // 2, before.text_fingerprint)
+    assert shorter.tokens.sum() == before.tokens.sum()
     again = retokenize(tmp_path / "out", tokenizer, tmp_path / "back")
     assert again.tokens_fingerprint == before.tokens_fingerprint
 
@@ -254,3 +257,95 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, tokenizer: Path) 
         open_tokenizer(tmp_path / "a")
     with pytest.raises(DataError, match=r"no tokenizer\.json"):
         open_tokenizer(tmp_path)
+
+
+def slow_prompted(prompt: list[int], tokens: list[int], prefix: int, length: int) -> list[tuple[list[int], list[int]]]:
+    """(context, targets) of each window, token by token: targets are taken for as long as the window holds them and
+    all context up to half a window; then context is added on the left until it is full or the prompt begins."""
+    out, done = [], 0
+    before = [prefix, *prompt]
+    while done < len(tokens):
+        context, targets = before + tokens[:done], []
+        while done + len(targets) < len(tokens):
+            kept = min(len(context) - 1, length // 2)  # fed besides the id that is before all of them
+            if kept + len(targets) + 1 > length:
+                break
+            targets.append(tokens[done + len(targets)])
+        while len(context) + len(targets) > length + 1:
+            context = context[1:]
+        out.append((context, targets))
+        done += len(targets)
+    return out
+
+
+def test_of_a_document_with_a_prompt_every_response_token_is_scored_once(tmp_path: Path, tokenizer: Path) -> None:
+    draw = np.random.default_rng(1)
+    sizes = [(p, r) for p in (0, 1, 7, 8, 9, 15, 16, 40) for r in (1, 7, 8, 9, 15, 16, 17, 33)]
+    prompts = ["".join(draw.choice(list("%#"), p)) for p, _ in sizes]
+    answers = ["".join(draw.choice(list("(&"), r)) for _, r in sizes]
+    prompts += ["Größe? 😀 "] * 3
+    answers += ["漢字 über 😀😀 " * 12, "naïve", " naïve"]
+    facts = build(tmp_path / "r", tokenizer, answers, prompts=prompts)
+    found, opened = load_reference(tmp_path / "r"), open_tokenizer(tokenizer)
+    kept = pq.read_table(tmp_path / "r" / "documents.parquet").to_pylist()
+    assert (facts["objective"], found.objective) == ("prompt", "prompt")
+    assert {(row["prompt"], row["text"]) for row in kept} == set(zip(prompts, answers, strict=True))
+    at = 0
+    for row in kept:
+        asked, said = (ids.tolist() for ids in opened.encode([row["prompt"], row["text"]]))
+        windows = (slow_prompted if asked else lambda _, *rest: slow_rolling(*rest))(asked, said, opened.prefix_id, L)
+        if len(asked) + len(said) <= L:
+            assert windows == [([opened.prefix_id, *asked], said)]
+        size = 0
+        for context, targets in windows:
+            assert found.input_ids[found.offsets[at] : found.offsets[at + 1]].tolist() == context + targets
+            assert len(context) + len(targets) <= L + 1
+            if len(asked) + len(said) > L and asked:
+                assert len(context) > min(len(asked), L // 2)
+            assert (found.document[at], found.labels_from[at]) == (row["document"], len(context))
+            assert found.tokens[at] == len(targets)
+            size += int(found.bytes[at])
+            at += 1
+        assert size == len(row["text"].encode())
+    assert at == len(found.sample)
+
+
+def test_a_long_response_is_cut_and_the_same_response_to_another_prompt_stays(tmp_path: Path, tokenizer: Path) -> None:
+    long = texts(6, 3, 400)
+    prompts = ["a", "a", "b", "", "%" * 99, "c", "d", "e", "d"]
+    answers = [*long, "same", "same", "other"]
+    build(tmp_path / "r", tokenizer, answers, prompts=prompts, max_windows=3)
+    found = load_reference(tmp_path / "r")
+    assert found.documents == 9
+    assert np.bincount(found.document).tolist() == [3] * 6 + [1] * 3
+    stored = pq.read_table(tmp_path / "r" / "documents.parquet").to_pylist()
+    for row, prompt, answer in zip(stored, prompts, answers, strict=True):
+        assert row["prompt"] == prompt
+        assert answer.startswith(row["text"])
+        assert found.bytes[found.document == row["document"]].sum() == len(row["text"].encode())
+
+
+def test_prompts_are_in_the_fingerprint_and_survive_another_tokenizer(tmp_path: Path, tokenizer: Path) -> None:
+    documents = texts(12)
+    plain = build(tmp_path / "plain", tokenizer, documents, prompts=[""] * 12)
+    assert plain == build(tmp_path / "same", tokenizer, documents)
+    assert "prompt" not in pq.read_schema(tmp_path / "plain" / "documents.parquet").names
+    assert "objective" not in plain
+    assert load_reference(tmp_path / "plain").objective == "causal"
+    prompts = [f"What of {n}?" for n in range(12)]
+    build(tmp_path / "r", tokenizer, documents, prompts=prompts)
+    other = build(tmp_path / "o", tokenizer, documents, prompts=[*prompts[:-1], "What?"])
+    before = load_reference(tmp_path / "r")
+    assert len({p["fingerprints"]["text"] for p in (plain, other)} | {before.text_fingerprint}) == 3
+    after = retokenize(tmp_path / "r", tokenizer_at(tmp_path / "other", 400), tmp_path / "out")
+    assert (after.text_fingerprint, after.objective) == (before.text_fingerprint, "prompt")
+    assert after.bytes.sum() == before.bytes.sum()
+    assert retokenize(tmp_path / "out", tokenizer, tmp_path / "back").tokens_fingerprint == before.tokens_fingerprint
+
+
+def test_a_tokenizer_with_cls_and_sep_alone_opens(tmp_path: Path, tokenizer: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "a")
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps({"cls_token": "!", "sep_token": {"content": "#"}}))
+    found = open_tokenizer(tmp_path / "a")
+    assert found.prefix_id == found.special["cls_token"] == found.backend.token_to_id("!")
+    assert found.eos_id == found.special["sep_token"] == found.backend.token_to_id("#")

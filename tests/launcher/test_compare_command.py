@@ -15,7 +15,8 @@ from rich.console import Console
 
 from configs.errors import ConfigError
 from eval.tables import LossTable, write_table
-from launcher.compare import parse_margin, plus_minus, run_compare
+from launcher.compare import More, parse_margin, plus_minus, run_compare
+from launcher.verdict_words import p_words
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,9 +56,13 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-def said(*targets: object, gate: str | None = None, margin: str = "0", width: int = 100) -> tuple[int, str]:
+def said(
+    *targets: object, gate: str | None = None, margin: str = "0", width: int = 100, **more: Any
+) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=width)
-    code = run_compare([str(t) for t in targets], json_out=False, gate=gate, margin=margin, console=console)
+    code = run_compare(
+        [str(t) for t in targets], json_out=False, gate=gate, margin=margin, console=console, more=More(**more)
+    )
     assert isinstance(console.file, io.StringIO)
     return code, console.file.getvalue()
 
@@ -68,7 +73,7 @@ def test_two_checkpoints_in_a_sentence(run: Path) -> None:
     first = text.splitlines()[0]
     assert first.startswith("step-00000101 is better than step-00000100 by 0.04")
     for part in (
-        "% (95 %), p = ",
+        "% (95 %), p ",
         "% of samples",
         "smallest change this set could show at 80 % power: 0.0",
         "pairing gained",
@@ -154,7 +159,7 @@ def test_json_is_all_there_is_on_stdout(run: Path, capsys: pytest.CaptureFixture
 def test_usage_errors_are_one_line(run: Path) -> None:
     for targets, gate, margin, message in (
         ([], None, "0", "expected two"),
-        ([str(run)] * 3, None, "0", "got 3"),
+        ([str(run)] * 3, None, "0", "is given twice"),
         ([f"{run}@100"], None, "0", "give a second"),
         ([str(run)], "same", "0", "--gate: 'same'"),
         ([str(run)], "better", "-1%", "--margin: '-1%'"),
@@ -163,6 +168,142 @@ def test_usage_errors_are_one_line(run: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             said(*targets, gate=gate, margin=margin)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "more", "message"),
+    [
+        (["@100", "@101"], {"power": "0"}, "--power: '0'"),
+        (["@100", "@101"], {"power": "-1%"}, "--power: '-1%'"),
+        (["@100", "@101"], {"power": "much"}, "--power: 'much'"),
+        (["@100", "@101", "@0"], {"power": "1%"}, "--power: goes by the spread of one pair"),
+        ([""], {"by": "source"}, "--by: is about two"),
+        (["@100", "@101"], {"by": "source,colour"}, "--by: 'colour' is none of source, length, position"),
+        (["@100", "@101"], {"changed": 0}, "--changed: 0"),
+        (["@100", "@101"], {"reference": Path("r")}, "--reference: only --by and --changed"),
+        (["@100", "@101"], {"by": "length", "reference": Path("nowhere")}, "--reference: nowhere is not"),
+        (["@100", "@101"], {"from_step": 3}, "--from-step: .* --training"),
+        ([""], {"training": True}, "--training: .* two runs"),
+        (["", ""], {"training": True, "power": "1%"}, "--training: does not go with --power"),
+        (["@100", "@101"], {"advantage": "1%", "age": "3d"}, "go together"),
+        (["@100", "@101"], {"advantage": "1%", "age": "3d", "half_life": "1d", "by": "length"}, "not go with --by"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(
+    run: Path, targets: list[str], more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        said(*(f"{run}{t}" for t in targets), **more)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_texts_are_found_from_the_run_or_asked_for(run: Path, tmp_path: Path) -> None:
+    pair = f"{run}@100", f"{run}@101"
+    with pytest.raises(ConfigError, match=r"--changed: needs the texts, .*--reference REF"):
+        said(*pair, changed=3)
+    other = tmp_path / "reference"
+    other.mkdir()
+    (other / "reference.json").write_text('{"fingerprints": {"tokens": "else"}, "sequence_length": 128}')
+    with pytest.raises(ConfigError, match="is not the set that these tables were scored on"):
+        said(*pair, by="length", reference=other)
+    facts = {"fingerprints": {"tokens": "0123abcd" * 8}, "sequence_length": 9}
+    (other / "reference.json").write_text(json.dumps(facts))
+    settings = (ROOT / "tests" / "tiny.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("{placement: inline}", f"{{reference: {other}}}"))
+    assert "by length, step-00000101 against step-00000100" in said(*pair, by="length")[1]
+    with pytest.raises(ConfigError, match=r"documents\.parquet|samples\.parquet"):
+        said(*pair, changed=3)
+
+
+def test_a_gate_is_about_one_comparison(run: Path) -> None:
+    with pytest.raises(ConfigError, match="--gate: holds one comparison; 3 targets"):
+        said(f"{run}@0", f"{run}@100", f"{run}@101", gate="better")
+
+
+def test_three_are_a_leaderboard(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = [f"{run}@{step}" for step in (0, 101, 100, 140)]
+    code, text = said(*targets, parquet=tmp_path / "board.parquet")
+    assert code == 0
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+    assert [row[-1] for row in rows[:4]] == ["a", "a", "b", "c"]
+    assert {row[1] for row in rows[:2]} == {"step-00000101", "step-00000140"}
+    assert "5 of 6 pairs are told apart" in text
+    assert "not told apart: step-00000" in text
+    assert f"wrote {tmp_path / 'board.parquet'}, 6 rows" in text
+    console = Console(file=io.StringIO())
+    assert run_compare(targets, json_out=True, gate=None, margin="0", console=console) == 0
+    assert len(json.loads(capsys.readouterr().out)["pairs"]) == 6
+
+
+def test_few_documents_give_bounds_instead_of_plus_minus(tmp_path: Path) -> None:
+    for step, change in ((1, 0.01), (2, 0.02)):
+        write_step(tmp_path / "r", step, change, documents=20)
+        write_step(tmp_path / "few", step, change, documents=4)
+    text = said(f"{tmp_path}/r@1", f"{tmp_path}/r@2")[1]
+    assert "is worse than step-00000001 by 0.9" in text
+    assert "%, change within [+0.9" in text
+    assert "p = 0.0001" in text
+    assert "[+0." in said(tmp_path / "r")[1]
+    text = said(f"{tmp_path}/few@1", f"{tmp_path}/few@2")[1]
+    assert "[−∞, ∞] % (95 %), p = 0.1" in text
+
+
+def test_power_is_said_for_a_pair_and_for_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(f"{run}@100", f"{run}@101", power="0.001%")[1]
+    assert "this set (100 documents, 300 samples) can show 0.0" in text
+    assert "a change of 0.001 % needs " in text
+    assert "unpaired" in text
+    assert "a change of 0.001 % needs" in said(run, power="0.001%")[1]
+    assert "cannot be told" in said(f"{run}@100", f"{run}@100", power="0.001%")[1]
+    console = Console(file=io.StringIO())
+    for targets in ([f"{run}@100", f"{run}@101"], [str(run)]):
+        run_compare(targets, json_out=True, gate=None, margin="0", console=console, more=More(power="0.001"))
+        power = json.loads(capsys.readouterr().out)["power"]
+        assert power["wanted_percent"] == 0.001
+        assert power["samples_needed"] == 3 * power["documents_needed"]
+        assert power["documents_needed_unpaired"] > power["documents_needed"]
+
+
+def test_the_wobble_is_said_below_a_run_and_for_a_pair(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    steps = [*range(10, 301, 10), 301]
+    for step in steps:
+        write_step(tmp_path / "w", step, 0.5 * step**-0.4 + float(rng.normal(0, 0.003)))
+    text = said(tmp_path / "w")[1]
+    assert " % between checkpoints (training noise); sampling error of a difference: 0.0" in text
+    assert "smaller than the run's own wobble: the change at step " in text
+    pair = said(f"{tmp_path}/w@270", f"{tmp_path}/w@300")[1]
+    assert "smaller than the run's own wobble" in pair
+    assert (
+        "one optimizer step apart: the verdict is about these two" in said(f"{tmp_path}/w@300", f"{tmp_path}/w@301")[1]
+    )
+
+
+def test_parts_of_a_set_are_compared_by_naming_their_files(tmp_path: Path) -> None:
+    for name, step, change in (("x", 10, 0.01), ("y", 10, 0.02)):
+        whole = write_step(tmp_path / name, step, change, documents=60)
+        part = {"blocks": 2, "of": 5, "samples": 180}
+        path = write_step(tmp_path / name, 20, change, documents=60, partial=part, until_verdict={"looks": 1})
+        path.rename(path.with_name(path.name.replace(".parquet", ".partial.parquet")))
+        assert whole.is_file()
+    x, y = (next((tmp_path / name).glob("losses/*/*.partial.parquet")) for name in ("x", "y"))
+    code, text = said(x, y)
+    assert code == 0
+    assert "caution: partial: only the first 2 of 5 blocks of the reference set (180 samples)" in text
+    assert "caution: stopped early: the estimate is inflated" in text
+    with pytest.raises(ConfigError, match="complete the shorter with: vernier eval MODEL --reference REF"):
+        said(x, f"{tmp_path / 'y'}@10")
+    assert "20" not in [line.split()[0] for line in said(tmp_path / "x")[1].splitlines() if line.split()]
+
+
+def test_p_values_in_words() -> None:
+    assert [p_words(p) for p in (0.0, 9e-13, 2.3e-9, 0.0031, 0.5)] == [
+        "p < 1e-12",
+        "p < 1e-12",
+        "p = 2e-9",
+        "p = 0.003",
+        "p = 0.5",
+    ]
 
 
 def test_margins_are_percent() -> None:

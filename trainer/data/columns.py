@@ -1,4 +1,4 @@
-"""The text column of JSONL, JSON, CSV, Parquet, Arrow files and saved data sets, by Hugging Face `datasets`.
+"""Texts and prompts of JSONL, JSON, CSV, Parquet, Arrow files and saved data sets, by Hugging Face `datasets`.
 
 Nothing is looked up on the network, and nothing is left in a cache.
 """
@@ -25,8 +25,8 @@ def is_saved_data_set(path: Path) -> bool:
     return whole or (path / "dataset_dict.json").is_file()
 
 
-def rows_of_file(path: Path, text_field: str) -> Iterator[str]:
-    """The texts of a file, in its order; a row without one gives "".
+def rows_of_file(path: Path, text_field: str, prompt_field: str | None = None) -> Iterator[tuple[str, str]]:
+    """(text, prompt) of each row of a file, in its order; "" for what a row lacks.
 
     Raises:
         ConfigError: no such column; names those there are.
@@ -46,7 +46,7 @@ def rows_of_file(path: Path, text_field: str) -> Iterator[str]:
             streaming=True,
             **options,
         )
-        yield from _texts(rows.iter(ROWS_AT_ONCE), str(path), text_field)
+        yield from _texts(rows.iter(ROWS_AT_ONCE), str(path), text_field, prompt_field)
     except (VernierError, UnicodeDecodeError):
         raise
     except Exception as error:  # readers of four formats, each with errors of its own
@@ -56,8 +56,8 @@ def rows_of_file(path: Path, text_field: str) -> Iterator[str]:
         raise _broken(path, error) from error
 
 
-def rows_of_saved(path: Path, text_field: str) -> Iterator[str]:
-    """The texts of a data set saved with `save_to_disk`, all its splits in the order of their names.
+def rows_of_saved(path: Path, text_field: str, prompt_field: str | None = None) -> Iterator[tuple[str, str]]:
+    """(text, prompt) of each row of a data set saved with `save_to_disk`, its splits in the order of their names.
 
     Raises:
         ConfigError: no such column; names those there are.
@@ -70,28 +70,45 @@ def rows_of_saved(path: Path, text_field: str) -> Iterator[str]:
         raise _broken(path, error) from error
     splits = [loaded[name] for name in sorted(loaded)] if isinstance(loaded, dict) else [loaded]
     for split in splits:
-        if text_field not in split.column_names:
-            raise _no_column(str(path), text_field, split.column_names)
-        yield from _texts(split.select_columns([text_field]).iter(ROWS_AT_ONCE), str(path), text_field)
+        wanted = _wanted(text_field, prompt_field)
+        for setting, column in wanted.items():
+            if column not in split.column_names:
+                raise _no_column(str(path), setting, column, split.column_names)
+        columns = list(dict.fromkeys(wanted.values()))
+        yield from _texts(split.select_columns(columns).iter(ROWS_AT_ONCE), str(path), text_field, prompt_field)
 
 
-def _texts(batches: Iterable[dict[str, list[Any]]], name: str, text_field: str) -> Iterator[str]:
-    found = False
+def _wanted(text_field: str, prompt_field: str | None) -> dict[str, str]:
+    """The column that each setting names."""
+    return {"text_field": text_field} | ({} if prompt_field is None else {"prompt_field": prompt_field})
+
+
+def _texts(
+    batches: Iterable[dict[str, list[Any]]], name: str, text_field: str, prompt_field: str | None
+) -> Iterator[tuple[str, str]]:
+    wanted = _wanted(text_field, prompt_field)
+    found: set[str] = set()
     for batch in batches:
-        if text_field in batch:
-            found = True
-        elif not found:  # later parts of a JSONL file may lack a key that is rare
-            raise _no_column(name, text_field, batch)
-        for value in batch.get(text_field, ()):
-            if value is not None and not isinstance(value, str):
-                kind = type(value).__name__
-                raise ConfigError(f"data.text_field: {text_field!r} of {name} holds {kind}, not text")
-            yield value or ""
+        missing = [None] * len(next(iter(batch.values()), ()))
+        values = {}
+        for setting, column in wanted.items():
+            if column in batch:
+                found.add(setting)
+            elif setting not in found:  # later parts of a JSONL file may lack a key that is rare
+                raise _no_column(name, setting, column, batch)
+            values[setting] = [_text(value, name, setting, column) for value in batch.get(column, missing)]
+        yield from zip(values["text_field"], values.get("prompt_field", [""] * len(missing)), strict=True)
 
 
-def _no_column(name: str, text_field: str, there_are: Iterable[str]) -> ConfigError:
+def _text(value: Any, name: str, setting: str, column: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"data.{setting}: {column!r} of {name} holds {type(value).__name__}, not text")
+    return value or ""
+
+
+def _no_column(name: str, setting: str, column: str, there_are: Iterable[str]) -> ConfigError:
     columns = ", ".join(sorted(map(str, there_are))) or "none"
-    return ConfigError(f"data.text_field: {name} has no column {text_field!r}; its columns are: {columns}")
+    return ConfigError(f"data.{setting}: {name} has no column {column!r}; its columns are: {columns}")
 
 
 def _broken(path: Path, error: BaseException) -> DataError:

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from configs.errors import ConfigError, DataError
 from configs.schema import Config
 from configs.whole import MANIFEST, read_json, verify, whole_directory, write_atomic
-from eval.reference import build_reference, load_reference, tokenizer_fingerprint
+from eval.reference import build_reference, load_reference, read_documents, tokenizer_fingerprint
 from eval.tokenization import TextTokenizer
 from trainer.data.families import joined, sharing
 from trainer.data.shards import FOLDER, write_shards
-from trainer.data.sources import Document, read_documents, text_sha256
+from trainer.data.sources import Document
+from trainer.data.sources import read_documents as read_sources
 from trainer.data.split import Split, split_by_family
 from trainer.data.tokenizer import make_tokenizer
 
@@ -118,6 +119,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "sequence_length": config.sequence_length,
         "data.source": source,
         "data.text_field": data.text_field,
+        "data.prompt_field": data.prompt_field,
         "data.max_bytes": data.max_bytes,
         "data.tokenizer": None if given is None else tokenizer_fingerprint(given),
         "data.vocab_size": data.vocab_size if given is None else None,
@@ -178,11 +180,11 @@ def _build(
 ) -> dict[str, Any]:
     phases = _Phases(say, progress)
     with phases.phase("reading"):
-        documents, read = read_documents(config.data, config.seed, phases.step)
+        documents, read = read_sources(config.data, config.seed, phases.step)
     with phases.phase("tokenizer"):
         tokenizer = make_tokenizer(
             part / "tokenizer",
-            [d.text for d in documents],
+            [text for d in documents for text in (d.prompt, d.text) if text],
             given=config.data.tokenizer,
             vocab_size=config.data.vocab_size,
         )
@@ -190,13 +192,23 @@ def _build(
         encoded = tokenizer.encode([d.text for d in documents], phases.step)
         kept = [i for i, ids in enumerate(encoded) if len(ids)]  # a tokenizer may leave nothing of a text
         documents, encoded = [documents[i] for i in kept], [encoded[i] for i in kept]
+        prompted = any(d.prompt for d in documents)
+        if prompted:  # each by itself, as the reference set has it: no token lies across the end of a prompt
+            prompts = tokenizer.encode([d.prompt for d in documents])
+            masks = [np.arange(len(p) + len(ids)) >= len(p) for p, ids in zip(prompts, encoded, strict=True)]
+            encoded = [np.concatenate(pair) for pair in zip(prompts, encoded, strict=True)]
     with phases.phase("splitting"):
-        sha256s = [text_sha256(d.text) for d in documents]
-        split = split_by_family(encoded, sha256s, config.reference, config.seed)
+        split = split_by_family(encoded, [d.sha256 for d in documents], config.reference, config.seed)
     with phases.phase("reference set"):
         reference, training, decontamination = _reference(part, config, tokenizer, documents, encoded, split)
     with phases.phase("shards"):
-        shards = write_shards(part / FOLDER, (encoded[i] for i in training), tokenizer.eos_id, tokenizer.vocab_size)
+        shards = write_shards(
+            part / FOLDER,
+            (encoded[i] for i in training),
+            tokenizer.eos_id,
+            tokenizer.vocab_size,
+            scored=(masks[i] for i in training) if prompted else None,
+        )
     windows = max(0, (shards["tokens"] - 1) // config.sequence_length)
     if windows < 1:
         raise DataError(
@@ -258,8 +270,9 @@ def _reference(
         max_windows=config.reference.max_windows,
         drawn=drawn,
         decontamination=record,
+        prompts=[d.prompt for d in chosen],
     )
-    stored = _stored(part / "reference")
+    stored = _stored(part / "reference", tokenizer)
     run = config.reference.min_shared_run
     training = list(split.training)
     guilty = sharing(*joined([encoded[i] for i in training]), *stored, run)
@@ -272,15 +285,20 @@ def _reference(
     )
 
 
-def _stored(directory: Path) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Ids of the reference documents as the set holds them, put together again from its samples."""
+def _stored(directory: Path, tokenizer: TextTokenizer) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Ids of the reference documents as the set holds them, put together again from its samples and prompts."""
     found = load_reference(directory, check=False)
     starts = found.offsets[:-1] + found.labels_from
     ids = [found.input_ids[a:b] for a, b in zip(starts, found.offsets[1:], strict=True)]
     flat = np.concatenate(ids).astype(np.uint32)
     tokens_D = np.bincount(found.document, weights=found.tokens).astype(np.int64)
-    return flat, np.concatenate([[0], np.cumsum(tokens_D)]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(tokens_D)]).astype(np.int64)
+    _, _, prompts = read_documents(directory)
+    if not any(prompts):
+        return flat, offsets
+    asked = zip(tokenizer.encode(prompts), np.split(flat, offsets[1:-1]), strict=True)
+    return joined([np.concatenate(pair) for pair in asked])
 
 
 def _bytes(documents: Sequence[Document], chosen: Sequence[int]) -> int:
-    return sum(len(documents[i].text.encode()) for i in chosen)
+    return sum(documents[i].bytes for i in chosen)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataSettings
+from eval.samples import document_sha256
 from trainer.data.columns import COLUMN_SUFFIXES, is_saved_data_set, rows_of_file, rows_of_saved
 
 STDLIB = "python-stdlib"
@@ -68,10 +69,24 @@ _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class Document(NamedTuple):
-    """A text and where it came from: a path below the source, with `#row` where a file has many."""
+    """A text and where it came from: a path below the source, with `#row` where a file has many.
+
+    With a `prompt` the document is prompt and text, and the text alone is trained on and scored.
+    """
 
     source: str
     text: str
+    prompt: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """Of its content; the same text after another prompt is another document."""
+        return document_sha256(self.text, self.prompt)
+
+    @property
+    def bytes(self) -> int:
+        """Of prompt and text in UTF-8."""
+        return len(self.prompt.encode()) + len(self.text.encode())
 
 
 @dataclass
@@ -107,11 +122,6 @@ def content_key(purpose: str, seed: int, sha256: str) -> str:
     return hashlib.sha256(f"{purpose} {seed} {sha256}".encode()).hexdigest()
 
 
-def text_sha256(text: str) -> str:
-    """SHA-256 of a text in UTF-8, in hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_documents(
     settings: DataSettings, seed: int, progress: Callable[[int], None] | None = None
 ) -> tuple[list[Document], ReadReport]:
@@ -121,21 +131,24 @@ def read_documents(
         progress: told how many documents were read so far.
 
     Raises:
-        ConfigError: a path that is not there, a kind of file that is not read, or a column that is missing.
+        ConfigError: a path that is not there, a kind of file that is not read, a column that is missing, or
+            no prompt where `prompt_field` is set.
         DataError: a broken file, or no document at all.
     """
     report = ReadReport()
+    if settings.prompt_field == settings.text_field:
+        raise ConfigError(f"data.prompt_field: {settings.prompt_field!r} is data.text_field as well; name another")
     names = [settings.source] if isinstance(settings.source, str) else list(settings.source)
     seen: set[str] = set()
     found: list[tuple[str, Document]] = []
-    for document in _all_rows(names, settings.text_field, report):
+    for document in _all_rows(names, settings, report):
         report.rows += 1
         if progress is not None and report.rows % 1000 == 0:
             progress(report.rows)
         if not document.text.strip():
             report.empty += 1
             continue
-        sha256 = text_sha256(document.text)
+        sha256 = document.sha256
         if sha256 in seen:
             report.duplicates += 1
             continue
@@ -145,6 +158,11 @@ def read_documents(
     documents = _up_to([document for _, document in found], settings.max_bytes, report)
     if not documents:
         raise DataError(_nothing_found(names, settings, report))
+    if settings.prompt_field is not None and not any(document.prompt for document in documents):
+        raise ConfigError(
+            f"data.prompt_field: none of {len(documents)} documents has a prompt in {settings.prompt_field!r}; "
+            "name the column that has, or leave the setting out"
+        )
     return documents, report
 
 
@@ -153,7 +171,7 @@ def _up_to(documents: list[Document], max_bytes: int | None, report: ReadReport)
     over all that does not fit any more would fill the end with small documents."""
     out: list[Document] = []
     for document in documents:
-        size = len(document.text.encode())
+        size = document.bytes
         if max_bytes is not None and size > max_bytes:
             continue
         if max_bytes is not None and report.bytes + size > max_bytes:
@@ -175,42 +193,42 @@ def _nothing_found(names: list[str], settings: DataSettings, report: ReadReport)
     return f"data.source: no text in {', '.join(names)}; {looked}{first}"
 
 
-def _all_rows(names: list[str], text_field: str, report: ReadReport) -> Iterator[Document]:
+def _all_rows(names: list[str], settings: DataSettings, report: ReadReport) -> Iterator[Document]:
     if not names:
         raise ConfigError(f"data.source: is an empty list; name files or folders, or {STDLIB}")
     for name in names:
         path = Path(name).expanduser()
         if name == STDLIB:
-            yield from _standard_library(report)
+            yield from _standard_library(settings, report)
         elif path.is_dir() and is_saved_data_set(path):
             report.files += 1
-            yield from _documents(rows_of_saved(path, text_field), path.name)
+            yield from _documents(rows_of_saved(path, settings.text_field, settings.prompt_field), path.name)
         elif path.is_dir():
-            yield from _folder(path, text_field, report)
+            yield from _folder(path, settings, report)
         elif path.exists() or path.is_symlink():
             if path.suffix.lower() not in TEXT_SUFFIXES | COLUMN_SUFFIXES:
                 kinds = ".txt .md .py … .jsonl .json .csv .parquet .arrow"
                 raise ConfigError(f"data.source: {name} is none of the kinds that are read ({kinds})")
-            yield from _file(path, path.name, text_field, report, named=True)
+            yield from _file(path, path.name, settings, report, named=True)
         else:
             raise ConfigError(f"data.source: {name} does not exist")
 
 
-def _standard_library(report: ReadReport) -> Iterator[Document]:
+def _standard_library(settings: DataSettings, report: ReadReport) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in _walk(root, report, without=_NOT_SOURCE):
         if path.suffix == ".py":
-            yield from _file(path, f"{STDLIB}/{path.relative_to(root).as_posix()}", "", report)
+            yield from _file(path, f"{STDLIB}/{path.relative_to(root).as_posix()}", settings, report)
 
 
-def _folder(root: Path, text_field: str, report: ReadReport) -> Iterator[Document]:
+def _folder(root: Path, settings: DataSettings, report: ReadReport) -> Iterator[Document]:
     for path in _walk(root, report, without={"__pycache__"}):
         name = f"{root.name}/{path.relative_to(root).as_posix()}"
         if path.is_dir():
             report.files += 1
-            yield from _documents(rows_of_saved(path, text_field), name)
+            yield from _documents(rows_of_saved(path, settings.text_field, settings.prompt_field), name)
         elif path.suffix.lower() in TEXT_SUFFIXES | COLUMN_SUFFIXES:
-            yield from _file(path, name, text_field, report)
+            yield from _file(path, name, settings, report)
         else:
             report.other_kinds += 1
 
@@ -229,7 +247,7 @@ def _walk(root: Path, report: ReadReport, without: set[str]) -> Iterator[Path]:
         yield from (folder / n for n in sorted([*saved, *files]) if not n.startswith("."))
 
 
-def _file(path: Path, name: str, text_field: str, report: ReadReport, named: bool = False) -> Iterator[Document]:
+def _file(path: Path, name: str, settings: DataSettings, report: ReadReport, named: bool = False) -> Iterator[Document]:
     report.files += 1
     if path.suffix.lower() in COLUMN_SUFFIXES:
         try:
@@ -239,14 +257,15 @@ def _file(path: Path, name: str, text_field: str, report: ReadReport, named: boo
             report.skipped.append(f"{name}: {error.strerror}")
             return
         try:
-            yield from _documents(rows_of_file(path, text_field), name)
+            yield from _documents(rows_of_file(path, settings.text_field, settings.prompt_field), name)
         except UnicodeDecodeError as error:
             report.skipped.append(f"{name}: not UTF-8 ({error.reason})")
         except ConfigError:
             # In a folder of sources a .json file is most often somebody's settings, not a corpus.
             if named or path.suffix.lower() != ".json":
                 raise
-            report.skipped.append(f"{name}: no rows with {text_field!r}")
+            wanted = [repr(column) for column in (settings.text_field, settings.prompt_field) if column is not None]
+            report.skipped.append(f"{name}: no rows with {' and '.join(wanted)}")
         return
     try:
         # Bytes, not read_text(): line ends stay as they are. A byte order mark is no text.
@@ -259,5 +278,5 @@ def _file(path: Path, name: str, text_field: str, report: ReadReport, named: boo
         yield Document(name, text)
 
 
-def _documents(rows: Iterable[str], name: str) -> Iterator[Document]:
-    return (Document(f"{name}#{row}", text) for row, text in enumerate(rows))
+def _documents(rows: Iterable[tuple[str, str]], name: str) -> Iterator[Document]:
+    return (Document(f"{name}#{row}", text, prompt) for row, (text, prompt) in enumerate(rows))

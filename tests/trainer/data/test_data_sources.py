@@ -123,3 +123,41 @@ def test_max_bytes_takes_documents_by_content_and_seed(tmp_path: Path) -> None:
 def test_the_standard_library_is_read_by_name() -> None:
     documents, _ = read_documents(DataSettings(source="python-stdlib", max_bytes=100_000), 0)
     assert all(d.source.startswith("python-stdlib/") and d.source.endswith(".py") for d in documents)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "arrow", "saved"])
+def test_prompts_come_with_their_texts_and_make_another_document(kind: str, tmp_path: Path) -> None:
+    rows = [{"text": "yes", "ask": "a?"}, {"text": "yes", "ask": "b?"}, {"text": "yes", "ask": "a?"}]
+    rows += [{"text": "", "ask": "c?"}, {"text": "no", "ask": None}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        path.write_text("text,ask\n" + "".join(f"{row['text']},{row['ask'] or ''}\n" for row in rows))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    settings = DataSettings(source=str(path), prompt_field="ask")
+    documents, report = read_documents(settings, 0)
+    assert sorted((d.prompt, d.text) for d in documents) == [("", "no"), ("a?", "yes"), ("b?", "yes")]
+    found = report.as_dict()
+    assert (found["documents_empty"], found["documents_duplicate"], found["bytes"]) == (1, 1, 12)
+    with pytest.raises(ConfigError, match=r"data.prompt_field: .* no column 'body'; its columns are: ask, text"):
+        read(str(path), prompt_field="body")
+
+
+def test_a_prompt_field_that_gives_no_prompt_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"data.prompt_field: none of 1 documents has a prompt in 'ask'"):
+        read(str(tmp_path), prompt_field="ask")
+    with pytest.raises(ConfigError, match=r"data.prompt_field: 'text' is data.text_field as well"):
+        read(str(tmp_path), prompt_field="text")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "a", "ask": [{"role": "user"}]}) + "\n")
+    with pytest.raises(ConfigError, match=r"data.prompt_field: 'ask' of .* holds list, not text"):
+        read(str(rows), prompt_field="ask")

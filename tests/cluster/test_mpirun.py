@@ -1,0 +1,58 @@
+"""A rank-group that mpirun starts finds itself by MPI and makes the very tables that torchrun's does."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, table_of, vernier
+
+pytestmark = pytest.mark.cluster
+
+# All ranks share one machine: Open MPI's shared-memory transport is kept out, and everything stays on loopback.
+LOOPBACK = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,tcp",
+    "OMPI_MCA_btl_tcp_if_include": "lo",
+    "OMPI_MCA_oob_tcp_if_include": "lo",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mpi() -> None:
+    """Without MPI these tests are skipped, except where the cluster is required."""
+    if shutil.which("mpirun") is None and not os.environ.get("REQUIRE_CLUSTER"):
+        pytest.skip("mpirun is not on this machine")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_mpirun_makes_the_same_bits_as_torchrun(ranks: int, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = tiny_run / "snapshots" / "step-00000020"
+    options = ["--reference", tiny_data / "reference", "--nproc", ranks]
+    vernier("eval", model, *options, "--by", "mpirun", "--out", tmp_path / "mpi", env={**os.environ, **LOOPBACK})
+    (by_mpi,) = (tmp_path / "mpi").glob("*.parquet")
+    if ranks == 4:
+        vernier("eval", model, *options, "--out", tmp_path / "torchrun")
+        assert by_mpi.read_bytes() == next((tmp_path / "torchrun").glob("*.parquet")).read_bytes()
+    assert by_mpi.read_bytes() == _scored_by_one(model, tiny_data, tmp_path).read_bytes()
+
+
+def _scored_by_one(model: Path, data: Path, tmp_path: Path) -> Path:
+    vernier("eval", model, "--reference", data / "reference", "--out", tmp_path / "one")
+    return next((tmp_path / "one").glob("*.parquet"))
+
+
+def test_mpi_itself_joins_tables_where_torch_cannot(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t@causal.fp32.parquet"
+    command = ["mpirun", "-n", "2", sys.executable, "-m", "eval", "--reference", str(tiny_data / "reference")]
+    command += ["--models", str(tiny_run / "snapshots" / "step-00000020"), "--tables", str(table)]
+    environment = {**os.environ, **LOOPBACK, "VERNIER_JOIN": "mpi", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    from eval.tables import read_table
+
+    assert (read_table(table).loss == read_table(table_of(tiny_run, 20)).loss).all()

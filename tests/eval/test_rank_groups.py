@@ -1,0 +1,126 @@
+"""Rank-groups: weights sharded over ranks, ensembles, and a killed rank whose work is not lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, VERNIER, table_of, vernier
+
+from eval.reference import load_reference
+from eval.tables import read_table
+
+
+def test_sharded_weights_give_the_same_losses(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model, plain = tiny_run / "snapshots" / "step-00000020", read_table(table_of(tiny_run, 20))
+    options = ["--reference", tiny_data / "reference", "--weights", "sharded", "--nproc", 3, "--out", tmp_path]
+    vernier("eval", model, *options)
+    (path,) = tmp_path.glob("*.parquet")
+    table = read_table(path)
+    np.testing.assert_allclose(table.loss, plain.loss, rtol=1e-5)
+    assert table.meta["weights"] == "sharded"
+    assert table.meta["model"] == plain.meta["model"]
+
+
+def test_an_ensemble_is_the_mean_of_probabilities(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    models = [tiny_run / "snapshots" / f"step-{step:08d}" for step in (10, 20)]
+    options = ["--reference", tiny_data / "reference", "--ensemble", "both", "--out", tmp_path, "--nproc", 2]
+    vernier("eval", *models, *options)
+    table = read_table(tmp_path / "both@causal.fp32.parquet")
+    assert table.meta["label"] == "both"
+    reference = load_reference(tiny_data / "reference")
+    loaded = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for model in models]
+    ids, first, lengths = reference.batch_inputs(0)
+    for row, sample in enumerate(reference.batch_samples(0)):
+        own = torch.from_numpy(ids[row, : lengths[row]])
+        with torch.no_grad():
+            p = sum(m(input_ids=own[None, :-1]).logits[0].float().softmax(-1) for m in loaded) / 2
+        target = own[1:][first[row] - 1 :]
+        p_target = p[first[row] - 1 :].gather(-1, target[:, None])
+        assert table.loss[sample] == pytest.approx(float(-p_target.log().double().sum()), rel=1e-5)
+    both, one = table.loss.sum(), read_table(table_of(tiny_run, 10)).loss.sum()
+    assert both < one
+
+
+@pytest.fixture
+def slow_model(tiny_data: Path, tmp_path: Path) -> Path:
+    """A model large enough that its scoring has a middle to be killed in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "slow")
+    return tmp_path / "slow"
+
+
+def test_a_killed_ranks_hole_is_scored_again_and_the_table_is_the_same(
+    slow_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = slow_model
+    command = [*VERNIER, "eval", str(model), "--reference", str(tiny_data / "reference"), "--nproc", "2"]
+    environment = {**os.environ, "VERNIER_JOURNAL_S": "0"}  # written after every batch
+    running = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "out" / ".slow@causal.fp32.parquet.scoring"
+    _wait_for(lambda: len(list(folder.glob("*.safetensors"))) >= 3, running)
+    os.kill(_rank(running.pid, 1), signal.SIGKILL)
+    assert running.wait(timeout=200) == 0
+    assert "a rank died" in running.stderr.read()
+    (path,) = (tmp_path / "out").glob("*.parquet")
+    assert path.read_bytes() == _undisturbed(model, tiny_data, tmp_path / "whole").read_bytes()
+    assert not folder.exists()
+
+
+def test_a_model_that_gives_nan_is_one_line_and_leaves_nothing(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_run / "snapshots" / "step-00000020", broken)
+    (broken / "manifest.json").unlink()  # a foreign model now: ours would be refused by its hash
+    file = sorted(broken.glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = vernier("eval", broken, "--reference", tiny_data / "reference", "--out", tmp_path / "out", code=2)
+    assert "has a loss that is not finite" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "out").rglob("*"))
+
+
+def _undisturbed(model: Path, data: Path, out: Path) -> Path:
+    vernier("eval", model, "--reference", data / "reference", "--out", out)
+    return next(out.glob("*.parquet"))
+
+
+def _wait_for(there, running: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not there():
+        assert running.poll() is None, running.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _rank(vernier_pid: int, local_rank: int) -> int:
+    """The process of a rank below a `vernier`."""
+    for pid in _below(vernier_pid):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"LOCAL_RANK={local_rank}".encode() in environment:
+            return pid
+    raise AssertionError(f"no rank {local_rank}")
+
+
+def _below(pid: int) -> list[int]:
+    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [deeper for child in children for deeper in _below(child)]

@@ -58,7 +58,7 @@ class Comparison:
     """B − A on the same reference set. Better: B's loss is lower.
 
     `wobble_percent`: checkpoint-to-checkpoint noise of the runs that the two are of, the larger; None where it cannot
-    be told. `one_step`: the two are one optimizer step of one run apart.
+    be told. `one_step`: the two are one optimizer step of one run apart. `same_weights`: scored twice, say in two dtypes.
     """
 
     a: Side
@@ -72,6 +72,7 @@ class Comparison:
     cautions: tuple[str, ...] = ()
     wobble_percent: float | None = None
     one_step: bool = False
+    same_weights: bool = False
 
     @property
     def p_adjusted(self) -> float:
@@ -99,6 +100,8 @@ class Comparison:
     @property
     def below_wobble(self) -> bool:
         """Whether the change is no larger than two checkpoints of such a run differ by anyway: 2·√2·wobble."""
+        if self.same_weights:  # no other checkpoint is in question
+            return False
         return self.wobble_percent is not None and abs(self.difference.percent) < 2 * math.sqrt(2) * self.wobble_percent
 
     @property
@@ -115,7 +118,8 @@ class Comparison:
         if verdict != "no difference seen":
             return "training noise" if self.below_wobble and not self.one_step else None
         noise = math.sqrt(2) * (self.wobble_percent or 0.0)
-        return "training noise" if noise > self.difference.se_percent and not self.one_step else "samples"
+        given = self.one_step or self.same_weights
+        return "training noise" if noise > self.difference.se_percent and not given else "samples"
 
     def power(self, wanted_percent: float) -> Power | None:
         """What seeing a change of `wanted_percent` (above zero) needs; None for a pair without any spread."""
@@ -224,6 +228,7 @@ def compare_tables(
         paired_by="sample" if paired_by == "sample" else "document",
         reference=reference,
         cautions=tuple(_cautions(a, b, found, unit)),
+        same_weights=_same(a, b, "source"),
     )
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from eval.reference import ReferenceSet
 
 LOGITS_BYTES = int(os.environ.get("VERNIER_LOGITS_BYTES", 64 << 20))  # what a chunk of fp32 logits may take
+ROWS = 1024  # targets at once against pieces of a plain head's output matrix
+# A piece's logits: what a CPU's cache holds; large enough for a GPU to be busy. See `benchmarks.scoring --chunks`.
+PIECE_BYTES = LOGITS_BYTES if torch.cuda.is_available() else min(LOGITS_BYTES, 4 << 20)
 IGNORED = -100  # a target that is not scored (torch's and transformers' convention)
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -68,6 +71,31 @@ def target_nll(hidden_NH: torch.Tensor, target_N: torch.Tensor, head: Head) -> t
     logits_NV = head(hidden_NH).float()
     nll_N = F.cross_entropy(logits_NV, target_N, reduction="none")
     return nll_N, logits_NV.argmax(dim=-1) == target_N
+
+
+def linear_nll(
+    hidden_NH: torch.Tensor, target_N: torch.Tensor, head: torch.nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `target_nll` for a plain head, whose output matrix is taken a piece of the vocabulary at a time.
+
+    The log of the sum of exponentials is carried from piece to piece with its running maximum (Milakov & Gimelshein,
+    "Online normalizer calculation for softmax", arXiv 1805.02867, algorithm 3). Pieces stay in the cache, which rows
+    of a large vocabulary do not. A target that ties with the likeliest counts as it.
+    """
+    size = max(256, PIECE_BYTES // (4 * ROWS))
+    top_N = hidden_NH.new_full((len(hidden_NH),), -math.inf, dtype=torch.float32)
+    sum_N, own_N = torch.zeros_like(top_N), torch.zeros_like(top_N)
+    for start in range(0, head.out_features, size):
+        bias = head.bias[start : start + size] if head.bias is not None else None
+        logits_NV = F.linear(hidden_NH, head.weight[start : start + size], bias).float()
+        place_N = target_N - start
+        inside_N = (place_N >= 0) & (place_N < logits_NV.shape[1])
+        found_N = logits_NV.gather(1, place_N.clamp(0, logits_NV.shape[1] - 1)[:, None])[:, 0]
+        own_N = torch.where(inside_N, found_N, own_N)
+        higher_N = torch.maximum(top_N, logits_NV.amax(-1))
+        sum_N = sum_N * (top_N - higher_N).exp_() + logits_NV.sub_(higher_N[:, None]).exp_().sum(-1)
+        top_N = higher_N
+    return top_N + sum_N.log() - own_N, own_N >= top_N
 
 
 def mixture_nll(
@@ -172,14 +200,16 @@ class TargetLosses(torch.nn.Module):
         nll, hit = [], []
         with self.gather_head() if self.gather_head else nullcontext(heads[0]) as first:
             heads[0] = first
-            step = chunk_length(self.vocab_size)
+            plain = len(heads) == 1 and type(first) is torch.nn.Linear
+            step = ROWS if plain else chunk_length(self.vocab_size)
             for start in range(0, len(target_N), step):
                 chunk = slice(start, start + step)
-                found = (
-                    target_nll(states[0][chunk], target_N[chunk], heads[0])
-                    if len(states) == 1
-                    else mixture_nll([state[chunk] for state in states], target_N[chunk], heads)
-                )
+                if plain:
+                    found = linear_nll(states[0][chunk], target_N[chunk], first)
+                elif len(heads) == 1:
+                    found = target_nll(states[0][chunk], target_N[chunk], first)
+                else:
+                    found = mixture_nll([state[chunk] for state in states], target_N[chunk], heads)
                 nll.append(found[0])
                 hit.append(found[1])
         return torch.cat(nll).double(), torch.cat(hit).double()

@@ -81,7 +81,7 @@ def p_words(p: float) -> str:
 def wobble_words(comparison: Comparison) -> str | None:
     """What the wobble of the runs means for a comparison; None where it is not known."""
     wobble = comparison.wobble_percent
-    if wobble is None or comparison.verdict == "identical":
+    if wobble is None or comparison.verdict == "identical" or comparison.same_weights:
         return None
     size = f"the run's own wobble from checkpoint to checkpoint: {_digits(wobble)} %"
     if comparison.one_step:

@@ -80,7 +80,7 @@ class InlineScoring:
         """The head for any number of calls: as a module, each would gather its weights from all ranks again."""
         head = self.engine.module.parts()[1]
         with zero_state.gathered(self.engine, list(head.parameters())):
-            yield lambda hidden: torch.nn.functional.linear(hidden, head.weight, head.bias)
+            yield head
 
     @torch.no_grad()
     def _fill(self) -> None:

@@ -365,12 +365,14 @@ def placement(
     device_bytes: int,
     ranks: int,
     logits_bytes: int = 64 << 20,
+    shared_host: bool = False,
 ) -> Literal["replicated", "sharded"]:
     """Where a model's weights go for scoring: whole on every rank where one holds it, else in shards over the ranks.
 
     Args:
         device_bytes: what one rank has to itself: a GPU's memory, or the host's free memory ÷ ranks on CPU. A tenth of
             it is left free.
+        shared_host: ranks share one host's memory, so more of them do not bring more.
 
     Raises:
         ConfigError: not even shards fit; says what a rank needs, what there is, and how many ranks would do.
@@ -385,7 +387,9 @@ def placement(
         return "sharded"
     at_two = scoring_memory(config, dtype, **asked, shards=2)
     left = usable - (at_two.total - at_two.weights)
-    if left > 0:
+    if shared_host:
+        what_would_do = "more ranks on this machine would have less memory each: take more machines, or one with more"
+    elif left > 0:
         what_would_do = f"{max(2, -(-whole.weights // left)):,} ranks would do"
     else:
         what_would_do = (

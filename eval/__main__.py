@@ -38,6 +38,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="take up nothing that an earlier attempt left")
+    parser.add_argument("--checked", action="store_true", help="models and reference set have been checked already")
     parser.add_argument("--shuffle-batches", type=int, default=None, metavar="SEED")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--log-dir", type=Path)
@@ -72,7 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not ours:
             traceback.print_exc()  # into the log
         if asked.log_dir:  # torchrun turns every exit code into 1; `vernier eval` reads this
-            write_atomic(asked.log_dir / f"error-{rank}.json", json.dumps({"exit_code": code, "error": said}))
+            # A fault that is not ours to name may be another rank's death, and scoring can go on.
+            kind = "error" if ours else "fault"
+            write_atomic(asked.log_dir / f"{kind}-{rank}.json", json.dumps({"exit_code": code, "error": said}))
         else:
             print(said, file=console)
         return code
@@ -93,12 +97,23 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
     """Scores model directories one after another, all ranks on each, or all together as an ensemble."""
     import torch
 
+    from eval.models import check_fits, check_model
     from eval.once import Scoring, score_models
-    from eval.ranks import join, leave
+    from eval.ranks import StoppedByAnotherRank, join, leave
     from eval.reference import load_reference
 
     ranks = join(asked.threads)
-    reference = load_reference(asked.reference, check=False)  # `vernier eval` has checked it
+    check = not asked.checked and ranks.local_rank == 0  # the files, once on each machine
+    problem: VernierError | None = None
+    try:
+        reference = load_reference(asked.reference, check=check)
+        for model in asked.models if check else ():
+            check_model(model)
+            check_fits(model, reference)
+    except VernierError as error:
+        problem = error
+    if not ranks.agree(problem is None):
+        raise problem or StoppedByAnotherRank("another rank refused what is to be scored")
     how = Scoring(
         dtype=asked.dtype or ("bf16" if torch.cuda.is_available() else "fp32"),
         objective=asked.objective,
@@ -108,6 +123,7 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
         against=asked.against,
         margin_percent=asked.margin,
         trust_remote_code=asked.trust_remote_code,
+        fresh=asked.fresh,
     )
     groups = [asked.models] if asked.ensemble else [[model] for model in asked.models]
     if len(groups) != len(asked.tables):

@@ -58,7 +58,8 @@ class Comparison:
     """B − A on the same reference set. Better: B's loss is lower.
 
     `wobble_percent`: checkpoint-to-checkpoint noise of the runs that the two are of, the larger; None where it cannot
-    be told. `one_step`: the two are one optimizer step of one run apart. `same_weights`: scored twice, say in two dtypes.
+    be told. `one_step`: the two are one optimizer step of one run apart. `same_weights`: one model scored twice, in two
+    dtypes say.
     """
 
     a: Side

@@ -67,10 +67,12 @@ class UntilVerdict:
         self.looks.append(self._look(documents, samples, loss_N))
         return self.looks[-1].verdict != "not settled"
 
-    def end(self, loss_N: NDArray[np.float64]) -> None:
-        """Takes the last look, where the set ended before a verdict."""
-        if not self.looks or self.looks[-1].samples < len(loss_N):
-            self(len(loss_N), loss_N)
+    def all_looks(self, loss_N: NDArray[np.float64]) -> None:
+        """Takes all the looks there are at these losses, the last one included; a verdict does not end them."""
+        self.looks.clear()
+        for stop in sorted(self._samples.values()):
+            if stop <= len(loss_N):
+                self(stop, loss_N[:stop])
 
     def _look(self, documents: int, samples: int, loss_N: NDArray[np.float64]) -> LookResult:
         document_N = self.reference.document[:samples]

@@ -106,7 +106,9 @@ def mixture_nll(
     for state_NH, head in zip(states, heads, strict=True):
         log_p_NV = F.log_softmax(head(state_NH).float(), dim=-1)
         log_p.append(log_p_NV.gather(-1, target_N[:, None])[:, 0])
-        sum_NV = log_p_NV.exp_() if len(log_p) == 1 else sum_NV.add_(log_p_NV.exp_())
+        p_NV = log_p_NV.exp_()
+        # Vocabularies may be padded to other sizes: what one of the models lacks is no target.
+        sum_NV = p_NV if len(log_p) == 1 else sum_NV[:, : p_NV.shape[1]] + p_NV[:, : sum_NV.shape[1]]
     nll_N = math.log(len(states)) - torch.stack(log_p).logsumexp(0)
     return nll_N, sum_NV.argmax(dim=-1) == target_N
 
@@ -167,11 +169,16 @@ class TargetLosses(torch.nn.Module):
         self.vocab_size = max(int(model.config.get_text_config().vocab_size) for model in models)
 
     def forward(
-        self, fed_BT: torch.Tensor, target_BT: torch.Tensor, scored_BT: torch.Tensor
+        self, fed_BT: torch.Tensor, target_BT: torch.Tensor | None = None, scored_BT: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(negative log likelihood in nats, 1 where the target was the likeliest), f64 [B, T], 0 where not scored."""
+        """(negative log likelihood in nats, 1 where the target was the likeliest), f64 [B, T], 0 where not scored.
+
+        Without targets the only model's logits [B, T, V], and whether they are those of its parts (a bool tensor).
+        """
         if self._parts is None:
             self._parts = [split_model(model) for model in self.models]
+        if target_BT is None or scored_BT is None:
+            return self.models[0](input_ids=fed_BT, use_cache=False).logits, torch.tensor(self._parts[0] is not None)
         nll_BT = torch.zeros(fed_BT.shape, dtype=torch.float64, device=fed_BT.device)
         hit_BT = torch.zeros(fed_BT.shape, dtype=torch.float64, device=fed_BT.device)
         if all(parts is not None for parts in self._parts):
@@ -200,12 +207,12 @@ class TargetLosses(torch.nn.Module):
         nll, hit = [], []
         with self.gather_head() if self.gather_head else nullcontext(heads[0]) as first:
             heads[0] = first
-            plain = len(heads) == 1 and type(first) is torch.nn.Linear
-            step = ROWS if plain else chunk_length(self.vocab_size)
+            plain = first if len(heads) == 1 and type(first) is torch.nn.Linear else None
+            step = ROWS if plain is not None else chunk_length(self.vocab_size)
             for start in range(0, len(target_N), step):
                 chunk = slice(start, start + step)
-                if plain:
-                    found = linear_nll(states[0][chunk], target_N[chunk], first)
+                if plain is not None:
+                    found = linear_nll(states[0][chunk], target_N[chunk], plain)
                 elif len(heads) == 1:
                     found = target_nll(states[0][chunk], target_N[chunk], first)
                 else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,9 @@ def fingerprint_of_digests(digests: dict[str, str]) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face model directory, as its index names them."""
+    """The safetensors files of a Hugging Face model directory: those that transformers would load."""
+    if (directory / "model.safetensors").is_file():  # it takes this one also where there is an index
+        return [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map", {})
@@ -73,12 +77,14 @@ def check_model(directory: Path) -> None:
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """Fingerprint of the weights in a model directory: from our manifest, else from the tensors themselves."""
+    """Fingerprint of the weights in a model directory: from our manifest, else from the tensors and settings."""
     if is_ours(directory):
         found = read_manifest(directory, "snapshot").get("weights")
         if isinstance(found, str):
             return found
-    digests = {}
+    # Settings make losses as well as weights do; ours are held by the manifest's hashes.
+    config = json.dumps(read_json(directory / "config.json"), sort_keys=True)
+    digests = {"config.json": hashlib.sha256(config.encode()).hexdigest()}
     for file in weight_files(directory):
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -109,7 +115,7 @@ def scored_fingerprint(source: str, dtype: str) -> str:
 def check_fits(directory: Path, reference: ReferenceSet) -> None:
     """Refuses a model that cannot be scored on `reference`: another tokenizer, or too few positions or tokens."""
     config = read_json(directory / "config.json")
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     vocabulary = text.get("vocab_size")
     if isinstance(vocabulary, int) and vocabulary < reference.vocab_size:
         raise DataError(
@@ -161,17 +167,19 @@ def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(f"{directory}: transformers cannot load it as a causal LM: {_first_line(error)}") from error
     check_loaded(directory, info)
-    _check_causal(directory, model.eval())
+    check_causal(directory, model.eval(), lambda ids: model(input_ids=ids, use_cache=False).logits)
     return model.eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()
-def _check_causal(directory: Path, model: Any) -> None:
+def check_causal(
+    directory: Path, model: Any, logits_of: Callable[[torch.Tensor], torch.Tensor], device: torch.device | None = None
+) -> None:
     """Refuses a model whose prediction hangs on what comes after: tried, since an encoder loads as a causal LM too."""
     last = model.config.get_text_config().vocab_size - 1
-    ids = torch.arange(1, 9)[None] % (last + 1)
-    other = torch.cat([ids[:, :-1], torch.tensor([[last]])], dim=1)
-    a, b = (model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other))
+    ids = torch.arange(1, 9, device=device)[None] % (last + 1)
+    other = torch.cat([ids[:, :-1], torch.full_like(ids[:, :1], last)], dim=1)
+    a, b = (logits_of(given)[0, :-1].float() for given in (ids, other))
     if not bool(torch.isfinite(a).all()):
         return  # its losses will be refused
     if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())):

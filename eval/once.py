@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from eval.placing import Scoring, open_scorer
 from eval.ranks import Ranks
 from eval.reference import ReferenceSet
 from eval.scoring import cpu_threads, ensemble_source, score_reference, table_meta
-from eval.tables import LossTable, partial_path, read_table, write_table
+from eval.tables import LossTable, parse_table_name, partial_path, read_table, write_table
 
 TOLD_EVERY_S = 5.0
 
@@ -33,7 +33,11 @@ def score_models(
     Raises:
         DataError: a model cannot be scored so.
     """
-    name = models[0].name if len(models) == 1 else table.name.partition("@")[0]
+    name = (parse_table_name(table.name) or (table.stem,))[0]
+    if how.fresh and ranks.first:
+        clear(table)
+        partial_path(table).unlink(missing_ok=True)
+    ranks.barrier()
     scorer, model, sharded = open_scorer(models, reference, ranks, how)
     meta = table_meta(
         reference,
@@ -56,7 +60,7 @@ def score_models(
             told = time.monotonic()
             say(f"{name}: {100 * done // of} % scored")
 
-    with cpu_threads(how.threads):
+    with cpu_threads(how.threads), _kept(journal):
         found = score_reference(
             scorer,
             reference,
@@ -74,6 +78,16 @@ def score_models(
         loss = found.loss.sum() / found.tokens.sum()
         say(f"{name}: {loss:.4f} nats/token, {time.monotonic() - started:.1f} s -> {path}")
     ranks.barrier()
+
+
+@contextmanager
+def _kept(journal: Journal) -> Iterator[None]:
+    """Writes what this rank has scored also where another's death ends it."""
+    try:
+        yield
+    except BaseException:
+        journal.flush()
+        raise
 
 
 def _step(models: list[Path]) -> int | None:
@@ -94,8 +108,8 @@ def _begun(table: Path, meta: dict[str, Any]) -> LossTable | None:
 
 def _write(table: Path, found: LossTable, look: UntilVerdict | None) -> Path:
     """Writes the table, or the part of it that was enough; gives its path."""
-    if look is not None:
-        look.end(found.loss)
+    if look is not None and "partial" in found.meta:
+        look.all_looks(found.loss)
         found = replace(found, meta={**found.meta, "until_verdict": look.to_json()})
     part = partial_path(table)
     path = part if "partial" in found.meta else table

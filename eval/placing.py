@@ -31,6 +31,7 @@ class Scoring:
     against: Path | None = None
     margin_percent: float = 0.0
     trust_remote_code: bool = False
+    fresh: bool = False  # takes up nothing that an earlier attempt left
 
 
 def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: Scoring) -> tuple[Any, Any, bool]:
@@ -93,4 +94,5 @@ def _chosen(model: Path, reference: ReferenceSet, ranks: Ranks, dtype: str) -> s
         device_bytes=ranks.free_bytes(),
         ranks=ranks.world,
         logits_bytes=LOGITS_BYTES,
+        shared_host=ranks.device.type == "cpu",
     )

@@ -59,14 +59,17 @@ class Ranks:
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's CPU tensor, on every rank; shape and dtype are known to all."""
         if self.mpi is not None:
-            return torch.from_numpy(self.mpi.bcast(tensor.numpy(), root=0))
+            self.mpi.Bcast(tensor.numpy(), root=0)  # in place, as a buffer
+            return tensor
         dist.broadcast(tensor, src=0, group=self.control)
         return tensor
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a CPU tensor. Exact where no two ranks have the same place other than zero."""
         if self.mpi is not None:
-            return torch.from_numpy(self.mpi.allreduce(tensor.numpy()))
+            summed = torch.empty_like(tensor)
+            self.mpi.Allreduce(tensor.contiguous().numpy(), summed.numpy())
+            return summed
         joined = tensor.to(self.device)
         dist.all_reduce(joined)
         return joined.cpu()

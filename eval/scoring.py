@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from configs.errors import VernierError
 from eval.journal import Journal, Scores, no_scores, scores_of_table
-from eval.losses import SampleLosses
+from eval.losses import LOGITS_BYTES, SampleLosses
 from eval.models import scored_fingerprint
 from eval.ranks import Ranks
 from eval.reference import ReferenceSet
 from eval.tables import LossTable
+
+# Raised when losses come out in other bits: what was scored before is then neither completed nor taken up again.
+SCORING_VERSION = "2" if LOGITS_BYTES == 64 << 20 else f"2, logits of {LOGITS_BYTES} bytes"
 
 # Told at each block's end how many samples are scored, and their losses; True ends the scoring there.
 Look = Callable[[int, NDArray[np.float64]], bool]
@@ -76,6 +79,7 @@ def score_reference(
                 on_batch(done, len(mine))
         for _ in range(idle_passes):  # the other ranks still gather weights
             scorer.score_batch(reference, to_do[0])
+        ranks.barrier()  # waits as long as it takes; the sums below are given up after a while
         joined.append(Scores(ranks.sum(scores.sums[start:stop]), ranks.sum(scores.counts[start:stop])))
         _check_holes(joined[-1], start)
         if look is not None and stop < len(reference.sample):
@@ -205,6 +209,7 @@ def table_meta(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            "scoring": SCORING_VERSION,
         },
     }
 

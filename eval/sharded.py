@@ -6,8 +6,9 @@ may share weights, stay gathered, since every batch needs them.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from configs.errors import DataError
 from eval.losses import Scorer
-from eval.models import DTYPES, weight_files
+from eval.models import DTYPES, check_causal, weight_files
 from eval.ranks import Ranks
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def sharded_scorer(
@@ -31,7 +34,8 @@ def sharded_scorer(
     Its forward pass is one too: every rank must make equally many.
 
     Raises:
-        DataError: its weights are named otherwise in the files than in the model, or it has no list of layers.
+        DataError: its weights are named otherwise in the files than in the model, it has no list of layers, is no
+            causal LM, or makes more of its logits than its output matrix does.
     """
     model = _described(directory, dtype, trust_remote_code)
     layers = _layers(model, directory)
@@ -41,7 +45,23 @@ def sharded_scorer(
         fully_shard(layer, mesh=mesh)
     fully_shard(scorer.losses, mesh=mesh, reshard_after_forward=False)
     _load(scorer.losses, directory, dtype, ranks, mesh)
+    _give_back_freed_memory(ranks)
+    with torch.no_grad():
+        check_causal(directory, model, lambda ids: scorer.losses(ids)[0], ranks.device)
+        _, in_parts = scorer.losses(torch.arange(1, 9, device=ranks.device)[None])
+    if not in_parts:  # scored a sample at a time, each of which is a collective: ranks would make unequally many
+        raise DataError(
+            f"{directory}: its logits are more than its output matrix's product, and such a model is not scored with "
+            "sharded weights; use --weights replicated"
+        )
     return scorer
+
+
+def _give_back_freed_memory(ranks: Ranks) -> None:
+    """On CPU, lets the C library return a gathered layer's memory at once; else the heap grows to the whole model."""
+    if ranks.device.type == "cpu":
+        with suppress(OSError, AttributeError):  # another C library: it may keep what it likes
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _described(directory: Path, dtype: str, trust_remote_code: bool) -> Any:

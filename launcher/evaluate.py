@@ -52,6 +52,8 @@ def run_eval(
     from eval.models import check_fits, check_model
     from eval.reference import load_reference
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: {out} is there and is no directory")
     reference = load_reference(reference_dir)
     for model in models:
         check_model(model)
@@ -70,7 +72,8 @@ def run_eval(
     wanted = [pair for pair in pairs if not _is_scored(*pair, reference, asked, against, console)]
     if wanted:
         _score(wanted, reference_dir, asked, against, console)
-    rows = [{"model": _name(g), **_summary(t, against)} for g, t in zip(groups, tables, strict=True)]
+    summaries = [_summary(table, reference, against, asked) for table in tables]
+    rows = [{"model": _name(g), **summary} for g, summary in zip(groups, summaries, strict=True)]
     if json_out:
         print(json.dumps(rows, indent=2))
     else:
@@ -114,6 +117,8 @@ def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc
         raise ConfigError(f"--by: {others['by']!r} should be torchrun or mpirun")
     if others["against"] is None and others["margin"] != "0%":
         raise ConfigError("--margin: goes with --until-verdict --against A")
+    if others["against"] is not None and others["force"]:
+        raise ConfigError("--force: scores the whole set again; leave out --until-verdict")
     return Asked(nproc=nproc, dtype=dtype, objective=objective or own, **others)
 
 
@@ -157,18 +162,25 @@ def _is_scored(
         console.print(f"{_name(group)}: scored already (--force scores it again)", markup=False, soft_wrap=True)
         return True
     part = partial_path(path)
-    if against is None or not part.is_file():
+    if against is None or not part.is_file() or not same(read_table(part).meta):
         return False
-    meta = read_table(part).meta
-    told = meta.get("until_verdict") or {}
-    alike = same(meta) and told.get("against") == read_table(against).meta.get("model")
-    if not alike or told.get("margin_percent") != parse_margin(asked.margin):
+    if _looks(part, reference, against, asked)["verdict"] == "not settled":
         return False
     console.print(f"{_name(group)}: scored until this verdict already", markup=False, soft_wrap=True)
     return True
 
 
-def _summary(table: Path, against: Path | None) -> dict[str, Any]:
+def _looks(table: Path, reference: ReferenceSet, against: Path, asked: Asked) -> dict[str, Any]:
+    """What the looks at a table's losses come to: of a part as it was stopped, or of all."""
+    from eval.early_stop import UntilVerdict
+    from eval.tables import read_table
+
+    look = UntilVerdict(reference, read_table(against), parse_margin(asked.margin))
+    look.all_looks(read_table(table).loss)
+    return {**look.to_json(), "against_label": asked.against}
+
+
+def _summary(table: Path, reference: ReferenceSet, against: Path | None, asked: Asked) -> dict[str, Any]:
     from eval.statistics import clustered_ratio
     from eval.tables import partial_path, read_table
 
@@ -177,7 +189,7 @@ def _summary(table: Path, against: Path | None) -> dict[str, Any]:
     mean = clustered_ratio(found.loss, found.tokens, found.document)
     out = {"table": str(path), "loss": mean.value, "se": mean.se, "samples": len(found)}
     if against is not None:
-        out["until_verdict"] = found.meta.get("until_verdict")
+        out["until_verdict"] = _looks(path, reference, against, asked)
     return out
 
 
@@ -203,6 +215,9 @@ def _score(
     logs = Path(tempfile.mkdtemp(prefix="vernier-eval-"))
     command, environment = _command(wanted, reference_dir, asked, against, logs)
     for death in range(MOST_DEATHS + 1):
+        for file in logs.glob("fault-*.json"):
+            file.unlink()
+        before = _kept(wanted)
         process = start(command, environment, logs / "ranks.log")
         try:
             code = process.wait()
@@ -212,21 +227,35 @@ def _score(
         if code == 0:
             shutil.rmtree(logs, ignore_errors=True)
             return
-        for file in sorted(logs.glob("error-*.json")):
+        for file in sorted(logs.glob("error-*.json"), key=lambda told: told.stat().st_mtime):
             raise told_by_rank(read_json(file))
-        if death < MOST_DEATHS:
+        started = any(logs.glob("rank-*.log"))
+        if started and death < MOST_DEATHS and (death == 0 or _kept(wanted) > before):
             console.print("a rank died; what was scored stays, the rest is scored now", style="yellow")
+        else:
+            break
+    faults = sorted(logs.glob("fault-*.json"), key=lambda told: told.stat().st_mtime)
+    said = read_json(faults[0])["error"] if faults else last_lines(logs / "ranks.log")
     raise VernierError(
-        f"eval: the rank-group failed {MOST_DEATHS + 1} times (exit code {code}); its logs are in {logs}, what was "
-        f"scored is kept and the same command goes on\n{last_lines(logs / 'rank-0.log')}"
+        f"eval: the rank-group failed (exit code {code}); what was scored is kept, and the same command goes on; "
+        f"logs: {logs}\n{said}"
     )
+
+
+def _kept(wanted: list[tuple[list[Path], Path]]) -> int:
+    """Tables, and pieces of tables, on disk: more after a death than before says that another start is worth it."""
+    from eval.journal import folder_of
+
+    return sum(table.is_file() + len(list(folder_of(table).glob("*"))) for _, table in wanted)
 
 
 def _command(
     wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: Asked, against: Path | None, logs: Path
 ) -> tuple[list[str], dict[str, str]]:
     arguments = ["--reference", str(reference_dir.absolute()), "--dtype", asked.dtype, "--threads", str(asked.threads)]
-    arguments += ["--objective", asked.objective, "--weights", asked.weights, "--log-dir", str(logs)]
+    arguments += ["--objective", asked.objective, "--weights", asked.weights, "--log-dir", str(logs), "--checked"]
+    if asked.force:
+        arguments += ["--fresh"]
     if asked.shuffle_batches is not None:
         arguments += ["--shuffle-batches", str(asked.shuffle_batches)]
     if asked.trust_remote_code:

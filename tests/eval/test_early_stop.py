@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import vernier
 
+from configs.errors import DataError
 from eval.early_stop import UntilVerdict
-from eval.reference import ReferenceSet, load_reference
+from eval.reference import ReferenceSet
 from eval.tables import LossTable, read_table
 
 
@@ -38,12 +39,15 @@ def test_a_clear_difference_is_settled_early_and_can_be_completed(run: Path, dat
     options = [*reference, "--until-verdict", "--against", against]
     done = vernier("eval", last, *options, "--nproc", 2)
     part = tmp_path / "step-00000012@causal.fp32.partial.parquet"
-    assert "step-00000012 is better than step-00000000: the change lies between −" in done.stdout
+    assert f"step-00000012 is better than {against}: the change lies between −" in done.stdout
     assert len(read_table(part)) < len(read_table(against))
     assert read_table(part).meta["until_verdict"]["verdict"] == "better"
     again = vernier("eval", last, *options, "--json")
     assert "already" in again.stderr  # costs nothing
     assert json.loads(again.stdout)[0]["until_verdict"]["verdict"] == "better"
+    # Another A is another question: what was said of the first is not said again.
+    other = vernier("eval", last, *reference, "--until-verdict", "--against", f"{run}@12", code=2)
+    assert "nothing has been scored yet" in other.stderr
     # A part is not compared with a whole.
     refused = vernier("compare", against, part, code=2)
     assert "complete the shorter with: vernier eval" in refused.stderr
@@ -53,6 +57,9 @@ def test_a_clear_difference_is_settled_early_and_can_be_completed(run: Path, dat
     assert not part.exists()
     vernier("eval", last, "--reference", data / "reference", "--out", tmp_path / "anew")
     whole = "step-00000012@causal.fp32.parquet"
+    # A whole table answers without any scoring, also about itself.
+    itself = vernier("eval", last, *reference, "--until-verdict", "--against", tmp_path / whole)
+    assert "are not told apart" in itself.stdout
     assert (tmp_path / whole).read_bytes() == (tmp_path / "anew" / whole).read_bytes()
 
 
@@ -65,6 +72,7 @@ def test_what_cannot_be_is_said_in_a_line(run: Path, data: Path, tiny_data: Path
         (["--until-verdict"], "go together"),
         (["--against", table], "go together"),
         (["--margin", "1%"], "--margin"),
+        (["--until-verdict", "--against", table, "--force"], "--force"),
         (["--until-verdict", "--against", table, "--margin", "x"], "--margin: 'x'"),
         (["--until-verdict", "--against", tmp_path / "none.parquet"], "no such loss table"),
     ):
@@ -114,7 +122,6 @@ def _samples_until(change: float, spread: float, *, margin: float = 0.0, seed: i
     for stop in range(256, len(loss) + 1, 256):
         if look(stop, other[:stop]):
             return stop, look.looks[-1].verdict
-    look.end(other)
     return len(loss), look.looks[-1].verdict
 
 
@@ -133,11 +140,7 @@ def test_a_hundredth_of_a_percent_takes_longer_and_equality_ends_by_the_margin()
     assert samples < 2000
 
 
-def test_a_small_reference_set_is_refused_before_anything_is_scored(tiny_run: Path, tiny_data: Path) -> None:
-    reference = load_reference(tiny_data / "reference")
-    if reference.documents >= 40 and len(reference.sample) >= 256:
-        pytest.skip("the tiny set has grown")
-    model = tiny_run / "snapshots" / "step-00000020"
-    options = ["--until-verdict", "--against", f"{tiny_run}@10"]
-    done = vernier("eval", model, "--reference", reference.directory, "--force", *options, code=2)
-    assert "a look needs at least 40 documents" in done.stderr
+def test_a_small_reference_set_is_refused_before_anything_is_scored() -> None:
+    reference = _reference(30, 20, 300)
+    with pytest.raises(DataError, match="a look needs at least 40 documents and 256 samples"):
+        UntilVerdict(reference, _table(np.ones(600), reference))

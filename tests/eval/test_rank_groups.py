@@ -81,6 +81,60 @@ def test_a_killed_ranks_hole_is_scored_again_and_the_table_is_the_same(
     assert not folder.exists()
 
 
+def test_what_cannot_be_sharded_is_refused_and_does_not_hang(tiny_data: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
+
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    scaled = AutoConfig.for_model("granite", **sizes, num_attention_heads=2, num_key_value_heads=2, logits_scaling=8.0)
+    AutoModelForCausalLM.from_config(scaled).save_pretrained(tmp_path / "granite")
+    BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "bert")
+    for name, said in (("granite", "more than its output matrix"), ("bert", "no causal LM")):
+        options = [
+            "--reference",
+            tiny_data / "reference",
+            "--weights",
+            "sharded",
+            "--nproc",
+            2,
+            "--out",
+            tmp_path / "o",
+        ]
+        done = vernier("eval", tmp_path / name, *options, code=2, timeout=100)
+        assert said in done.stderr.splitlines()[-1]
+
+
+def test_an_ensemble_of_padded_vocabularies_and_a_name_with_an_at(tiny_data: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for size in (512, 576):
+        config = LlamaConfig(
+            vocab_size=size, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / str(size))
+    options = ["--reference", tiny_data / "reference", "--ensemble", "x@y", "--out", tmp_path / "out"]
+    vernier("eval", tmp_path / "512", tmp_path / "576", *options)
+    assert read_table(tmp_path / "out" / "x@y@causal.fp32.parquet").meta["label"] == "x@y"
+
+
+def test_other_settings_are_another_model_and_force_takes_up_nothing(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    import json
+
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tiny_run / "snapshots" / "step-00000020", foreign)
+    (foreign / "manifest.json").unlink()
+    options = ["--reference", tiny_data / "reference", "--out", tmp_path / "out"]
+    vernier("eval", foreign, *options)
+    config = json.loads((foreign / "config.json").read_text())
+    config["rms_norm_eps"] = 0.1
+    (foreign / "config.json").write_text(json.dumps(config))
+    assert "losses of another model" in vernier("eval", foreign, *options, code=2).stderr
+    before = read_table(tmp_path / "out" / "foreign@causal.fp32.parquet").loss
+    vernier("eval", foreign, *options, "--force")
+    assert (read_table(tmp_path / "out" / "foreign@causal.fp32.parquet").loss != before).all()
+
+
 def test_a_model_that_gives_nan_is_one_line_and_leaves_nothing(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -171,20 +171,21 @@ def wobble_of(run_dir: Path, like: Path) -> float | None:
     return None
 
 
-def with_wobble(comparison: Comparison, a: Found, b: Found, known: dict[Path, float | None]) -> Comparison:
+def with_wobble(comparison: Comparison, a: Found, b: Found, known: dict[tuple[Path, str], float | None]) -> Comparison:
     """The comparison with the larger wobble of the runs that its two tables are of, where they are of any.
 
     Args:
-        known: wobbles by folder of tables, filled as they are told, so that none is told twice.
+        known: wobbles by folder and way of scoring, filled as they are told, so that none is told twice.
     """
     found = []
     for one in (a, b):
         if one.run is None:
             continue
-        folder = one.path.parent.resolve()
-        if folder not in known:
-            known[folder] = wobble_of(one.run, one.path)
-        found.append(known[folder])
+        path = one.path.resolve()
+        way = path.parent, path.name.partition("@")[2]  # objective, dtype, a part or not
+        if way not in known:
+            known[way] = wobble_of(one.run, one.path)
+        found.append(known[way])
     told = [value for value in found if value is not None]
     same_run = a.run is not None and b.run is not None and a.run.resolve() == b.run.resolve()
     one_step = same_run and a.step is not None and b.step is not None and abs(a.step - b.step) == 1

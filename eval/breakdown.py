@@ -117,6 +117,11 @@ def breakdown(
     if len(found) < len(parts):
         notes.append(f"{len(parts) - len(found)} of {len(parts)} parts left out: fewer than 2 documents, or no loss")
     adjusted = holm([paired.p for _, paired in found])
+    # Holm never gives less for a larger p, so this is the best that each row could get.
+    best = holm([paired.smallest_p for _, paired in found])
+    mute = [part.label for (part, _), p in zip(found, best, strict=True) if p >= ALPHA]
+    if mute:
+        notes.append(f"too few documents for any change to be significant among {len(found)} rows: {', '.join(mute)}")
     rows = tuple(
         Row(
             label=part.label,
@@ -169,7 +174,10 @@ def _by_source(a: LossTable, b: LossTable, sources: Sequence[str] | None) -> tup
         raise DataError(f"--by source: {len(sources):,} sources for {count:,} documents; not the set that was scored")
     label_D = np.asarray(group_sources(sources[:count]))
     groups = {str(label): label_D == label for label in _by_size(label_D.tolist())}
-    notes = [f"groups of fewer than {LEAST_DOCUMENTS} documents are joined"] if OTHERS in groups else []
+    every = set(group_sources(sources[:count], most=count + 1))
+    notes = [f"groups of fewer than {LEAST_DOCUMENTS} documents are joined"] if OTHERS in every else []
+    if len(every) > MOST_ROWS:
+        notes.append(f"{len(every)} groups: all but the {MOST_ROWS - 1} with most documents are joined as {OTHERS}")
     return _of_documents(a, b, groups), notes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -59,7 +59,7 @@ class Comparison:
 
     `wobble_percent`: checkpoint-to-checkpoint noise of the runs that the two are of, the larger; None where it cannot
     be told. `one_step`: the two are one optimizer step of one run apart. `same_weights`: one model scored twice, in two
-    dtypes say.
+    dtypes say. `pairs`: how many comparisons share α, and `p_holm` the p adjusted for them.
     """
 
     a: Side
@@ -74,14 +74,26 @@ class Comparison:
     wobble_percent: float | None = None
     one_step: bool = False
     same_weights: bool = False
+    pairs: int = 1
+    p_holm: float | None = None
 
     @property
     def p_adjusted(self) -> float:
-        return adjusted_p(self.difference.p, self.look)
+        return adjusted_p(self.difference.p, self.look) if self.p_holm is None else self.p_holm
+
+    @property
+    def can_show(self) -> bool:
+        """Whether any change could be significant: signs of few documents can be flipped in few ways."""
+        return self.pairs * adjusted_p(self.difference.smallest_p, self.look) < self.alpha
 
     @property
     def detectable_percent(self) -> float:
-        """Smallest change seen with probability .8, at the error rate that this look may spend."""
+        """Smallest change seen with probability .8, at the error rate that this look may spend.
+
+        Infinite where no change could be.
+        """
+        if not self.can_show:
+            return math.inf
         return detectable(self.difference.se_percent, spent_alpha(self.alpha, self.look))
 
     @property
@@ -99,11 +111,17 @@ class Comparison:
         return "no difference seen"
 
     @property
+    def wobble_bound_percent(self) -> float | None:
+        """What two checkpoints of such a run differ by anyway, at most: 2·√2·wobble."""
+        return None if self.wobble_percent is None else 2 * math.sqrt(2) * self.wobble_percent
+
+    @property
     def below_wobble(self) -> bool:
-        """Whether the change is no larger than two checkpoints of such a run differ by anyway: 2·√2·wobble."""
+        """Whether the change is within `wobble_bound_percent`."""
+        bound = self.wobble_bound_percent
         if self.same_weights:  # no other checkpoint is in question
             return False
-        return self.wobble_percent is not None and abs(self.difference.percent) < 2 * math.sqrt(2) * self.wobble_percent
+        return bound is not None and abs(self.difference.percent) < bound
 
     @property
     def limited_by(self) -> Limit | None:
@@ -111,13 +129,16 @@ class Comparison:
 
         A clear difference below the wobble is limited by training noise, save between weights one optimizer step
         apart: there no more is asked than which of two given sets of weights is better. Where no difference is seen,
-        the larger counts of the wobble of a difference, √2·wobble, and its standard error.
+        the larger counts of the wobble of a difference, √2·wobble, and its standard error; the samples do
+        where they could not show any change.
         """
         verdict = self.verdict
         if verdict == "identical":
             return None
         if verdict != "no difference seen":
             return "training noise" if self.below_wobble and not self.one_step else None
+        if not self.can_show:
+            return "samples"
         noise = math.sqrt(2) * (self.wobble_percent or 0.0)
         given = self.one_step or self.same_weights
         return "training noise" if noise > self.difference.se_percent and not given else "samples"
@@ -126,7 +147,7 @@ class Comparison:
         """What seeing a change of `wanted_percent` (above zero) needs; None for a pair without any spread."""
         if not self.difference.se_percent > 0:
             return None
-        return power_for(
+        power = power_for(
             wanted_percent,
             self.difference.se_percent,
             100 * math.hypot(self.a.se, self.b.se) / self.a.loss,
@@ -134,7 +155,9 @@ class Comparison:
             samples=self.a.samples,
             tokens=self.a.tokens,
             alpha=spent_alpha(self.alpha, self.look),
+            least_documents=math.ceil(FEW_DOCUMENTS * self.a.documents / self.difference.effective_clusters - 1e-9),
         )
+        return replace(power, detectable_percent=self.detectable_percent)
 
     def to_json(self) -> dict[str, Any]:
         """What `vernier compare A B --json` prints (docs/design.md, section 2); null where a number is infinite.
@@ -219,7 +242,7 @@ def compare_tables(
             "score both on one with: vernier eval MODEL --reference REF"
         )
     labels = names or (str(a.meta.get("label") or "A"), str(b.meta.get("label") or "B"))
-    return Comparison(
+    comparison = Comparison(
         a=side_of(a, labels[0], found.a),
         b=side_of(b, labels[1], found.b),
         difference=found,
@@ -230,7 +253,9 @@ def compare_tables(
         reference=reference,
         cautions=tuple(_cautions(a, b, found, unit)),
         same_weights=_same(a, b, "source"),
+        pairs=pairs,
     )
+    return replace(comparison, cautions=(*_nothing_can_be_shown(comparison), *comparison.cautions))
 
 
 def _same(a: LossTable, b: LossTable, key: str) -> bool:
@@ -311,6 +336,19 @@ def _bits(table: LossTable) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[
     return np.unique(table.document), bits_C, by_cluster(table.bytes, table.document)
 
 
+def _nothing_can_be_shown(comparison: Comparison) -> list[str]:
+    found = comparison.difference
+    if comparison.can_show:
+        return []
+    where = f"at {100 * comparison.alpha:g} %"
+    if comparison.pairs > 1:
+        where = f"among {comparison.pairs} pairs"
+    elif comparison.look is not None:  # the look from which on it is so: the same words at all later ones
+        first = math.sqrt(comparison.alpha / adjusted_p(found.smallest_p, 1))
+        where = f"from look {max(1, math.ceil(first - 1e-9))} along a run on"
+    return [f"with {found.clusters} documents no change, however large, can be significant {where}"]
+
+
 def _cautions(a: LossTable, b: LossTable, found: PairedDifference, unit: str) -> list[str]:
     out = []
     if unit == BITS and not _same(a, b, "reference"):
@@ -325,9 +363,8 @@ def _cautions(a: LossTable, b: LossTable, found: PairedDifference, unit: str) ->
         out.append(f"scored on other hardware ({hardware[0]} and {hardware[1]}): last digits differ by that alone")
     if found.method == "sign flips":
         out.append(
-            f"{found.clusters} documents, worth {found.effective_clusters:.0f} of equal size: "
+            f"{found.clusters} documents, worth {found.effective_clusters:.1f} of equal size: "
             f"below {FEW_DOCUMENTS} the p-value and interval are by flipping signs"
-            + (f"; with {found.clusters} nothing can be significant at 5 %" if found.clusters < 6 else "")
         )
     part = part_of(a)
     if part is not None:

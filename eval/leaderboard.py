@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -44,7 +44,7 @@ class Entry:
 class Pair:
     """Two of the models, the one with the lower loss as A; p adjusted for all pairs, by Holm and by Benjamini–Hochberg.
 
-    The pair counts as told apart where `p_holm` is below α.
+    The pair counts as told apart where `p_holm` is below α, and the comparison's own verdict follows it.
     """
 
     comparison: Comparison
@@ -127,7 +127,7 @@ def leaderboard(
     ]
     p = [comparison.difference.p for comparison in comparisons]
     pairs = tuple(
-        Pair(comparison, float(strict), float(loose))
+        Pair(replace(comparison, p_holm=float(strict)), float(strict), float(loose))
         for comparison, strict, loose in zip(comparisons, holm(p), benjamini_hochberg(p), strict=True)
     )
     apart = {frozenset((pair.comparison.a.name, pair.comparison.b.name)): pair.told_apart for pair in pairs}

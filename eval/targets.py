@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
+from configs.load import load_config
 from configs.rundir import RunDir, step_name, step_of
+from configs.whole import read_json
 from eval.tables import LossTable, parse_table_name, read_table
 
 _STEP = re.compile(r"(?:step-)?(\d+)")
@@ -231,3 +233,32 @@ def _names(targets: Sequence[Target], paths: Sequence[Path]) -> list[str]:
     if len(set(labels)) < len(set(paths)):
         return [target.text for target in targets]
     return labels
+
+
+def find_reference(given: Path | None, table: LossTable, found: list[Found]) -> Path | None:
+    """The reference set that a table was scored on: the one given, or the one that a run's settings name.
+
+    Raises:
+        ConfigError: the one given is none, or another.
+    """
+    if given is not None:
+        if not (given / "reference.json").is_file():
+            raise ConfigError(f"--reference: {given} is not a reference set (it has no reference.json)")
+        try:
+            tokens = read_json(given / "reference.json")["fingerprints"]["tokens"]
+        except (KeyError, TypeError):
+            raise ConfigError(
+                f"--reference: {given}/reference.json does not say which tokens it has; make the set again"
+            ) from None
+        if tokens != table.meta.get("reference"):
+            raise ConfigError(f"--reference: {given} is not the set that these tables were scored on")
+        return given
+    for run in dict.fromkeys(one.run for one in found if one.run is not None):
+        try:
+            directory = load_config(run / "config.yaml").reference_dir
+            facts = read_json(directory / "reference.json")
+            if facts["fingerprints"]["tokens"] == table.meta.get("reference"):
+                return directory
+        except (ConfigError, KeyError, TypeError):  # a run from elsewhere: its data may not be here
+            continue
+    return None

@@ -112,7 +112,11 @@ def scored_message(step: int, comparison: dict[str, Any], *, first: bool) -> str
         return line
     difference = comparison["difference"]
     low, high = difference["ci95_percent"]
-    return f"{line}, {difference['percent']:+.3f} % ± {(high - low) / 2:.3f} % ({comparison['verdict']})"
+    change = "" if difference["percent"] is None else f", {difference['percent']:+.3f} %"
+    if low is None or high is None:  # few documents: nothing bounds it
+        bounds = "−∞" if low is None else f"{low:+.3f}", "∞" if high is None else f"{high:+.3f}"
+        return f"{line}{change} [{', '.join(bounds)}] % ({comparison['verdict']})"
+    return f"{line}{change} ± {(high - low) / 2:.3f} % ({comparison['verdict']})"
 
 
 def score_snapshot(

@@ -165,7 +165,7 @@ def compare(
         ),
     ],
     gate: Annotated[str | None, typer.Option(help="better or not-worse: exit 3 where it does not hold.")] = None,
-    margin: Annotated[str, typer.Option(help="By how much, such as 0.05%.")] = "0%",
+    margin: Annotated[str | None, typer.Option(help="Of --gate: by how much, such as 0.05%; default 0.")] = None,
     power: Annotated[
         str | None, typer.Option(metavar="CHANGE", help="How many documents seeing a change of, say, 0.001% needs.")
     ] = None,

@@ -68,7 +68,7 @@ def run_compare(
     *,
     json_out: bool,
     gate: str | None,
-    margin: str,
+    margin: str | None,
     console: Console,
     more: More = NOTHING,
 ) -> int:
@@ -77,14 +77,14 @@ def run_compare(
     Args:
         targets: two tables, snapshots, `RUN@STEP`s or runs; three or more of them; or one run.
         gate: None, "better" or "not-worse". On a run: the last step against the one scored before.
-        margin: of the gate, in percent, such as "0.05%".
+        margin: of the gate, in percent, such as "0.05%"; None: 0, and the only one without a gate.
 
     Raises:
         ConfigError: usage, or nothing that can be compared.
     """
     wanted = _gate(gate)
-    margin_percent = parse_margin(margin)
-    _check(targets, more, gated=wanted is not None, json_out=json_out)
+    margin_percent = parse_margin("0%" if margin is None else margin)
+    _check(targets, more, gated=wanted is not None, with_margin=margin is not None)
     power_percent = None if more.power is None else _parse_power(more.power)
     by = _parse_by(more.by)
     if more.training:
@@ -106,13 +106,14 @@ def run_compare(
     return _hold(comparison, wanted, margin_percent, json_out, console)
 
 
-def _check(targets: list[str], more: More, *, gated: bool, json_out: bool) -> None:
+def _check(targets: list[str], more: More, *, gated: bool, with_margin: bool) -> None:
     """Refuses what makes no sense together, in one line.
 
     Raises:
         ConfigError: names the option and what it goes with.
     """
     given = more.given()
+    gate = ["--gate"] * gated + ["--margin"] * with_margin
     if not targets:
         raise ConfigError("compare: expected two or more tables, snapshots, runs or RUN@STEPs, or one run; got none")
     count = len(targets)
@@ -124,7 +125,7 @@ def _check(targets: list[str], more: More, *, gated: bool, json_out: bool) -> No
     if more.training:
         if count != 2:
             raise ConfigError(f"--training: compares the training losses of two runs; {count} given")
-        other = sorted(given - {"--training", "--plots", "--from-step", "--to-step"}) + (["--gate"] if gated else [])
+        other = sorted(given - {"--training", "--plots", "--from-step", "--to-step"}) + gate
         if other:
             raise ConfigError(f"--training: does not go with {other[0]}, which is about loss tables")
         return
@@ -139,9 +140,11 @@ def _check(targets: list[str], more: More, *, gated: bool, json_out: bool) -> No
     if given & three:
         if not three <= given:
             raise ConfigError(f"{sorted(given & three)[0]}: --advantage, --half-life and --age go together")
-        other = sorted(given - three) + (["--gate"] if gated else [])
+        other = sorted(given - three) + gate
         if other:
             raise ConfigError(f"--advantage: does not go with {other[0]}; ask for the two one after the other")
+    if with_margin and not gated:
+        raise ConfigError("--margin: is how much a gate allows; give --gate better or --gate not-worse too")
     if count > 2 and gated:
         raise ConfigError(f"--gate: holds one comparison; {count} targets given, expected A B or one run")
     if count > 2 and "--power" in given:
@@ -202,9 +205,11 @@ def _compare_two(targets: list[str]) -> tuple[Comparison, LossTable, LossTable, 
 def _pair(
     targets: list[str], json_out: bool, power_percent: float | None, by: list[str], more: More, console: Console
 ) -> Comparison:
+    from eval.targets import find_reference
+
     comparison, a, b, found = _compare_two(targets)
     content = comparison.to_json()
-    reference = _reference(more.reference, a, found) if by or more.changed is not None else None
+    reference = find_reference(more.reference, a, found) if by or more.changed is not None else None
     breakdowns: list[Any] = []
     changed: Any = None
     if by:
@@ -301,7 +306,7 @@ def _leaderboard(targets: list[str], json_out: bool, more: More, console: Consol
     from eval.targets import find_tables
 
     found = find_tables(targets)
-    wobbles: dict[Path, float | None] = {}
+    wobbles: dict[tuple[Path, str], float | None] = {}
     board = leaderboard(
         [read_table(one.path) for one in found],
         [one.name for one in found],
@@ -334,32 +339,6 @@ def _say_power(comparison: Comparison | None, wanted: float | None, console: Con
         say(console, f"  {power_words(comparison.power(wanted), wanted)}")
 
 
-def _reference(given: Path | None, table: LossTable, found: list[Found]) -> Path | None:
-    """The reference set that a table was scored on: the one given, or the one that a run's settings name.
-
-    Raises:
-        ConfigError: the one given is none, or another.
-    """
-    from configs.load import load_config
-    from configs.whole import read_json
-
-    if given is not None:
-        if not (given / "reference.json").is_file():
-            raise ConfigError(f"--reference: {given} is not a reference set (it has no reference.json)")
-        if read_json(given / "reference.json")["fingerprints"]["tokens"] != table.meta.get("reference"):
-            raise ConfigError(f"--reference: {given} is not the set that these tables were scored on")
-        return given
-    for run in dict.fromkeys(one.run for one in found if one.run is not None):
-        try:
-            directory = load_config(run / "config.yaml").reference_dir
-            facts = read_json(directory / "reference.json")
-            if facts["fingerprints"]["tokens"] == table.meta.get("reference"):
-                return directory
-        except (ConfigError, KeyError, TypeError):  # a run from elsewhere: its data may not be here
-            continue
-    return None
-
-
 def _sources(reference: Path | None) -> list[str]:
     from eval.reference import read_documents
 
@@ -371,7 +350,12 @@ def _sources(reference: Path | None) -> list[str]:
 def _length(reference: Path | None) -> int | None:
     from configs.whole import read_json
 
-    return None if reference is None else int(read_json(reference / "reference.json")["sequence_length"])
+    if reference is None:
+        return None
+    try:
+        return int(read_json(reference / "reference.json")["sequence_length"])
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{reference}/reference.json: sequence_length is missing; make the set again") from None
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], json_out: bool, console: Console) -> None:
@@ -408,6 +392,8 @@ def _hold(comparison: Comparison, gate: Gate, margin_percent: float, json_out: b
         f"gate {gate}, {comparison.a.name} → {comparison.b.name}: {'holds' if holds else 'does not hold'}; "
         f"the upper 95 % bound of the change is {signed(upper, 3)} %, to be below {limit + 0.0:g} %"
     )
+    if comparison.verdict == "identical":
+        line = f"{line.partition(';')[0]}; the two are identical"
     if json_out:
         print(line, file=sys.stderr)
     else:

@@ -29,6 +29,8 @@ def sentence(comparison: Comparison) -> str:
         return f"{b} and {a} are identical: the difference is exactly 0 on every one of the {items}"
     p = p_words(found.p)
     tail = f"smallest change this set could show at 80 % power: {_digits(comparison.detectable_percent)} %"
+    if not math.isfinite(comparison.detectable_percent):
+        tail = f"{found.clusters} documents can show no change, however large"
     if found.pairing_gain is not None:
         tail += f"; pairing gained {gain_words(found.pairing_gain)}×"
     if verdict == "no difference seen":
@@ -89,8 +91,8 @@ def wobble_words(comparison: Comparison) -> str | None:
     clear = comparison.verdict != "no difference seen"
     if clear and comparison.below_wobble:
         return (
-            "the difference is clear on this set, but smaller than the run's own wobble: "
-            f"below 2·√2 × {_digits(wobble)} %, another checkpoint nearby may say otherwise"
+            f"the difference is clear on this set, but within 2·√2 × the wobble ({_bound(comparison)}): "
+            "another checkpoint nearby may say otherwise"
         )
     if clear:
         return f"above {size}"
@@ -99,15 +101,26 @@ def wobble_words(comparison: Comparison) -> str | None:
     return f"limited by the size of the set, not by training noise; {size}"
 
 
+def _bound(comparison: Comparison) -> str:
+    bound = comparison.wobble_bound_percent
+    return "" if bound is None else f"{_digits(bound)} %"
+
+
 def power_words(power: Power | None, wanted_percent: float) -> str:
     """What the set can show of such a pair, and what the wanted change would need."""
     if power is None:
         return f"what a change of {wanted_percent:g} % needs cannot be told: the two differ without any spread"
+    shows = f"{_digits(power.detectable_percent)} % at 80 % power, paired"
+    if not math.isfinite(power.detectable_percent):
+        shows = "no change, however large"
+    least = power.least_documents
+    floor = f"; at least {least:,}, below which p is by flipping signs and this does not hold"
     return (
-        f"this set ({power.documents:,} documents, {power.samples:,} samples) can show "
-        f"{_digits(power.detectable_percent)} % at 80 % power, paired; a change of {wanted_percent:g} % needs "
-        f"{power.documents_needed:,} documents (about {power.samples_needed:,} samples, "
-        f"{_count(power.tokens_needed)} tokens), unpaired {power.documents_needed_unpaired:,} for each of the two"
+        f"this set ({power.documents:,} documents, {power.samples:,} samples) can show {shows}; "
+        f"a change of {wanted_percent:g} % needs {power.documents_needed:,} documents "
+        f"(about {power.samples_needed:,} samples, {_count(power.tokens_needed)} tokens), "
+        f"unpaired {power.documents_needed_unpaired:,} for each of the two"
+        f"{floor if least in (power.documents_needed, power.documents_needed_unpaired) else ''}"
     )
 
 
@@ -190,10 +203,14 @@ def _run_wobble(comparison: RunComparison) -> list[str]:
     below = [
         str(p.step)
         for p in comparison.checkpoints
-        if p.versus_previous is not None and p.versus_previous.limited_by == "training noise"
+        if p.versus_previous is not None
+        and p.versus_previous.verdict in ("better", "worse")
+        and p.versus_previous.below_wobble
+        and not p.versus_previous.one_step
     ]
     if below:
-        lines.append(f"smaller than the run's own wobble: the change at step {', '.join(below)}")
+        bound = _digits(2 * math.sqrt(2) * wobble)
+        lines.append(f"within 2·√2 × the wobble ({bound} %): the change at step {', '.join(below)}")
     return lines
 
 
@@ -231,12 +248,12 @@ def print_leaderboard(board: Leaderboard, console: Console) -> None:
     if len(alike) > MOST_ALIKE:
         say(console, f"  … and {len(alike) - MOST_ALIKE} pairs more; --json has all")
     below = [
-        f"{pair.comparison.a.name} and {pair.comparison.b.name}"
+        f"{pair.comparison.a.name} and {pair.comparison.b.name} ({_bound(pair.comparison)})"
         for pair in board.pairs
         if pair.told_apart and pair.comparison.below_wobble and not pair.comparison.one_step
     ]
     if below:
-        say(console, f"  told apart, but by less than the run's own wobble: {'; '.join(below)}", "yellow")
+        say(console, f"  told apart, but within 2·√2 × the wobble: {'; '.join(below)}", "yellow")
     for caution in board.cautions:
         say(console, f"  caution: {caution}", "yellow")
 

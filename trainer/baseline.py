@@ -129,7 +129,7 @@ class Baseline:
         targets = (line["tokens"] - self.tokens) / spanned
         self.tokens, self.position = line["tokens"], line["position"]
         self.waiting.append((line["step"], line["position"], line["loss"], targets))
-        if line["position"] >= len(self.losses) and time.monotonic() - self.looked >= REREAD_S:
+        if time.monotonic() - self.looked >= REREAD_S:
             self._read_on()
         out: list[Point] = []
         while self.waiting and self.waiting[0][1] < len(self.losses):
@@ -159,6 +159,7 @@ class Baseline:
                 about = os.fstat(file.fileno())
                 if (about.st_dev, about.st_ino) != self.file or about.st_size < self.offset:
                     self.offset, self.file = 0, (about.st_dev, about.st_ino)  # it went on from a checkpoint
+                    del self.losses[:]  # what it has not made again does not count
                 file.seek(self.offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:

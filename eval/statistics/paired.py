@@ -15,7 +15,7 @@ from scipy.special import stdtr, stdtrit
 
 from configs.errors import DataError
 from eval.statistics.clustered import Estimate, by_cluster, effective_number, ratio_of_sums, residual_se
-from eval.statistics.resampling import sign_flip
+from eval.statistics.resampling import SignFlip, sign_flip
 
 Method = Literal["t", "sign flips"]
 # Worth fewer documents of equal size than this, Student's t on a clustered error claims too much: .067 at 5 % with 20.
@@ -29,7 +29,8 @@ MOST_FLIPPED = 100  # documents that are flipped one by one; more only make the 
 class PairedDifference:
     """B − A, in the unit of the losses and in percent of A. `t` and `p` are of the former.
 
-    `method`: what `p` and the interval come from. By sign flips a bound may be infinite.
+    `method`: what `p` and the interval come from. By sign flips a bound may be infinite, and no
+    change, however large, gets a p below `smallest_p`.
     """
 
     a: Estimate
@@ -48,6 +49,7 @@ class PairedDifference:
     effective_clusters: float
     identical: bool
     method: Method = "t"
+    smallest_p: float = 0.0
 
 
 def two_sided_p(t: float, df: int) -> float:
@@ -107,9 +109,11 @@ def paired_difference(
     method: Method = "sign flips" if effective < flip_below else "t"
     unpaired = math.hypot(first.se, second.se)
     t = _t(value, se)
-    p = two_sided_p(t, df)
+    p, smallest = two_sided_p(t, df), 0.0
     if method == "sign flips" and not identical:
-        p, (low, high) = _flipped(difference_C, a_C, level)
+        found = _flipped(difference_C, a_C, level)
+        p, smallest = found.p, found.smallest_p
+        low, high = (100 * bound for bound in found.interval)
     return PairedDifference(
         a=first,
         b=second,
@@ -127,13 +131,12 @@ def paired_difference(
         effective_clusters=effective,
         identical=identical,
         method=method,
+        smallest_p=smallest,
     )
 
 
-def _flipped(
-    difference_C: NDArray[np.float64], a_C: NDArray[np.float64], level: float
-) -> tuple[float, tuple[float, float]]:
-    """p of no difference, and the 95 % interval of the change in percent of A, by flipping signs of documents."""
+def _flipped(difference_C: NDArray[np.float64], a_C: NDArray[np.float64], level: float) -> SignFlip:
+    """The change as a share of A, by flipping signs of documents."""
     # A document that A knows by heart weighs nothing; a ratio needs it to weigh a trace.
     weight_C = np.maximum(a_C, 1e-12 * float(a_C.mean()))
     if len(difference_C) > MOST_FLIPPED:
@@ -143,9 +146,7 @@ def _flipped(
         alone = MOST_FLIPPED // 2
         bundle_C = np.where(place_C < alone, place_C, alone + place_C % alone)
         difference_C, weight_C = by_cluster(difference_C, bundle_C), by_cluster(weight_C, bundle_C)
-    found = sign_flip(difference_C, weight_C, flips=min(MOST_FLIPS, max(FLIPS, math.ceil(2 / level))))
-    low, high = found.interval
-    return found.p, (100 * low, 100 * high)
+    return sign_flip(difference_C, weight_C, flips=min(MOST_FLIPS, max(FLIPS, math.ceil(2 / level))))
 
 
 def _t(value: float, se: float) -> float:

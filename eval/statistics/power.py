@@ -35,7 +35,8 @@ class Power:
     """What a set can show of a pair like this one, and what a wanted change would need. Changes in percent.
 
     `documents`, `samples`, `tokens`: of this set; what is needed is in its proportions, each of two sets where
-    unpaired.
+    unpaired. It is never fewer than `least_documents`, below which another test is in use. `detectable_percent` is
+    infinite where no change, however large, can be significant.
     """
 
     wanted_percent: float
@@ -47,15 +48,16 @@ class Power:
     samples_needed: int
     tokens_needed: int
     documents_needed_unpaired: int
+    least_documents: int = 2
 
-    def to_json(self) -> dict[str, float | int]:
+    def to_json(self) -> dict[str, float | int | None]:
         return {
             "wanted_percent": self.wanted_percent,
             "documents_needed": self.documents_needed,
             "samples_needed": self.samples_needed,
             "documents": self.documents,
             "samples": self.samples,
-            "detectable_percent": self.detectable_percent,
+            "detectable_percent": self.detectable_percent if math.isfinite(self.detectable_percent) else None,
             "documents_needed_unpaired": self.documents_needed_unpaired,
         }
 
@@ -69,19 +71,21 @@ def power_for(
     samples: int,
     tokens: int,
     alpha: float = 0.05,
+    least_documents: int = 2,
 ) -> Power:
     """What a change of `wanted_percent` needs at 80 % power, by the spread that this pair showed.
 
     A clustered error shrinks as 1/√documents, so the set's own error times √documents is the spread that
-    `samples_needed` asks for. Never fewer than 2 documents.
+    `samples_needed` asks for.
 
     Args:
         wanted_percent: above zero.
         se_percent, se_unpaired_percent: of the difference on this set, paired and as if scored on different documents.
         documents, samples, tokens: of this set.
+        least_documents: never fewer are said to be needed.
     """
     needed, unpaired = (
-        max(2, samples_needed(se * math.sqrt(documents), wanted_percent, alpha))
+        max(2, least_documents, samples_needed(se * math.sqrt(documents), wanted_percent, alpha))
         for se in (se_percent, se_unpaired_percent)
     )
     return Power(
@@ -94,6 +98,7 @@ def power_for(
         samples_needed=math.ceil(needed * samples / documents),
         tokens_needed=math.ceil(needed * tokens / documents),
         documents_needed_unpaired=unpaired,
+        least_documents=least_documents,
     )
 
 

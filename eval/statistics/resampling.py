@@ -20,13 +20,17 @@ ENUMERATED = 12  # up to so many clusters all 2^C flips are taken
 
 @dataclass(frozen=True)
 class SignFlip:
-    """The ratio, its p-value and interval; `exact` where all `flips` = 2^C were taken."""
+    """The ratio, its p-value and interval; `exact` where all `flips` = 2^C were taken.
+
+    `smallest_p`: what the clearest difference would get, 2/2^C or one in the flips drawn.
+    """
 
     value: float
     p: float
     interval: tuple[float, float]
     flips: int
     exact: bool
+    smallest_p: float
 
 
 def sign_flip(y: ArrayLike, m: ArrayLike, level: float = 0.95, flips: int = 9999, seed: int = 0) -> SignFlip:
@@ -81,6 +85,7 @@ def sign_flip(y: ArrayLike, m: ArrayLike, level: float = 0.95, flips: int = 9999
         interval=(float(low), float(high)),
         flips=len(low_F),
         exact=exact,
+        smallest_p=float(whole_F.mean()),
     )
 
 

@@ -148,3 +148,15 @@ def test_a_run_with_few_checkpoints_has_no_wobble(tmp_path: Path) -> None:
     content = compare_run(run).to_json()
     assert content["wobble_percent"] is None
     assert content["checkpoints"][1]["versus_previous"]["wobble_percent"] is None
+
+
+def test_the_wobble_of_one_way_of_scoring_is_not_taken_for_another(tmp_path: Path) -> None:
+    known: dict[tuple[Path, str], float | None] = {}
+    wobbling_run(tmp_path / "w", 0.003)
+    write_run(tmp_path / "w", {s: a_table(seed=s) for s in (20, 40)}, dtype="bf16")
+    (folder,) = (tmp_path / "w" / "losses").iterdir()
+    for dtype, has_wobble in (("bf16", False), ("fp32", True)):
+        paths = sorted(folder.glob(f"*.{dtype}.parquet"))[:2]
+        a, b = find_tables([str(path) for path in paths])
+        found = with_wobble(compare_tables(read_table(a.path), read_table(b.path)), a, b, known)
+        assert (found.wobble_percent is not None) == has_wobble

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from test_compare import a_table
 
 from configs.errors import DataError
 from eval.breakdown import breakdown, group_sources
@@ -154,3 +155,12 @@ def test_the_table_names_parts_changes_and_notes() -> None:
     assert "lib/xml" in text
     assert "adjusted for the 3 rows" in text
     assert "−2.2" in text
+
+
+def test_rows_that_can_show_nothing_and_groups_beyond_twelve_are_said() -> None:
+    a, b = a_table(documents=96, seed=1), a_table(-0.1, documents=96, seed=2)
+    sources = [f"corpus/{at // 6:02d}/x.txt" for at in range(96)]
+    notes = breakdown(a, b, "source", sources=sources, sequence_length=None).notes
+    assert "16 groups: all but the 11 with most documents are joined as others" in notes
+    assert not any("fewer than 6" in note for note in notes)
+    assert any(note.startswith("too few documents for any change to be significant among 12 rows: ") for note in notes)

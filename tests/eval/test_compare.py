@@ -177,7 +177,7 @@ def test_cautions() -> None:
     assert "hardware" in cautions(a_table(hardware="cpu"), a_table(hardware="H100"))
     a = a_table()
     whole = np.where(np.arange(300) < 3, 100_000, a.tokens).astype(np.int32)  # one document is nearly everything
-    assert "worth 1 of equal size" in cautions(replace(a, tokens=whole), replace(a, tokens=whole))
+    assert "worth 1.2 of equal size" in cautions(replace(a, tokens=whole), replace(a, tokens=whole))
 
 
 def test_few_documents_are_judged_by_flipping_signs() -> None:
@@ -192,7 +192,7 @@ def test_few_documents_are_judged_by_flipping_signs() -> None:
     assert (found.difference.se, found.difference.t) == (by_t.se, by_t.t)
     assert found.to_json()["difference"]["method"] == "sign flips"
     assert (
-        "20 documents, worth 19 of equal size: below 40 the p-value and interval are by flipping signs"
+        "20 documents, worth 19.1 of equal size: below 40 the p-value and interval are by flipping signs"
         in (found.cautions[0])
     )
     assert gate_holds(found, "not-worse", flipped.interval[1] * 100 + 1e-6)
@@ -206,7 +206,7 @@ def test_five_documents_can_show_nothing_and_their_bounds_are_infinite() -> None
     content = found.to_json()
     assert content["difference"]["ci95_percent"] == [None, None]
     assert content["difference"]["p"] == pytest.approx(2 / 32)
-    assert "with 5 nothing can be significant" in content["cautions"][0]
+    assert "with 5 documents no change, however large, can be significant at 5 %" in content["cautions"]
     assert not gate_holds(found, "not-worse", 50)
     json.dumps(content, allow_nan=False)
     assert compare_tables(*[a_table(documents=5)] * 2).to_json()["difference"]["ci95_percent"] == [0, 0]
@@ -352,3 +352,27 @@ def test_of_several_ways_of_scoring_the_one_that_fits_is_taken(tmp_path: Path) -
     assert (a.meta["dtype"], b.meta["dtype"]) == ("bf16", "bf16")
     a, b, _ = resolve_pair(str(x), str(next(y.glob("losses/*/*"))))
     assert a.meta["dtype"] == "bf16"
+
+
+def test_few_documents_say_that_late_looks_and_many_pairs_can_show_nothing() -> None:
+    a, b = a_table(documents=8, seed=1), a_table(-0.1, documents=8, seed=2)
+    assert compare_tables(a, b).difference.smallest_p == 2 / 2**8
+    assert compare_tables(a, b).verdict == "better"
+    late = compare_tables(a, b, look=2)
+    assert (late.verdict, late.limited_by) == ("no difference seen", "samples")  # 2/256·π²·4/6 = 0.051
+    assert "with 8 documents no change, however large, can be significant from look 2 along a run on" in late.cautions
+    assert late.to_json()["difference"]["detectable_percent"] is None
+    assert replace(late, wobble_percent=1e3).limited_by == "samples"
+    power = late.power(0.5)
+    assert power is not None
+    assert power.to_json()["detectable_percent"] is None
+    shared = compare_tables(a, b, pairs=7)
+    assert "with 8 documents no change, however large, can be significant among 7 pairs" in shared.cautions
+    assert compare_tables(a, b, pairs=6).can_show
+    assert not any("however large" in caution for caution in compare_tables(a, b).cautions)
+
+
+def test_never_fewer_documents_are_asked_for_than_the_reckoning_holds_for() -> None:
+    power = compare_tables(a_table(seed=1), a_table(seed=2)).power(50)
+    assert power is not None
+    assert 40 <= power.documents_needed == power.least_documents < 50  # 100 documents, worth a few fewer

@@ -51,6 +51,19 @@ def test_p_values_are_adjusted_for_all_pairs() -> None:
     assert content["entries"][1]["not_told_apart_from"] == [board.entries[2].name]
 
 
+def test_the_verdict_of_a_pair_is_that_of_all_pairs_together() -> None:
+    tables = [a_table(seed=seed) for seed in range(12)]
+    board = leaderboard(tables, [str(seed) for seed in range(12)])
+    alone = [pair for pair in board.pairs if pair.comparison.difference.p < 0.05 <= pair.p_holm]
+    assert alone  # of 66 pairs of equals some are clear by chance
+    for pair, row in zip(board.pairs, leaderboard_rows(board), strict=True):
+        content = pair.to_json()
+        assert content["difference"]["p_adjusted"] == row["p_adjusted"] == pair.p_holm
+        assert content["told_apart"] == (content["verdict"] in ("better", "worse"))
+        assert (row["verdict"], row["limited_by"]) == (content["verdict"], content["limited_by"])
+    assert alone[0].to_json()["limited_by"] == "samples"
+
+
 def test_ten_equal_models_are_one_group() -> None:
     names = [f"m{i}" for i in range(10)]
     board = leaderboard([a_table(seed=i) for i in range(10)], names)

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from configs.errors import ConfigError
+from eval.along import compare_run
 from eval.tables import LossTable, write_table
 from launcher.compare import More, parse_margin, plus_minus, run_compare
 from launcher.verdict_words import p_words
@@ -57,7 +58,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def said(
-    *targets: object, gate: str | None = None, margin: str = "0", width: int = 100, **more: Any
+    *targets: object, gate: str | None = None, margin: str | None = None, width: int = 100, **more: Any
 ) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=width)
     code = run_compare(
@@ -150,7 +151,7 @@ def test_json_is_all_there_is_on_stdout(run: Path, capsys: pytest.CaptureFixture
     streams = capsys.readouterr()
     assert json.loads(streams.out)["verdict"] == "worse"
     assert "does not hold" in streams.err
-    assert run_compare([str(run)], json_out=True, gate=None, margin="0", console=console) == 0
+    assert run_compare([str(run)], json_out=True, gate=None, margin=None, console=console) == 0
     content = json.loads(capsys.readouterr().out)
     assert [point["step"] for point in content["checkpoints"]] == [0, 100, 101, 140]
     assert content["checkpoints"][1]["tokens"] == 12_345_600
@@ -158,9 +159,9 @@ def test_json_is_all_there_is_on_stdout(run: Path, capsys: pytest.CaptureFixture
 
 def test_usage_errors_are_one_line(run: Path) -> None:
     for targets, gate, margin, message in (
-        ([], None, "0", "expected two"),
-        ([str(run)] * 3, None, "0", "is given twice"),
-        ([f"{run}@100"], None, "0", "give a second"),
+        ([], None, None, "expected two"),
+        ([str(run)] * 3, None, None, "is given twice"),
+        ([f"{run}@100"], None, None, "give a second"),
         ([str(run)], "same", "0", "--gate: 'same'"),
         ([str(run)], "better", "-1%", "--margin: '-1%'"),
         ([str(run)], "better", "nan", "--margin"),
@@ -231,7 +232,7 @@ def test_three_are_a_leaderboard(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "not told apart: step-00000" in text
     assert f"wrote {tmp_path / 'board.parquet'}, 6 rows" in text
     console = Console(file=io.StringIO())
-    assert run_compare(targets, json_out=True, gate=None, margin="0", console=console) == 0
+    assert run_compare(targets, json_out=True, gate=None, margin=None, console=console) == 0
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 6
 
 
@@ -257,7 +258,7 @@ def test_power_is_said_for_a_pair_and_for_a_run(run: Path, capsys: pytest.Captur
     assert "cannot be told" in said(f"{run}@100", f"{run}@100", power="0.001%")[1]
     console = Console(file=io.StringIO())
     for targets in ([f"{run}@100", f"{run}@101"], [str(run)]):
-        run_compare(targets, json_out=True, gate=None, margin="0", console=console, more=More(power="0.001"))
+        run_compare(targets, json_out=True, gate=None, margin=None, console=console, more=More(power="0.001"))
         power = json.loads(capsys.readouterr().out)["power"]
         assert power["wanted_percent"] == 0.001
         assert power["samples_needed"] == 3 * power["documents_needed"]
@@ -271,9 +272,13 @@ def test_the_wobble_is_said_below_a_run_and_for_a_pair(tmp_path: Path) -> None:
         write_step(tmp_path / "w", step, 0.5 * step**-0.4 + float(rng.normal(0, 0.003)))
     text = said(tmp_path / "w")[1]
     assert " % between checkpoints (training noise); sampling error of a difference: 0.0" in text
-    assert "smaller than the run's own wobble: the change at step " in text
+    assert "within 2·√2 × the wobble (" in text
+    listed = text.partition(" %): the change at step ")[2].splitlines()[0].split(", ")
+    told = [point for point in compare_run(tmp_path / "w").checkpoints if point.versus_previous]
+    clear = [point for point in told if point.versus_previous and point.versus_previous.verdict in ("better", "worse")]
+    assert set(listed) <= {str(point.step) for point in clear if point.step != 301}
     pair = said(f"{tmp_path}/w@270", f"{tmp_path}/w@300")[1]
-    assert "smaller than the run's own wobble" in pair
+    assert "within 2·√2 × the wobble (" in pair
     assert (
         "one optimizer step apart: the verdict is about these two" in said(f"{tmp_path}/w@300", f"{tmp_path}/w@301")[1]
     )
@@ -321,3 +326,41 @@ def test_importing_the_command_loads_neither_scipy_nor_pyarrow_nor_torch() -> No
     code = f"import sys, launcher.compare; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({}, "--margin: .* give --gate"), ({"training": True}, "--training: does not go with --margin")],
+)
+def test_a_margin_without_a_gate_is_refused(run: Path, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        said(f"{run}@100", f"{run}@101", margin="0.1%", **more)
+    assert said(f"{run}@100", f"{run}@101", gate="better")[0] == 0
+
+
+def test_a_gate_on_identical_tables_says_so(run: Path) -> None:
+    assert "holds; the two are identical" in said(f"{run}@100", f"{run}@100", gate="not-worse")[1]
+    code, text = said(f"{run}@100", f"{run}@100", gate="better")
+    assert code == 3
+    assert "does not hold; the two are identical" in text
+    assert "upper 95 %" not in text
+
+
+def test_a_reference_set_that_says_nothing_is_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "reference.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"--reference: .*reference.json does not say which tokens"):
+        said(f"{run}@100", f"{run}@101", by="length", reference=tmp_path / "empty")
+
+
+def test_a_newly_scored_step_is_told_even_where_nothing_bounds_the_change() -> None:
+    from eval.watch import scored_message
+
+    told: dict[str, Any] = {
+        "b": {"loss": 3.0, "se": 0.01},
+        "difference": {"percent": -0.5, "ci95_percent": [None, None]},
+        "verdict": "no difference seen",
+    }
+    assert scored_message(8, told, first=False).endswith(", -0.500 % [−∞, ∞] % (no difference seen)")
+    told["difference"]["ci95_percent"] = [-0.6, -0.4]
+    assert scored_message(8, told, first=False).endswith(", -0.500 % ± 0.100 % (no difference seen)")

@@ -105,3 +105,16 @@ def test_a_step_costs_next_to_nothing(tmp_path: Path) -> None:
     for step in range(2, 10_001):
         beside.add(line(step, 3.1))
     assert (time.perf_counter() - started) / 10_000 < 1e-3
+
+
+def test_what_a_baseline_has_not_made_again_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.baseline, "REREAD_S", 0.0)
+    append(tmp_path, line(1, 5.0), line(2, 4.0), line(3, 3.0))
+    beside = Baseline(tmp_path, 100)
+    beside.add(line(1, 5.0))
+    (tmp_path / "metrics.jsonl").unlink()
+    append(tmp_path, line(1, 5.0), line(2, 4.0))
+    assert [p.value for p in beside.add(line(2, 4.5))] == [0.5]
+    assert beside.add(line(3, 3.5)) == []
+    append(tmp_path, line(3, 2.0), line(4, 1.0))
+    assert [p.value for p in beside.add(line(4, 1.5))] == [1.5, 0.5]

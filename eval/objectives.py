@@ -205,7 +205,8 @@ def make_scorer(
     if takes is not None and takes < longest:  # looked at before it is on a GPU, where it would end the process
         raise DataError(
             f"{directory}: takes {takes} tokens, the reference set's windows have up to {longest} with CLS and SEP; "
-            f"prepare a reference set with sequence_length={takes - 2} or less"
+            f"cut its documents anew: vernier prepare --reference {reference.directory} --tokenizer {directory} "
+            f"--sequence-length {takes - 2} --out NEW_DIR"
         )
     return MaskedScorer(model.to(device), objective, reference, special, device)
 

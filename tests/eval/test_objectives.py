@@ -282,7 +282,7 @@ def test_what_cannot_be_scored_so_is_refused_in_one_line(folder: Path, reference
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"cls_token": "[CLS]", "sep_token": "[SEP]"}))
     plain = reference_at(tmp_path / "r", tmp_path / "t", texts(5))
     refused(folder / "a", r"has no mask token; .* vernier prepare --reference", plain, "pll")
-    short = rf"takes {L + 1} tokens, .* up to {L + 2} with CLS and SEP; .*sequence_length={L - 1} or less"
+    short = rf"takes {L + 1} tokens, .* up to {L + 2} with CLS and SEP; .*--sequence-length {L - 1} "
     refused(model_at(tmp_path / "short", 0, max_position_embeddings=L + 1), short)
     refused(model_at(tmp_path / "short roberta", 0, "roberta"), short)
     BertModel(AutoConfig.from_pretrained(folder / "a")).save_pretrained(tmp_path / "headless")

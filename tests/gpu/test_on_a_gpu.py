@@ -50,6 +50,22 @@ def test_scoring_in_bf16_again_gives_the_same_bits(tiny_data: Path, tmp_path: Pa
     assert np.array_equal(read_table(path).loss, read_table(table_of(run, 20)).loss)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sharded_weights_give_the_same_losses_under_nccl(dtype: str, tiny_data: Path, tmp_path: Path) -> None:
+    model = train(tmp_path / "run", tiny_data, "precision=fp32") / "snapshots" / "step-00000020"
+    found = {}
+    for weights in ("replicated", "sharded"):
+        options = ["--dtype", dtype, "--weights", weights, "--out", tmp_path / weights]
+        vernier("eval", model, "--reference", tiny_data / "reference", *options)
+        found[weights] = read_table(next((tmp_path / weights).glob("*.parquet"))).loss
+    np.testing.assert_allclose(found["sharded"], found["replicated"], rtol=1e-5 if dtype == "fp32" else 1e-2)
+
+
+def test_the_moving_average_is_kept_on_the_device_and_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", tiny_data, "precision=bf16", "zero.stage=3", "ema.decay=0.9")
+    assert (run / "ema" / "step-00000020" / "manifest.json").is_file()
+
+
 def test_two_runs_are_the_same_bits_when_deterministic(tiny_data: Path, tmp_path: Path) -> None:
     first, second = (losses(train(tmp_path / name, tiny_data, "precision=bf16")) for name in "ab")
     assert first == second

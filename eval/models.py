@@ -152,11 +152,23 @@ def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust
         DataError: it is no causal LM, or its weights do not fit its config.
     """
     from transformers import AutoModelForCausalLM
+
+    model = load_checked(AutoModelForCausalLM, "causal LM", directory, dtype, trust_remote_code)
+    check_causal(directory, model, lambda ids: model(input_ids=ids, use_cache=False).logits)
+    return model.to(device)
+
+
+def load_checked(auto: Any, kind: str, directory: Path, dtype: str, trust_remote_code: bool) -> Any:
+    """The model that transformers' class `auto` makes of a directory, on the CPU, for inference.
+
+    Raises:
+        DataError: it is no such model (`kind` in words), or its weights do not fit its config.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             directory,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -165,10 +177,9 @@ def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"{directory}: transformers cannot load it as a causal LM: {_first_line(error)}") from error
+        raise DataError(f"{directory}: transformers cannot load it as a {kind}: {_first_line(error)}") from error
     check_loaded(directory, info)
-    check_causal(directory, model.eval(), lambda ids: model(input_ids=ids, use_cache=False).logits)
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 from eval.losses import IGNORED, SampleLosses, chunk_length
-from eval.models import DTYPES, check_loaded
+from eval.models import load_checked
 from eval.reference import ReferenceSet
 from eval.tables import POSITION_BINS
 from eval.tokenization import open_tokenizer
@@ -162,25 +162,11 @@ def load_masked_lm(directory: Path, dtype: str, device: torch.device, *, trust_r
 
 def _loaded(directory: Path, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForMaskedLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            directory,
-            dtype=DTYPES[dtype],
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{directory}: transformers cannot load it as a masked LM: {said}") from error
-    check_loaded(directory, info)
+    model = load_checked(AutoModelForMaskedLM, "masked LM", directory, dtype, trust_remote_code)
     if getattr(model.config, "is_encoder_decoder", False):
         raise DataError(f"{directory}: is an encoder-decoder, not a masked LM that predicts what it is fed")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def make_scorer(

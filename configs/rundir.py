@@ -70,6 +70,10 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine"
+
+    @property
     def snapshots(self) -> Path:
         return self.path / "snapshots"
 

@@ -15,6 +15,7 @@ from typing import Any
 from configs.errors import DataError
 
 MANIFEST = "manifest.json"
+MISSING = "missing"
 
 
 def sha256_file(path: Path) -> str:
@@ -141,13 +142,22 @@ def verify(directory: Path, kind: str | None = None, *, hashes: bool = True) -> 
         DataError: names the first file that is missing, cut short or changed.
     """
     manifest = read_manifest(directory, kind)
-    for name, fact in manifest.get("files", {}).items():
+    found = first_damaged(directory, manifest.get("files", {}), hashes=hashes)
+    if found is not None:
+        name, what = found
+        raise DataError(f"{directory}: {name} is missing" if what == MISSING else f"{directory / name}: {what}")
+    return manifest
+
+
+def first_damaged(directory: Path, files: dict[str, dict[str, Any]], *, hashes: bool = True) -> tuple[str, str] | None:
+    """(name, what is wrong with it) of the first of a manifest's files that is not as it says; None where all are."""
+    for name, fact in files.items():
         path = directory / name
         if not path.is_file():
-            raise DataError(f"{directory}: {name} is missing")
+            return name, MISSING
         size = path.stat().st_size
         if size != fact["bytes"]:
-            raise DataError(f"{path}: cut short or changed: {size:,} bytes, its manifest says {fact['bytes']:,}")
+            return name, f"cut short or changed: {size:,} bytes, its manifest says {fact['bytes']:,}"
         if hashes and sha256_file(path) != fact["sha256"]:
-            raise DataError(f"{path}: changed since it was written (its SHA-256 is not the manifest's)")
-    return manifest
+            return name, "changed since it was written (its SHA-256 is not the manifest's)"
+    return None

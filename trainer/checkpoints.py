@@ -19,13 +19,14 @@ from safetensors import safe_open
 
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name
-from configs.whole import commit, read_json, verify
-from eval.ranks import Ranks, StoppedByAnotherRank
+from configs.whole import commit, read_json
+from eval.ranks import Ranks
 from trainer import zero_state
 from trainer.ema import MovingAverage
 from trainer.together import begin_together, save_tensors, tell_first
 
 VERSION = 1
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def save_checkpoint(
             "ema_decay": None if average is None else average.decay,
             "parameters": _merged(rank["fragments"] for rank in told),
         }
-        (part / "state.json").write_text(json.dumps(state))
+        (part / STATE).write_text(json.dumps(state))
         _put_in_place(final, clock.step, {_file_name(rank): one["sha256"] for rank, one in enumerate(told)})
         for step in run.whole_steps(run.checkpoints)[:-keep]:
             shutil.rmtree(run.checkpoints / step_name(step))
@@ -103,33 +104,22 @@ def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def newest_checkpoint(run: RunDir) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    steps = run.whole_steps(run.checkpoints)
-    return run.checkpoints / step_name(steps[-1]) if steps else None
-
-
 def load_checkpoint(
-    engine: Any, directory: Path, ranks: Ranks, accumulation: int, average: MovingAverage | None = None
+    engine: Any, directory: Path, accumulation: int, average: MovingAverage | None = None
 ) -> tuple[Clock, dict[str, Any]]:
     """Puts the engine where the checkpoint was; gives the clock and (world, zero_stage, ema_decay) it was written with.
 
     A moving average that the checkpoint does not hold starts from its weights.
 
+    Args:
+        directory: whole, as `trainer.quarantine.find_whole_checkpoint` gives it.
+
     Raises:
-        DataError: a file is missing, cut short or changed, or the checkpoint is of another model. Nothing was changed.
+        DataError: the checkpoint is of another model or another format. Nothing was changed.
     """
-    problem = ""
-    try:
-        if ranks.local_rank == 0:  # each node checks the hashes once
-            verify(directory, "checkpoint")
-    except DataError as error:
-        problem = str(error)
-    if not ranks.agree(not problem):
-        raise DataError(problem) if problem else StoppedByAnotherRank(f"{directory}: refused by another rank")
-    state = read_json(directory / "state.json")
+    state = read_json(directory / STATE)
     _check_tiling(directory, state, engine)
-    files = {name: safe_open(directory / name, "pt") for name in _file_names(state)}
+    files = {name: safe_open(directory / name, "pt") for name in file_names(state)}
 
     def lookup(kind: str, name: str, start: int, length: int) -> torch.Tensor:
         out = torch.empty(length)
@@ -145,7 +135,7 @@ def load_checkpoint(
         average.restore(lookup)
     elif average is not None:
         average.start()
-    first = files.get(_file_name(0)) or safe_open(directory / _file_name(0), "pt")
+    first = files[_file_name(0)]
     saved = set(first.keys())
     for name, buffer in engine.module.lm.named_buffers():
         if f"buffer/{name}" in saved:
@@ -156,8 +146,9 @@ def load_checkpoint(
     return Clock(**state["clock"]), written_by
 
 
-def _file_names(state: dict[str, Any]) -> list[str]:
-    return sorted({part[2] for entry in state["parameters"].values() for part in entry["parts"]})
+def file_names(state: dict[str, Any]) -> list[str]:
+    """The files of tensors that a checkpoint's `state.json` leads to; the first rank's also holds the buffers."""
+    return sorted({_file_name(0), *(part[2] for entry in state["parameters"].values() for part in entry["parts"])})
 
 
 def _check_tiling(directory: Path, state: dict[str, Any], engine: Any) -> None:

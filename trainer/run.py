@@ -19,7 +19,7 @@ from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
 from eval.reference import tokenizer_fingerprint
 from trainer import stop
 from trainer.baseline import check_baseline
-from trainer.checkpoints import Clock, load_checkpoint, newest_checkpoint, save_checkpoint
+from trainer.checkpoints import Clock, load_checkpoint, save_checkpoint
 from trainer.data.prepare import load_dataset_facts
 from trainer.data.shards import Windows
 from trainer.ema import MovingAverage
@@ -30,6 +30,7 @@ from trainer.loop import Hooks, train
 from trainer.metrics import Metrics, forbidden_changes, write_manifest
 from trainer.model import TrainableLM, check_model_settings, make_model, parameter_count
 from trainer.progress import ProgressLine
+from trainer.quarantine import find_whole_checkpoint
 from trainer.snapshots import take_snapshot
 
 
@@ -157,6 +158,7 @@ def _train(
     asked: Any,
     console: Console | None,
 ) -> int:
+    checkpoint, damaged = find_whole_checkpoint(run, ranks)
     model = TrainableLM(make_model(config, hf))
     parameters = parameter_count(model)
     engine, resolved = make_engine(config, model, ranks.world)
@@ -164,9 +166,8 @@ def _train(
     accumulation = config.batch.global_ // (ranks.world * micro)
     clock = Clock()
     average = MovingAverage(engine, config.ema.decay) if config.ema.decay is not None else None
-    checkpoint = newest_checkpoint(run)
     if checkpoint is not None:
-        clock, written_by = load_checkpoint(engine, checkpoint, ranks, accumulation, average)
+        clock, written_by = load_checkpoint(engine, checkpoint, accumulation, average)
     data = Windows(config.data_dir, config.sequence_length)
     inline = InlineScoring(engine, config, hf, ranks) if config.eval.placement == "inline" else None
 
@@ -196,6 +197,7 @@ def _train(
         if checkpoint is not None:
             world, stage = written_by["world"], written_by["zero_stage"]
             told = f"going on from step {clock.step}, written by {world} ranks at ZeRO-{stage}"
+            told += "".join(f"; {one}; its steps are made again" for one in damaged)
             run.add_event("resumed", told, step=clock.step, rank=0)
             console.print(told, markup=False)
             _tell_average(run, clock, before=written_by["ema_decay"], now=config.ema.decay)

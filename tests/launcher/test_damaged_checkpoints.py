@@ -1,0 +1,130 @@
+"""A damaged checkpoint is found before it is used and moved away, and the one before it leads to the same end."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, lines, losses, vernier
+
+from configs.rundir import step_name
+from trainer.quarantine import damage
+
+FILES = ("manifest.json", "state.json", "rank-00000.safetensors", "rank-00001.safetensors")
+STEPS = 14
+SETTINGS = [f"steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=99", f"snapshot.every={STEPS}"]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+HARMS: tuple[Callable[[Path], None], ...] = (flip_a_bit, truncate, Path.unlink)
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def settings(data: Path, run: Path) -> list[str]:
+    return [TINY, *SETTINGS, f"data.dir={data}", f"run.dir={run}", "eval.placement=none"]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbs, with a checkpoint at each step."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    vernier("train", *settings(tiny_data, run))
+    return run
+
+
+def copy_to_go_on_from(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to)
+    (to / "state.json").unlink()  # it would say that the run is finished
+    return to
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / step_name(step)
+
+
+def weights(run: Path) -> str:
+    return json.loads((run / "snapshots" / step_name(STEPS) / "manifest.json").read_text())["weights"]
+
+
+def test_whatever_is_wrong_with_which_file_an_older_one_leads_to_the_same_bits(
+    straight: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = copy_to_go_on_from(straight, tmp_path / "run")
+    shutil.rmtree(run / "snapshots")
+    cases = [(file, harm) for file in FILES for harm in HARMS]
+    whole = STEPS - len(cases)
+    damaged = dict(zip(range(STEPS, whole, -1), cases, strict=True))  # each of the newest in a way of its own
+    for step, (file, harm) in damaged.items():
+        harm(checkpoint(run, step) / file)
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    for name in ("optimizer.pt", "rank-00002.safetensors", "pytorch_model.bin"):
+        (checkpoint(run, whole) / name).write_bytes(bomb)
+
+    said = vernier("train", *settings(tiny_data, run)).stderr
+    assert f"going on from step {whole}, written by 2 ranks" in said
+    for step, (file, _) in damaged.items():
+        assert f"; step {step}'s checkpoint is damaged: {step_name(step)}/{file}: " in said
+        assert (run / "quarantine" / f"{step_name(step)}.1").is_dir()
+    events = [line for line in lines(run / "events.jsonl") if line["kind"] == "quarantined"]
+    assert [(e["step"], e["detail"]["file"]) for e in events] == [(step, file) for step, (file, _) in damaged.items()]
+    assert all(event["detail"]["reason"] for event in events)
+    assert not (tmp_path / "exploded").exists()
+    assert losses(run) == losses(straight)
+    assert weights(run) == weights(straight)
+
+
+def test_every_bit_of_a_manifest_counts(straight: Path, tmp_path: Path) -> None:
+    here = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint(straight, STEPS), here)
+    manifest = here / "manifest.json"
+    content = manifest.read_bytes()
+    assert damage(here, STEPS) is None
+    for place in range(0, len(content), 2):
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 7
+        manifest.write_bytes(changed)
+        if damage(here, STEPS) is None:  # white space of another kind
+            assert json.loads(changed) == json.loads(content)
+    manifest.write_bytes(content)
+    assert damage(here, STEPS - 1) is not None  # of another step
+
+
+def test_where_none_is_whole_it_never_starts_anew_unasked(straight: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = copy_to_go_on_from(straight, tmp_path / "run")
+    for step in range(1, STEPS - 1):
+        shutil.rmtree(checkpoint(run, step))
+    for step in (STEPS - 1, STEPS):
+        flip_a_bit(checkpoint(run, step) / "rank-00001.safetensors")
+    refused = [vernier("train", *settings(tiny_data, run), code=2).stderr for _ in range(2)]
+    for said in refused:
+        (told,) = [line for line in said.splitlines() if "no whole checkpoint left" in line]
+        assert "--fresh" in told
+    assert refused[0].count("rank-00001.safetensors: changed since it was written") == 2
+    assert len(losses(run)) == STEPS
+    assert len(list((run / "quarantine").iterdir())) == 2
+
+    (run / "quarantine" / f"{step_name(STEPS)}.1").rename(checkpoint(run, STEPS))
+    flip_a_bit(checkpoint(run, STEPS) / "rank-00001.safetensors")  # mended by hand
+    assert f"going on from step {STEPS}," in vernier("train", *settings(tiny_data, run)).stderr
+    vernier("train", *settings(tiny_data, run), "--fresh", "steps=5")
+    assert len(losses(run)) == 5

@@ -1,0 +1,151 @@
+"""Which checkpoint to go on from: the newest whole one. What is damaged is moved out of the way, never deleted."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import ConfigError, DataError
+from configs.rundir import RunDir, step_name, step_of
+from configs.whole import MANIFEST, first_damaged, fsync_path, read_json
+from eval.ranks import Ranks, StoppedByAnotherRank
+from trainer.checkpoints import STATE, VERSION, file_names
+
+NONE = -1
+WORDS = 512  # bytes that a rank may use to say what it found
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a checkpoint."""
+
+    step: int
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}'s checkpoint is damaged: {step_name(self.step)}/{self.file}: {self.reason}"
+
+
+def find_whole_checkpoint(run: RunDir, ranks: Ranks) -> tuple[Path | None, list[Damage]]:
+    """The newest checkpoint whose files are as they were written, with what was found wrong with newer ones.
+
+    Newer ones are moved to `quarantine/` by the first rank, which must hold the run's lock. A collective.
+
+    Raises:
+        ConfigError: checkpoints are there or in quarantine, and none is whole.
+        DataError: a file cannot be read, so that nothing is known about it. Nothing was moved.
+    """
+    damaged: list[Damage] = []
+    while True:
+        step = ranks.broadcast_int(max(_steps(run), default=NONE) if ranks.first else NONE)
+        if step == NONE:
+            break
+        directory = run.checkpoints / step_name(step)
+        found, unread = None, ""
+        try:
+            if ranks.local_rank == 0:  # each node checks the hashes once
+                found = damage(directory, step)
+        except OSError as error:
+            unread = f"{error.filename or directory}: cannot be read ({error.strerror}); training does not go round it"
+        if not ranks.agree(not unread):
+            raise DataError(unread) if unread else StoppedByAnotherRank(f"{directory}: not read by another rank")
+        if ranks.agree(found is None):
+            return directory, damaged
+        file, reason = _first_words(found, ranks)
+        damaged.append(Damage(step, file, reason))
+        if ranks.first:
+            _move_aside(run, damaged[-1])
+        ranks.barrier()
+    lost = ranks.broadcast_int(int(ranks.first and any(run.quarantine.glob("step-*"))))
+    if not lost:
+        return None, damaged
+    if not ranks.first:
+        raise StoppedByAnotherRank(f"{run.path}: no whole checkpoint")
+    told = f" ({'; '.join(map(str, damaged))})" if damaged else ""
+    raise ConfigError(
+        f"run.dir: {run.path} has no whole checkpoint left, only damaged ones in {run.quarantine.name}/{told}; "
+        f"put a good copy of one into {run.checkpoints.name}/, or start anew with --fresh"
+    )
+
+
+def damage(directory: Path, step: int) -> tuple[str, str] | None:
+    """(file, what is wrong with it) of the first damaged file of a checkpoint; None where it is whole.
+
+    Files that the manifest does not name are never opened, here or later, so they do no harm.
+
+    Raises:
+        OSError: a file cannot be read for a reason that says nothing about its content.
+    """
+    name = MANIFEST
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        files = _named_files(manifest, step)
+        if files is None:
+            return MANIFEST, f"changed since it was written: not that of a checkpoint of step {step}"
+        for name, fact in files.items():
+            found = first_damaged(directory, {name: fact})
+            if found is not None:
+                return found
+    except (FileNotFoundError, NotADirectoryError):
+        return name, "missing"
+    except ValueError:
+        return name, "changed since it was written: not JSON"
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return name, "the disk does not give it back (input/output error)"
+        raise
+    state = read_json(directory / STATE)
+    if state.get("version") == VERSION:  # another is refused, with a reason of its own, when it is loaded
+        unnamed = sorted(set(file_names(state)) - set(files))
+        if unnamed:
+            return MANIFEST, f"changed since it was written: does not name {unnamed[0]}"
+    return None
+
+
+def _named_files(manifest: Any, step: int) -> dict[str, Any] | None:
+    """The files with their hashes, if this is a manifest as `save_checkpoint` writes it; else a bit of it is wrong."""
+    if not isinstance(manifest, dict) or (manifest.get("kind"), manifest.get("step")) != ("checkpoint", step):
+        return None
+    files = manifest.get("files")
+    if not isinstance(files, dict) or STATE not in files:
+        return None
+    for fact in files.values():
+        if not isinstance(fact, dict) or not isinstance(fact.get("sha256"), str) or type(fact.get("bytes")) is not int:
+            return None
+    return files
+
+
+def _steps(run: RunDir) -> list[int]:
+    """Steps of all that lies in `checkpoints/` under the name of one, whole or not."""
+    steps = {path.name: step_of(path.name) for path in run.checkpoints.glob("step-*")}
+    return [step for name, step in steps.items() if step is not None and name == step_name(step)]
+
+
+def _first_words(found: tuple[str, str] | None, ranks: Ranks) -> tuple[str, str]:
+    """What the lowest rank that found something says, on every rank."""
+    words = torch.zeros(ranks.world, WORDS, dtype=torch.int32)
+    if found is not None:
+        said = "\0".join(found).encode()[:WORDS]
+        words[ranks.rank, : len(said)] = torch.tensor(list(said), dtype=torch.int32)
+    heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in ranks.sum(words).tolist()]
+    file, _, reason = next(one for one in heard if one).partition("\0")
+    return file, reason
+
+
+def _move_aside(run: RunDir, found: Damage) -> None:
+    run.quarantine.mkdir(exist_ok=True)
+    name = step_name(found.step)
+    places = (run.quarantine / f"{name}.{number}" for number in count(1))
+    place = next(p for p in places if not p.exists())
+    (run.checkpoints / name).rename(place)
+    fsync_path(run.quarantine)
+    fsync_path(run.checkpoints)
+    told = f"{found}; it is now {run.quarantine.name}/{place.name}"
+    run.add_event("quarantined", told, step=found.step, rank=0, file=found.file, reason=found.reason)

@@ -101,8 +101,8 @@ class RunDir:
         """Steps in `checkpoints` or `snapshots` whose directory has its manifest, ascending."""
         if not folder.is_dir():
             return []
-        steps = {step_of(p.name) for p in folder.iterdir() if (p / MANIFEST).is_file()}
-        return sorted(s for s in steps if s is not None)
+        steps = {p.name: step_of(p.name) for p in folder.iterdir() if (p / MANIFEST).is_file()}
+        return sorted(s for name, s in steps.items() if s is not None and name == step_name(s))
 
     def read_state(self) -> dict[str, Any]:
         """`state.json`; empty where the run has none, or one that a power cut left empty: the run will mend it."""

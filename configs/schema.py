@@ -107,12 +107,17 @@ class ZeroSettings(Settings):
 class CheckpointSettings(Settings):
     every: Positive = Field(1000, description="steps between checkpoints (to go on from)")
     keep: Positive = Field(2, description="newest checkpoints that stay")
+    keep_every: Positive | None = Field(None, description="checkpoints at multiples of so many steps stay as well")
 
 
 class SnapshotSettings(Settings):
     every: Positive = Field(1000, description="steps between snapshots (to score and to use)")
     at: list[Count] = Field(default_factory=list, description="further steps to take a snapshot at")
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="default: as the precision keeps weights")
+    keep: Positive | None = Field(
+        None, description="newest snapshots that stay, with the best and all that are not scored yet; null: all"
+    )
+    keep_every: Positive | None = Field(None, description="with keep: snapshots at multiples of so many steps stay too")
 
 
 class EmaSettings(Settings):

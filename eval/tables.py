@@ -138,6 +138,21 @@ def read_table(path: Path) -> LossTable:
     return table
 
 
+def read_mean_loss(path: Path) -> tuple[float, dict[str, Any]]:
+    """(mean loss in nats per token, metadata) of a table, from two of its columns and without checking the others.
+
+    Raises:
+        DataError: missing, not Parquet, or not a loss table.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = pq.ParquetFile(file).read(columns=["loss", "tokens"])
+        loss, tokens = (content.column(name).to_numpy().sum(dtype=np.float64) for name in ("loss", "tokens"))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as a loss table ({str(error).splitlines()[0]})") from None
+    return float(loss / max(1.0, tokens)), _metadata(path, content.schema.metadata or {})
+
+
 def _metadata(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
     if METADATA_KEY not in metadata:
         raise DataError(f"{path}: not a loss table: its schema has no metadata key {METADATA_KEY.decode()!r}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError
-from configs.rundir import RunDir, step_name
+from configs.rundir import RunDir, step_name, step_of
 from configs.schema import Config
 from eval.board import EvalBoard
 from eval.journal import Journal, clear
@@ -48,8 +48,9 @@ class RunScores:
         self.refused: set[int] = set()
 
     def scored(self) -> list[int]:
-        """Steps that have their table, ascending."""
-        return [s for s in self.run.whole_steps(self.run.snapshots) if self._path(s).is_file()]
+        """Steps that have their table, ascending; the snapshots of some may be gone."""
+        steps = {step_of(table.name) for table in self._path(0).parent.glob("step-*.parquet")}
+        return sorted(step for step in steps if step is not None and self._path(step).is_file())
 
     def next_step(self) -> int | None:
         """The earliest snapshot without a table."""

@@ -38,10 +38,8 @@ class Clock:
     tokens: int = 0
 
 
-def save_checkpoint(
-    engine: Any, run: RunDir, ranks: Ranks, clock: Clock, keep: int, average: MovingAverage | None = None
-) -> None:
-    """Writes checkpoint `clock.step` from all ranks, commits it, and drops those older than the newest `keep`."""
+def save_checkpoint(engine: Any, run: RunDir, ranks: Ranks, clock: Clock, average: MovingAverage | None = None) -> None:
+    """Writes checkpoint `clock.step` from all ranks, and commits it."""
     final = run.checkpoints / step_name(clock.step)
     part = begin_together(final, ranks)
     tensors: dict[str, torch.Tensor] = {}
@@ -74,8 +72,6 @@ def save_checkpoint(
         }
         (part / STATE).write_text(json.dumps(state))
         _put_in_place(final, clock.step, {_file_name(rank): one["sha256"] for rank, one in enumerate(told)})
-        for step in run.whole_steps(run.checkpoints)[:-keep]:
-            shutil.rmtree(run.checkpoints / step_name(step))
     ranks.barrier()
 
 

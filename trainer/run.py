@@ -31,6 +31,7 @@ from trainer.metrics import Metrics, forbidden_changes, write_manifest
 from trainer.model import TrainableLM, check_model_settings, make_model, parameter_count
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
+from trainer.retention import thin_checkpoints, thin_snapshots
 from trainer.snapshots import take_snapshot
 
 
@@ -214,13 +215,16 @@ def _train(
             inline.score(at.step, source)
         if average is not None:
             take_snapshot(engine, config, hf, ranks, at.step, at.tokens, average)
+        if ranks.first:
+            thin_snapshots(run, config)
 
     def save(at: Clock) -> None:
         if metrics is not None:
             metrics.flush()
-        save_checkpoint(engine, run, ranks, at, config.checkpoint.keep, average)
+        save_checkpoint(engine, run, ranks, at, average)
         if ranks.first:
             run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
+            thin_checkpoints(run, config.checkpoint)
 
     def updated() -> None:
         if average is not None:

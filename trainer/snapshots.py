@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from configs.errors import DataError
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.whole import MANIFEST, commit, partial_path, read_json
 from eval.models import DTYPES, fingerprint_of_digests, tensor_digest
 from eval.ranks import Ranks
+from eval.tables import read_mean_loss
 from eval.tokenization import copy_tokenizer_files
 from trainer import zero_state
 from trainer.ema import MovingAverage
@@ -207,7 +209,7 @@ def _put_in_place(final: Path, run: RunDir, manifest: dict[str, Any], hashes: di
     if _same_weights_are_there(final, manifest["weights"]):
         shutil.rmtree(partial_path(final))
         return
-    _move_aside(final, run)
+    _move_aside(final, run, manifest["weights"])
     commit(final, manifest, hashes)
 
 
@@ -216,15 +218,25 @@ def _same_weights_are_there(final: Path, weights: str) -> bool:
     return manifest.is_file() and read_json(manifest).get("weights") == weights
 
 
-def _move_aside(final: Path, run: RunDir) -> None:
+def _is_of(table: Path, weights: str) -> bool:
+    """Whether a loss table was made from these weights; the folder of a scoring at work knows that by itself."""
+    try:
+        return table.is_dir() or read_mean_loss(table)[1].get("source") == weights
+    except DataError:
+        return False
+
+
+def _move_aside(final: Path, run: RunDir, weights: str) -> None:
     """What an earlier attempt left at this step is kept, out of the way, with the tables that were made from it."""
-    if not final.exists():
-        return
     label = f"{final.name}.ema" if final.parent == run.ema else final.name  # as `vernier eval` names its tables
+    tables = list(run.losses.glob(f"*/{label}@*"))
+    if not final.exists() and all(_is_of(table, weights) for table in tables):
+        return
     places = (run.path / "replaced" / f"{label}.{number}" for number in count(1))
     place = next(p for p in places if not p.exists())
     place.mkdir(parents=True)
-    final.rename(place / "snapshot")
-    for table in run.losses.glob(f"*/{label}@*"):
+    if final.exists():  # it may have been thinned out, and its tables not
+        final.rename(place / "snapshot")
+    for table in tables:
         table.rename(place / table.name)
     run.add_event("replaced", f"{label} of an earlier attempt had other weights; it is in {place}")

@@ -58,6 +58,10 @@ class RunDir:
         return self.path / "STOP"
 
     @property
+    def save_request(self) -> Path:
+        return self.path / "SAVE"
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from trainer.engine import grad_norm_before_step, set_learning_rate
 from trainer.metrics import memory_gib
 from trainer.order import mixed_seed, share_of, windows_at
 from trainer.schedule import learning_rate
-from trainer.stop import StopRequest
+from trainer.stop import Asked, Requests
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Hooks:
     checkpoint: Callable[[Clock], None]
     updated: Callable[[], None]  # the weights were updated; right after it, on the device's own time
     skipped: Callable[[Clock], None]  # the last batch of this clock was used up without an update
+    saved: Callable[[Clock], None]  # a snapshot and a checkpoint that were asked for are on the disk
 
 
 MOST_SKIPPED = 100  # updates in a row; fp16 finds its loss scale in far fewer
@@ -47,30 +48,30 @@ class Measured:
     """A step's figures on their way from the device."""
 
     line: dict[str, Any] | None  # None: the update was skipped, only the flags count
-    sums: torch.Tensor  # fp64 [loss in nats, ranks asked to stop, of them by Ctrl-C, gradient norm], on the CPU
+    sums: torch.Tensor  # fp64 [loss in nats, ranks asked to stop, by Ctrl-C, to save, gradient norm], on the CPU
     ready: Callable[[], Any]
     targets: int
 
-    def read(self) -> tuple[dict[str, Any] | None, bool, bool]:
-        """(metrics line, asked to stop, by Ctrl-C); waits for what was enqueued up to its own step."""
+    def read(self) -> tuple[dict[str, Any] | None, Asked]:
+        """(metrics line, what any rank was asked for); waits for what was enqueued up to its own step."""
         self.ready()
-        loss, stop, interrupt, norm = self.sums.tolist()
+        loss, stop, interrupt, save, norm = self.sums.tolist()
         line = self.line and {**self.line, "loss": loss / self.targets, "grad_norm": norm}
-        return line, stop > 0, interrupt > 0
+        return line, Asked(stop > 0, interrupt > 0, save > 0)
 
 
 def train(
-    engine: Any, config: Config, data: Windows, ranks: Ranks, clock: Clock, asked: StopRequest, hooks: Hooks
+    engine: Any, config: Config, data: Windows, ranks: Ranks, clock: Clock, requests: Requests, hooks: Hooks
 ) -> tuple[Clock, bool, bool]:
     """Trains from `clock` to `config.steps`, or until asked to stop: gives (clock, stopped, by Ctrl-C)."""
     micro = micro_batch(config, ranks.world)
     accumulation = config.batch.global_ // (ranks.world * micro)
     pending: Measured | None = None
-    stopped = interrupted = False
+    asked = Asked()
     skipped = 0
     if clock.step == 0:
         hooks.snapshot(clock)
-    while clock.step < config.steps and not stopped:
+    while clock.step < config.steps and not asked.stop:
         started = time.perf_counter()
         step = clock.step + 1
         windows = windows_at(clock.position, batch=config.batch.global_, windows=len(data), seed=config.seed)
@@ -95,10 +96,10 @@ def train(
             hooks.updated()
         clock = Clock(step if applied else clock.step, clock.position + 1, clock.tokens + targets)
         if pending is not None:
-            stopped, interrupted = _observe(pending, hooks)
+            asked |= _observe(pending, hooks)
         line = _line(step, clock, rate, time.perf_counter() - started, targets, ranks, micro) if applied else None
         norm = norm if norm is not None else engine.get_global_grad_norm()
-        pending = _measure(line, loss_sum, norm, targets, asked)
+        pending = _measure(line, loss_sum, norm, targets, requests.poll())
         skipped = 0 if applied else skipped + 1
         if not applied:  # the batch is used up, the step is made with the next
             hooks.skipped(clock)
@@ -106,22 +107,26 @@ def train(
                 raise VernierError(
                     f"step {step}: the gradient was not finite {skipped} times in a row; lower optimizer.lr"
                 )
-            if stopped:
+            if asked.stop:
                 hooks.checkpoint(clock)
             continue
 
         last = clock.step == config.steps
-        saves = clock.step % config.checkpoint.every == 0 or last or stopped
-        shows = clock.step % config.snapshot.every == 0 or clock.step in config.snapshot.at or last
+        saves = clock.step % config.checkpoint.every == 0 or last or asked.stop or asked.save
+        shows = clock.step % config.snapshot.every == 0 or clock.step in config.snapshot.at or last or asked.save
         if saves or shows:  # the step's line is on disk before what follows from it
-            late = _observe(pending, hooks)
-            stopped, interrupted, pending = stopped or late[0], interrupted or late[1], None
-            saves |= stopped
+            asked |= _observe(pending, hooks)
+            pending = None
+            saves |= asked.stop or asked.save
+            shows |= asked.save
         if shows:
             hooks.snapshot(clock)
         if saves:
             hooks.checkpoint(clock)
-    return clock, stopped and clock.step < config.steps, interrupted
+        if asked.save:
+            hooks.saved(clock)
+            asked = replace(asked, save=False)
+    return clock, asked.stop and clock.step < config.steps, asked.interrupt
 
 
 def micro_batches(
@@ -139,11 +144,9 @@ def micro_batches(
         yield ids_BT, target_BT, mixed_seed(config.seed, position, start)
 
 
-def _measure(
-    line: dict[str, Any] | None, loss_sum: torch.Tensor, norm: Any, targets: int, asked: StopRequest
-) -> Measured:
-    stop, interrupt = asked.poll()
-    flags = torch.tensor([float(stop), float(interrupt)], dtype=torch.float64).to(loss_sum.device, non_blocking=True)
+def _measure(line: dict[str, Any] | None, loss_sum: torch.Tensor, norm: Any, targets: int, asked: Asked) -> Measured:
+    flags = torch.tensor([asked.stop, asked.interrupt, asked.save], dtype=torch.float64)
+    flags = flags.to(loss_sum.device, non_blocking=True)
     sums = torch.cat([loss_sum.reshape(1), flags])
     work = dist.all_reduce(sums, async_op=True)
     own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).reshape(1)
@@ -151,23 +154,23 @@ def _measure(
 
         def arrived() -> None:
             work.wait()
-            found[:3] = sums
+            found[:-1] = sums
 
-        found = torch.cat([torch.zeros(3, dtype=torch.float64), own])
+        found = torch.cat([torch.zeros(len(sums), dtype=torch.float64), own])
         return Measured(line, found, arrived, targets)
     work.wait()  # orders the stream behind the all-reduce; the host goes on
-    on_host = torch.empty(4, dtype=torch.float64, pin_memory=True)
+    on_host = torch.empty(len(sums) + 1, dtype=torch.float64, pin_memory=True)
     on_host.copy_(torch.cat([sums, own.to(sums.device, non_blocking=True)]), non_blocking=True)
     event = torch.cuda.Event()
     event.record()
     return Measured(line, on_host, event.synchronize, targets)
 
 
-def _observe(pending: Measured, hooks: Hooks) -> tuple[bool, bool]:
-    line, stop, interrupt = pending.read()
+def _observe(pending: Measured, hooks: Hooks) -> Asked:
+    line, asked = pending.read()
     if line is not None:
         hooks.observe(line)
-    return stop, interrupt
+    return asked
 
 
 def _line(

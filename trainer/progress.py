@@ -58,7 +58,7 @@ class ProgressLine:
         )
 
     def tell_events(self) -> None:
-        """Prints what the evaluator has said since the last look."""
+        """Prints what the evaluator has said, and what was asked for and done, since the last look."""
         try:
             with open(self.events, encoding="utf-8") as file:
                 file.seek(self.offset)
@@ -69,7 +69,7 @@ class ProgressLine:
         self.offset += len((whole + newline).encode())
         for text in whole.splitlines():
             event = json.loads(text)
-            if event["kind"] in ("scored", "not scored"):
+            if event["kind"] in ("scored", "not scored", "saved on request"):
                 self.console.print(f"  {event['message']}", markup=False)
 
     def close(self) -> None:

@@ -105,7 +105,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> i
     run = RunDir(config.run_dir)
     ranks = join(config.threads_per_rank or 1)
     set_determinism(bool(config.deterministic))
-    asked = stop.StopRequest(run.stop_request, watch_file=ranks.first)
+    requests = stop.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
     console = Console(file=terminal, highlight=False, soft_wrap=True) if ranks.first else None
     lock = RunLock(run)
     owner = ranks.first  # who may write the run's state
@@ -131,7 +131,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> i
                 run.stop_request.unlink(missing_ok=True)
             begin_run(run, config, attempt)
         ranks.barrier()
-        code = _train(config, run, ranks, facts, hf, asked, console)
+        code = _train(config, run, ranks, facts, hf, requests, console)
     except BaseException as error:
         _record_failure(run, ranks, error, owner)
         error.__dict__["recorded"] = True
@@ -156,7 +156,7 @@ def _train(
     ranks: Ranks,
     facts: dict[str, Any],
     hf: Any,
-    asked: Any,
+    requests: stop.Requests,
     console: Console | None,
 ) -> int:
     checkpoint, damaged = find_whole_checkpoint(run, ranks)
@@ -235,8 +235,14 @@ def _train(
             told = f"batch {at.position - 1} is used up without an update: its gradient was not finite"
             run.add_event("skipped", told, step=at.step, rank=0)
 
+    def saved(at: Clock) -> None:
+        requests.saved()
+        if ranks.first:
+            told = f"saved on request: snapshot and checkpoint of step {at.step}"
+            run.add_event("saved on request", told, step=at.step, rank=0)
+
     clock, stopped, interrupted = train(
-        engine, config, data, ranks, clock, asked, Hooks(observe, snapshot, save, updated, skipped)
+        engine, config, data, ranks, clock, requests, Hooks(observe, snapshot, save, updated, skipped, saved)
     )
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
@@ -245,6 +251,8 @@ def _train(
         line.tell_events()
         line.close()
         metrics.close()
+        if not stopped:
+            requests.saved()  # asked for after the last look: the last step has its snapshot and checkpoint
         run.stop_request.unlink(missing_ok=True)
         run.write_state("stopping" if stopped else "done", step=clock.step, exit_code=code)
         run.add_event("stopped" if stopped else "done", f"at step {clock.step}", step=clock.step, rank=0)

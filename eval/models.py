@@ -77,14 +77,12 @@ def check_model(directory: Path) -> None:
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """Fingerprint of the weights in a model directory: from our manifest, else from the tensors and settings."""
+    """Fingerprint of the weights in a model directory: from our manifest, else from the tensors themselves."""
     if is_ours(directory):
         found = read_manifest(directory, "snapshot").get("weights")
         if isinstance(found, str):
             return found
-    # Settings make losses as well as weights do; ours are held by the manifest's hashes.
-    config = json.dumps(read_json(directory / "config.json"), sort_keys=True)
-    digests = {"config.json": hashlib.sha256(config.encode()).hexdigest()}
+    digests = {}
     for file in weight_files(directory):
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -107,9 +105,17 @@ def _opened(file: Path) -> Any:
         raise DataError(f"{file}: not readable as safetensors, perhaps cut short ({error})") from None
 
 
-def scored_fingerprint(source: str, dtype: str) -> str:
-    """Fingerprint of the weights as scored: those of `source`, cast to `dtype`."""
-    return hashlib.sha256(f"{source} {dtype}".encode()).hexdigest()
+def settings_fingerprint(directory: Path) -> str:
+    """Fingerprint of a foreign model's config.json, which makes losses as its weights do; "" for ours, whose manifest
+    holds it."""
+    if is_ours(directory):
+        return ""
+    return hashlib.sha256(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode()).hexdigest()
+
+
+def scored_fingerprint(source: str, dtype: str, settings: str = "") -> str:
+    """Fingerprint of a model as scored: the weights of `source`, cast to `dtype`, under its settings."""
+    return hashlib.sha256(f"{source} {dtype} {settings}".rstrip().encode()).hexdigest()
 
 
 def check_fits(directory: Path, reference: ReferenceSet) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from configs.errors import DataError
 from eval.early_stop import UntilVerdict
 from eval.journal import Journal, clear, scoring_key
-from eval.models import snapshot_step, weights_fingerprint
+from eval.models import settings_fingerprint, snapshot_step, weights_fingerprint
 from eval.placing import Scoring, open_scorer
 from eval.ranks import Ranks
 from eval.reference import ReferenceSet
@@ -49,6 +49,7 @@ def score_models(
         step=_step(models),
         threads=how.threads,
         sharded=sharded,
+        settings="".join(settings_fingerprint(directory) for directory in models),
     )
     look = UntilVerdict(reference, read_table(how.against), how.margin_percent) if how.against else None
     journal = Journal(table, meta, ranks.rank)

@@ -186,6 +186,7 @@ def table_meta(
     step: int | None,
     threads: int,
     sharded: bool = False,
+    settings: str = "",
 ) -> dict[str, Any]:
     """Metadata of a loss table: the reference set, which weights were scored and how, and on what."""
     import transformers
@@ -196,7 +197,7 @@ def table_meta(
         "reference_text": reference.text_fingerprint,
         "reference_name": reference.name,
         "objective": objective,
-        "model": scored_fingerprint(source, dtype),
+        "model": scored_fingerprint(source, dtype, settings),
         "source": source,
         "label": label,
         "step": step,

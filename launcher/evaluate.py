@@ -143,13 +143,14 @@ def _is_scored(
     group: list[Path], path: Path, reference: ReferenceSet, asked: Asked, against: Path | None, console: Console
 ) -> bool:
     """Whether there is nothing to do for a table. Refuses to replace the losses of another model."""
-    from eval.models import scored_fingerprint, weights_fingerprint
+    from eval.models import scored_fingerprint, settings_fingerprint, weights_fingerprint
     from eval.scoring import ensemble_source
     from eval.tables import partial_path, read_table
 
     if asked.force:
         return False
-    expected = scored_fingerprint(ensemble_source([weights_fingerprint(model) for model in group]), asked.dtype)
+    source = ensemble_source([weights_fingerprint(model) for model in group])
+    expected = scored_fingerprint(source, asked.dtype, "".join(settings_fingerprint(model) for model in group))
 
     def same(meta: dict[str, Any]) -> bool:
         return bool(meta.get("model") == expected and meta.get("reference") == reference.tokens_fingerprint)

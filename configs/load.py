@@ -307,3 +307,8 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     left = dict(leaves(a.model_dump(mode="json", by_alias=True)))
     right = dict(leaves(b.model_dump(mode="json", by_alias=True)))
     return {k: (left.get(k), right.get(k)) for k in {**left, **right} if left.get(k) != right.get(k)}
+
+
+def is_named(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `names`, or in a section that is named with a dot at its end (`eval.`)."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from configs.load import differences, load_config
+from configs.load import differences, is_named, load_config
 from configs.rundir import RunDir, open_run, read_jsonl
 from configs.schema import Config
 from configs.whole import read_json
@@ -131,7 +131,7 @@ def settings_changed(a: Config, b: Config) -> list[str]:
     return [
         f"{key}: {before} → {after}"
         for key, (before, after) in differences(a, b).items()
-        if not any(key == k or (k.endswith(".") and key.startswith(k)) for k in NOT_THE_EXPERIMENT)
+        if not is_named(key, NOT_THE_EXPERIMENT)
     ]
 
 

@@ -25,13 +25,7 @@ def torchrun(module: str, arguments: list[str], *, nproc: int, threads: int) -> 
         *("--module", module),
         *arguments,
     ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment = _environment(threads)
     lend_terminal(environment)
     return command, environment
 
@@ -45,6 +39,14 @@ def mpirun(module: str, arguments: list[str], *, nproc: int, threads: int) -> tu
     if shutil.which("mpirun") is None:
         raise ConfigError("--by: mpirun is not on this machine's PATH; install Open MPI or MPICH, or use torchrun")
     command = ["mpirun", "-n", str(nproc), sys.executable, "-m", module, *arguments]
+    environment = _environment(threads)
+    environment.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # more ranks than cores is the user's choice
+    environment.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    return command, environment
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """What every rank-group on this machine is started with."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -52,9 +54,7 @@ def mpirun(module: str, arguments: list[str], *, nproc: int, threads: int) -> tu
         "TOKENIZERS_PARALLELISM": "false",
     }
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    environment.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # more ranks than cores is the user's choice
-    environment.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    return command, environment
+    return environment
 
 
 def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

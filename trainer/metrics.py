@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from configs.load import differences
+from configs.load import differences, is_named
 from configs.rundir import RunDir, read_jsonl
 from configs.schema import Config
 from configs.whole import write_atomic
@@ -151,7 +151,7 @@ def forbidden_changes(before: Config, now: Config, *, extend: bool) -> list[str]
     allowed = MAY_CHANGE + (("steps",) if extend else ())
     out = []
     for key, (old, new) in differences(before, now).items():
-        if any(key == a or (a.endswith(".") and key.startswith(a)) for a in allowed):
+        if is_named(key, allowed):
             continue
         if key == "steps":
             out.append(f"steps: the run was started with {old}, not {new}; --extend goes on to {new}")

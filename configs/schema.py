@@ -108,6 +108,7 @@ class CheckpointSettings(Settings):
     every: Positive = Field(1000, description="steps between checkpoints (to go on from)")
     keep: Positive = Field(2, description="newest checkpoints that stay")
     keep_every: Positive | None = Field(None, description="checkpoints at multiples of so many steps stay as well")
+    background: bool = Field(True, description="write checkpoints and snapshots from a copy while training goes on")
 
 
 class SnapshotSettings(Settings):
@@ -142,6 +143,23 @@ class EvalSettings(Settings):
     threads_per_rank: Positive = Field(1, description="CPU threads of a scoring rank; fixed, since they change bits")
 
 
+class GuardSettings(Settings):
+    non_finite: Positive = Field(
+        3, description="batches in a row without a finite gradient, after which training goes back and passes over them"
+    )
+    spike_z: Annotated[float, Field(gt=0)] | None = Field(
+        8.0, description="a loss so many robust standard deviations above recent steps is a spike; null: not looked for"
+    )
+    spike_steps: Annotated[int, Field(ge=16)] = Field(128, description="recent steps that a loss is held against")
+    on_spike: Literal["log", "skip"] = Field("log", description="skip: make no update (the host waits for each loss)")
+    on_out_of_memory: Literal["adapt", "fail"] = Field(
+        "adapt", description="adapt: halve the micro-batch, then checkpoint activations, and go on"
+    )
+    hang_s: Annotated[float, Field(ge=1)] = Field(
+        900.0, description="seconds without a sign of progress after which training ends, naming the rank that hangs"
+    )
+
+
 class Config(Settings):
     """All settings of a run. `configs.load.load_config` reads one from YAML."""
 
@@ -172,6 +190,7 @@ class Config(Settings):
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="anything else of DeepSpeed's, passed through")
     checkpoint: CheckpointSettings = CheckpointSettings()
     snapshot: SnapshotSettings = SnapshotSettings()
+    guards: GuardSettings = GuardSettings()
     ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
 

@@ -136,6 +136,7 @@ MAY_CHANGE = (
     "ema.",  # watches training, does not change it
     "eval.",
     "gradient_checkpointing",
+    "guards.",
     "name",
     "nproc",
     "reference.",

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 
 # The phases of a save, in their order; every rank reaches the first three, rank 0 the others.
-SAVE_POINTS = ("copied", "half", "written", "told", "hashed", "renamed", "thinned")
+SAVE_POINTS = ("copied", "unsynced", "written", "told", "hashed", "renamed", "thinned")
 
 
 @dataclass(frozen=True)

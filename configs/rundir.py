@@ -7,16 +7,19 @@ import json
 import os
 import re
 import socket
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.errors import DataError
+from configs.errors import DataError, VernierError
 from configs.whole import MANIFEST, read_json, write_atomic
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "failed"]
+STATE_PATIENCE_S = 5.0  # a process may be stopped while it writes; nobody else is to hang for that
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -52,6 +55,10 @@ class RunDir:
     @property
     def lock(self) -> Path:
         return self.path / "lock"
+
+    @property
+    def starter(self) -> Path:
+        return self.path / "starter"
 
     @property
     def stop_request(self) -> Path:
@@ -116,11 +123,67 @@ class RunDir:
             return {}
 
     def write_state(self, state: State | None, **facts: Any) -> None:
-        """Renames a new `state.json` into place; what is not given (`state` None too) stays as it was."""
-        before = self.read_state()
+        """Renames a new `state.json` into place; what is not given (`state` None too) stays as it was.
+
+        Without a `state` it is a heartbeat, and is left out where the disk is full.
+
+        Raises:
+            VernierError: a state that could not be written.
+        """
         named = {"state": state} if state else {}
-        now = {**before, **named, "host": socket.gethostname(), **facts, "heartbeat": time.time()}
-        write_atomic(self.state, json.dumps(now, indent=1), durable=state is not None)
+        try:
+            self._change_state(lambda before: {**before, **named, **facts}, durable=state is not None)
+        except OSError as error:
+            if state is not None:
+                raise VernierError(f"{self.state}: {state!r} cannot be written ({error.strerror})") from None
+
+    def record_failure(self, code: int, rank: int | None, error: str, *, begun: bool = False) -> bool:
+        """Says that the run has failed, unless a failure stands there already: the first counts.
+
+        Args:
+            begun: this attempt's state is there, so that a wish to be started again is its own; that counts more.
+
+        Returns:
+            False where it could not be written.
+        """
+        failure = {"rank": rank, "error": error, "time": time.time()}
+        now = {"state": "failed", "exit_code": code, "failure": failure}
+
+        def failed(before: dict[str, Any]) -> dict[str, Any] | None:
+            told = before.get("failure") or (begun and before.get("again"))
+            return None if told else {**before, **now}
+
+        try:
+            self._change_state(failed, durable=True)
+        except OSError:
+            return False
+        return True
+
+    def _change_state(self, change: Callable[[dict[str, Any]], dict[str, Any] | None], *, durable: bool) -> None:
+        """Reads, changes and writes the state with no other process (or thread) between."""
+        with self._to_ourselves():
+            after = change(self.read_state())
+            if after is None:
+                return
+            text = json.dumps({**after, "host": socket.gethostname(), "heartbeat": time.time()}, indent=1)
+            try:
+                write_atomic(self.state, text, durable=durable)
+            except OSError:
+                if not durable or not self.state.is_file():
+                    raise
+                _overwrite(self.state, text.encode())  # a full disk has no room for a new file; the old one has its own
+
+    @contextmanager
+    def _to_ourselves(self) -> Iterator[None]:
+        # A file that is always there, is never replaced and may be written: NFS locks nothing that is opened to read.
+        descriptor = os.open(self.events, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            deadline = time.monotonic() + STATE_PATIENCE_S
+            while not _try_flock(descriptor) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            yield
+        finally:
+            os.close(descriptor)
 
     def is_held(self) -> bool:
         """Whether a process holds the run's lock."""
@@ -141,14 +204,18 @@ class RunDir:
     def last_heartbeat(self) -> float:
         """When the holder of the lock was last heard of, in seconds since the epoch; 0 where there was none."""
         try:
-            return self.lock.stat().st_mtime
+            with open(self.lock, "rb") as file:  # opened, since NFS then asks its server and not its cache
+                return os.fstat(file.fileno()).st_mtime
         except OSError:
             return 0.0
 
     def add_event(
         self, kind: str, message: str, *, step: int | None = None, rank: int | None = None, **detail: Any
     ) -> None:
-        """Appends a line to `events.jsonl`. One write a line, so several processes may append."""
+        """Appends a line to `events.jsonl`. One write a line, so several processes may append.
+
+        Where the disk is full the line goes to stderr instead, which ends no training.
+        """
         line = {
             "time": time.time(),
             "step": step,
@@ -157,19 +224,51 @@ class RunDir:
             "message": message,
             "detail": detail,
         }
-        descriptor = os.open(self.events, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(descriptor)
+            _append(self.events, (json.dumps(line) + "\n").encode())
+        except OSError as error:
+            print(f"{self.events}: cannot be written ({error.strerror}): {kind}: {message}", file=sys.stderr)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All whole lines of `events.jsonl`."""
-        return read_jsonl(self.events)
+        """All whole lines of `events.jsonl`; one that a full disk has cut is passed over."""
+        return read_jsonl(self.events, strict=False)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last one cut by a crash is left out, any other broken one is an error."""
+def _try_flock(descriptor: int) -> bool:
+    """Whether there is no more to wait for: it is locked, or the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """Puts content into a file in place: not whole-or-not-there, so only where that cannot be had."""
+    with open(path, "r+b", buffering=0) as file:
+        file.write(content)
+        file.truncate()
+        os.fsync(file.fileno())
+
+
+def _append(path: Path, line: bytes) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash or a full disk
+        os.write(descriptor, b"\n" + line if cut else line)
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last one cut by a crash is left out, any other broken one is an error.
+
+    Args:
+        strict: False: others that are broken are left out as well.
+    """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -178,7 +277,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             out.append(json.loads(line))
         except ValueError:
-            if number < len(lines) - 1:
+            if strict and number < len(lines) - 1:
                 raise DataError(f"{path}: line {number} is not JSON") from None
     return out
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError
+from configs.faults import reached
 
 MANIFEST = "manifest.json"
 MISSING = "missing"
@@ -105,7 +106,9 @@ def commit(final: Path, manifest: dict[str, Any], hashes: dict[str, str] | None 
     write_atomic(part / MANIFEST, json.dumps({**manifest, "files": files}, indent=1), durable=True)
     for folder in folders:
         fsync_path(folder)
+    reached("hashed")
     os.rename(part, final)
+    reached("renamed")
     fsync_path(final.parent)
 
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from configs.errors import VernierError
 from configs.terminal import lent_terminal
 
+WORDS = 512  # bytes that a rank may use to say what it found
+
 
 class StoppedByAnotherRank(VernierError):
     """This rank ends because another did, which has told why."""
@@ -85,9 +87,27 @@ class Ranks:
         """Whether `good` holds on every rank."""
         if self.mpi is not None:
             return all(self.mpi.allgather(good))
-        box = torch.tensor([int(not good)], dtype=torch.int64)
+        return self.total(int(not good)) == 0
+
+    def total(self, value: int) -> int:
+        """The sum of a number over ranks."""
+        if self.mpi is not None:
+            return int(self.mpi.allreduce(value))
+        box = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(box, group=self.control)
-        return int(box.item()) == 0
+        return int(box.item())
+
+    def first_words(self, words: str) -> tuple[int, str]:
+        """(rank, what it says) of the lowest rank that says anything, on every rank; (-1, "") where none does."""
+        if self.mpi is not None:
+            heard = self.mpi.allgather(words)
+        else:
+            rows = torch.zeros(self.world, WORDS, dtype=torch.int32)
+            said = words.encode()[:WORDS]
+            rows[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.int32)
+            dist.all_reduce(rows, group=self.control)
+            heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.tolist()]
+        return next(((rank, one) for rank, one in enumerate(heard) if one), (-1, ""))
 
 
 # How a launcher tells a process its rank, the world, and its rank on its machine; the first that is set counts.

@@ -76,12 +76,18 @@ def train(
     overrides: OverridesArgument = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; the old run moves to NAME.old-TIME.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Go on beyond the steps it was started with.")] = False,
+    force_resume: Annotated[
+        bool, typer.Option("--force-resume", help="Go on with settings that may not change; says what that breaks.")
+    ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until all snapshots are scored.")] = False,
 ) -> int:
     """Train here, or go on with a run; checkpoints are scored beside it."""
-    from launcher.train import run_train
+    from launcher.train import Resume, run_train
 
-    return run_train(config, overrides or [], fresh=fresh, extend=extend, wait=not no_wait, console=_console())
+    if fresh and force_resume:
+        raise ConfigError("--fresh and --force-resume exclude each other: one starts anew, the other goes on")
+    how = Resume(fresh=fresh, extend=extend, force=force_resume)
+    return run_train(config, overrides or [], how, wait=not no_wait, console=_console())
 
 
 @app.command(
@@ -215,6 +221,29 @@ def board(
     from launcher.board import run_board
 
     return run_board(runs or [], port=port, console=_console(out=True))
+
+
+@app.command(epilog=_example("vernier plan demo", "vernier plan my.yaml zero.stage=3 nproc=8"))
+def plan(config: ConfigArgument, overrides: OverridesArgument = None, json_out: JsonOption = False) -> int:
+    """Reckon what a training would take, before it starts: tokens, memory, host memory, disk."""
+    from launcher.plan import run_plan
+
+    return run_plan(config, overrides or [], json_out=json_out, console=_console(out=True))
+
+
+@app.command(epilog=_example("vernier status", "vernier status runs/demo --events"))
+def status(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories; default all.")] = None,
+    events: Annotated[bool, typer.Option("--events", help="What happened besides steps, oldest first.")] = False,
+    all_events: Annotated[bool, typer.Option("--all", help="With --events: all, not the last 50.")] = False,
+    json_out: JsonOption = False,
+) -> int:
+    """Say how runs stand: step, loss, time left, checkpoints, scores, and why one has ended."""
+    from launcher.status import run_status
+
+    if all_events and not events:
+        raise ConfigError("--all goes with --events")
+    return run_status(runs or [], events=events, all_events=all_events, json_out=json_out, console=_console(out=True))
 
 
 def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is not imported for its name alone

@@ -14,14 +14,23 @@ from configs.parent import kill_with_parent
 from configs.terminal import is_lent, lend_terminal
 
 TERM_GRACE_S = 5.0
+SAVE_PATIENCE_S = 300  # for ranks asked to stop: a step, a checkpoint and its fsync
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without its handler the last two kill torchrun itself
 
 
-def torchrun(module: str, arguments: list[str], *, nproc: int, threads: int) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that starts `nproc` ranks of `python -m module` on this machine."""
+def torchrun(
+    module: str, arguments: list[str], *, nproc: int, threads: int, patience_s: int = int(TERM_GRACE_S)
+) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) that starts `nproc` ranks of `python -m module` on this machine.
+
+    Args:
+        patience_s: torchrun hands a signal on to its ranks, and kills those that have not ended so many seconds later.
+    """
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--nproc-per-node", str(nproc)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
+        *("--signals-to-handle", SIGNALS, "--shutdown-timeout", str(patience_s)),
         *("--module", module),
         *arguments,
     ]

@@ -6,30 +6,34 @@ turns every rank's code into 1.
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
 from configs.load import dump_config, load_config, resolve
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.whole import read_json, write_atomic
-from launcher.processes import end, last_lines, start, torchrun
-from trainer.lock import held_message
+from launcher.processes import SAVE_PATIENCE_S, end, last_lines, start, torchrun
+from trainer.lock import check_free, kept_free, sole_starter
 
 POLL_S = 0.2
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
-DYING_S = 5.0  # for the kernel to take down a killed rank, and with it the lock
-STOP_PATIENCE_S = 120.0  # for a step, a checkpoint and its fsync
+DYING_S = 30.0  # for the kernel to take down a killed rank with all its memory, and with it the lock
+HANGING_S = 15.0  # for ranks to end after the run's last word; one that hangs in a collective never does
+STATE_S = 1.0
+STARTS_AGAIN = 20  # without a further step between
 
 
 @dataclass
@@ -40,8 +44,8 @@ class Interrupts:
     by_ctrl_c: bool = False
 
     def listen(self) -> None:
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
             signal.signal(signal.SIGHUP, self._on_signal)
 
@@ -50,28 +54,38 @@ class Interrupts:
         self.by_ctrl_c |= number == signal.SIGINT
 
 
-def run_train(source: str, overrides: list[str], *, fresh: bool, extend: bool, wait: bool, console: Console) -> int:
+@dataclass(frozen=True)
+class Resume:
+    """How to take a run directory that is there already."""
+
+    fresh: bool = False  # move it away
+    extend: bool = False  # go on beyond its steps
+    force: bool = False  # go on with settings that may not change
+
+
+def run_train(source: str, overrides: list[str], how: Resume, *, wait: bool, console: Console) -> int:
     """Trains here to the end, or goes on with what is there; gives the exit code."""
     config = resolve(load_config(source, overrides))
     run = RunDir(config.run_dir)
     from trainer.run import check_run, finished
 
-    if run.is_held():
-        raise ConfigError(held_message(run))
-    check_run(config, extend=extend, fresh=fresh)
-    if fresh and run.path.exists():
-        old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        run.path.rename(old)
-        console.print(f"the earlier run is now {old}", markup=False)
+    def tell(line: str) -> None:
+        console.print(line, markup=False)
+
+    check_free(run, tell)
+    check_run(config, extend=how.extend, fresh=how.fresh or how.force)
+    if how.fresh and run.path.exists():
+        _move_away(run, tell)
     group = EvalGroup(config, run, console) if config.eval.placement == "separate" else None
     interrupts = Interrupts()
     interrupts.listen()
     if finished(run, config):
-        console.print(f"{run.path} is finished (step {config.steps})", markup=False)
+        tell(f"{run.path} is finished (step {config.steps})")
         code = EXIT_DONE
     else:
-        _explain_extension(config, run, extend, console)
-        code = _train(config, run, group, interrupts, extend=extend, console=console)
+        with sole_starter(run):
+            _explain_extension(config, run, how.extend, console)
+            code = _train(config, run, group, interrupts, how, console)
     if code == EXIT_DONE and group is not None:
         code = _wait_for_scores(group, run, interrupts, wait=wait, console=console)
     if group is not None:
@@ -79,6 +93,13 @@ def run_train(source: str, overrides: list[str], *, fresh: bool, extend: bool, w
     if code == EXIT_DONE and config.eval.placement != "none":
         _print_scores(run, console)
     return code
+
+
+def _move_away(run: RunDir, tell: Callable[[str], None]) -> None:
+    with sole_starter(run), kept_free(run):
+        old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        run.path.rename(old)
+    tell(f"the earlier run is now {old}")
 
 
 def _explain_extension(config: Config, run: RunDir, extend: bool, console: Console) -> None:
@@ -128,6 +149,8 @@ class EvalGroup:
             return True
         if code == 0 and (not training or self.run.read_state().get("exit_code") is not None):
             return False
+        if code == 0:  # it saw the last word of ranks that have been started again since
+            self.next_start = -1.0
         if self.next_start == 0.0:
             self._note_death(code)
         if not self.given_up and time.monotonic() >= self.next_start:
@@ -155,57 +178,84 @@ class EvalGroup:
 
 
 def _train(
-    config: Config,
-    run: RunDir,
-    group: EvalGroup | None,
-    interrupts: Interrupts,
-    *,
-    extend: bool,
-    console: Console,
+    config: Config, run: RunDir, group: EvalGroup | None, interrupts: Interrupts, how: Resume, console: Console
 ) -> int:
-    run.path.mkdir(parents=True, exist_ok=True)
+    """Runs the training ranks, again and again where the run's state asks for it; gives the exit code."""
     run.stop_request.unlink(missing_ok=True)
-    run.write_state("pending", exit_code=None, failure=None, steps=config.steps)
+    furthest, without_progress = -1, 0
+    while True:
+        trainer = _start_ranks(config, run, how)
+        if group is not None and group.process is None:
+            group.start()
+        _watch(trainer, run, group, interrupts, console)
+        why = run.read_state().get("again")
+        if not why:
+            return _outcome(run, trainer.returncode, interrupts, console)
+        if interrupts.count:
+            console.print(f"stopped ({why}); the same command goes on", markup=False)
+            return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
+        step = int(run.read_state().get("step") or 0)
+        without_progress = without_progress + 1 if step <= furthest else 1
+        furthest = max(furthest, step)
+        if without_progress > STARTS_AGAIN:
+            told = f"started again {STARTS_AGAIN} times without getting beyond step {furthest}; the last reason: {why}"
+            _fail(run, EXIT_FAILED, told, console)
+            return EXIT_FAILED
+        run.add_event("started again", why, step=step)
+        console.print(f"starting the ranks again: {why}", markup=False)
+
+
+def _start_ranks(config: Config, run: RunDir, how: Resume) -> subprocess.Popen[bytes]:
     given = run.path / "train-config.yaml"  # config.yaml itself is the trainer's to write, once it holds the lock
-    write_atomic(given, dump_config(config))
-    arguments = [*(["--extend"] if extend else []), str(given)]
-    command, environment = torchrun("trainer", arguments, nproc=config.nproc or 1, threads=config.threads_per_rank or 1)
-    trainer = start(command, environment, run.logs / "torchrun.log")
-    if group is not None:
-        group.start()
-    told, deadline = 0, 0.0
+    with kept_free(run, patience_s=DYING_S):  # rank 0 of an earlier start may still be dying
+        run.write_state("pending", exit_code=None, failure=None, again=None, steps=config.steps)
+        write_atomic(given, dump_config(config))
+    flags = [*(["--extend"] if how.extend else []), *(["--force-resume"] if how.force else [])]
+    nproc, threads = config.nproc or 1, config.threads_per_rank or 1
+    command, environment = torchrun(
+        "trainer", [*flags, str(given)], nproc=nproc, threads=threads, patience_s=SAVE_PATIENCE_S
+    )
+    return start(command, environment, run.logs / "torchrun.log")
+
+
+def _watch(
+    trainer: subprocess.Popen[bytes], run: RunDir, group: EvalGroup | None, interrupts: Interrupts, console: Console
+) -> None:
+    """Waits until the ranks have ended: asks them to stop when the user does, kills those that hang."""
+    told, deadline = 0, math.inf
+    looked, ended = 0.0, math.inf
     while trainer.poll() is None:
+        now = time.monotonic()
         if interrupts.count > told:
             told = interrupts.count
             if told == 1:
                 write_atomic(run.stop_request, "interrupt" if interrupts.by_ctrl_c else "stop")
-                deadline = time.monotonic() + STOP_PATIENCE_S
+                deadline = now + SAVE_PATIENCE_S
                 console.print("stopping after this step, with a checkpoint (again: at once)", markup=False)
             else:
-                deadline = 0.0
-        if told and time.monotonic() > deadline:
+                deadline = now
+        if now - looked > STATE_S:
+            looked = now
+            over = run.read_state().get("exit_code") is not None
+            ended = min(ended, now) if over else math.inf
+        if now - ended > HANGING_S:
+            run.add_event("killed", f"ranks had not ended {HANGING_S:.0f} s after the run's last word")
+            deadline = now
+        if now >= deadline:
             trainer.kill()  # its ranks die with it; the last whole checkpoint stays
-        if group is not None:
+        if group is not None and not told:  # whoever signals every process of a job hits the evaluator too
             group.look_after(training=True)
         time.sleep(POLL_S)
-    return _outcome(run, trainer.returncode, interrupts, console)
 
 
 def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Console) -> int:
     state = run.read_state()
     code = state.get("exit_code")
-    deadline = time.monotonic() + DYING_S
-    while code is None and run.is_held():
-        if time.monotonic() > deadline:  # held by another trainer, which was quicker: the state is its own
-            raise ConfigError(held_message(run))
-        time.sleep(POLL_S / 4)  # our own rank 0 is still dying of torchrun's death
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
         how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
-        told = f"the training ranks ended without a word (torchrun: {how})"
-        run.write_state("failed", exit_code=code, failure={"rank": None, "error": told, "time": time.time()})
-        run.add_event("failed", told)
-        console.print(f"error: {told}; the same command goes on from the last checkpoint", markup=False)
+        with kept_free(run, patience_s=DYING_S):  # held by another trainer, which was quicker: the state is its own
+            _fail(run, code, f"the training ranks ended without a word (torchrun: {how})", console)
         if code == EXIT_FAILED and returncode > 0:
             console.print(last_lines(run.logs / "torchrun.log"), markup=False)
         return int(code)
@@ -216,6 +266,13 @@ def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Cons
     elif code != EXIT_DONE:
         console.print(f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False)
     return int(code)
+
+
+def _fail(run: RunDir, code: int, told: str, console: Console) -> None:
+    run.add_event("failed", told)
+    console.print(f"error: {told}; the same command goes on from the last checkpoint", markup=False)
+    if not run.record_failure(code, None, told):
+        console.print(f"error: {run.state} cannot be written", markup=False)
 
 
 def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console) -> int:

@@ -10,15 +10,18 @@ from configs.load import load_config, resolve
 from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
 from configs.terminal import is_supervised
+from trainer import stop
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; gives the exit code."""
     die_with_parent()
+    stop.listen()
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("config", help="YAML file or shipped recipe")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--extend", action="store_true", help="go on beyond the steps the run was started with")
+    parser.add_argument("--force-resume", action="store_true", help="go on with settings that may not change")
     asked = parser.parse_args(arguments)
     # torch is imported from here on
     from eval.ranks import environment_ranks, local_world_size, log_to_file
@@ -30,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         terminal = log_to_file(RunDir(config.run_dir).logs / f"rank-{rank}.log")
         from trainer.run import run_training
 
-        return run_training(config, terminal, extend=asked.extend)
+        how = {"force_resume": True} if asked.force_resume else {}
+        return run_training(config, terminal, extend=asked.extend, **how)
     except Exception as error:
         ours = isinstance(error, VernierError)
         if not (is_supervised() and error.__dict__.get("recorded")):  # `vernier` tells what the run's state says

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import torch
 from safetensors import safe_open
 
 from configs.errors import DataError
+from configs.faults import reached
 from configs.rundir import RunDir, step_name
 from configs.whole import commit, read_json
 from eval.ranks import Ranks
 from trainer import zero_state
 from trainer.ema import MovingAverage
-from trainer.together import begin_together, save_tensors, tell_first
+from trainer.saving import HostCopy
+from trainer.together import save_tensors, write_together
 
 VERSION = 1
 STATE = "state.json"
@@ -31,48 +33,99 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands: updates made, batches used up, targets seen."""
+    """Where training stands: updates made, batches used up, targets seen, batches used up since the last update."""
 
     step: int = 0
     position: int = 0
     tokens: int = 0
+    idle: int = 0
 
 
-def save_checkpoint(engine: Any, run: RunDir, ranks: Ranks, clock: Clock, average: MovingAverage | None = None) -> None:
-    """Writes checkpoint `clock.step` from all ranks, and commits it."""
-    final = run.checkpoints / step_name(clock.step)
-    part = begin_together(final, ranks)
+@dataclass(frozen=True)
+class CheckpointCopy:
+    """What a checkpoint will hold, out of reach of further training."""
+
+    clock: Clock
+    tensors: dict[str, torch.Tensor]  # of this rank, in host memory
+    index: dict[str, Any]  # which range of which parameter each of them is
+    facts: dict[str, Any]
+    memory: HostCopy
+
+
+def copy_checkpoint(
+    engine: Any,
+    ranks: Ranks,
+    clock: Clock,
+    memory: HostCopy,
+    average: MovingAverage | None = None,
+    passed_over: Sequence[int] = (),
+) -> CheckpointCopy:
+    """Copies this rank's part of all that is needed to go on to host memory; most of it while the next step goes on.
+
+    No update may be made before `memory.wait_until_taken`.
+    """
+    memory.refill()
     tensors: dict[str, torch.Tensor] = {}
     index: dict[str, Any] = {}
     for fragment in zero_state.fragments(engine):
         index[fragment.name] = {"shape": fragment.shape, "start": fragment.start, "length": fragment.length}
         for kind, value in zero_state.values(engine, fragment).items():
-            tensors[f"{kind}/{fragment.name}"] = value.to("cpu", torch.float32, copy=True)
+            tensors[f"{kind}/{fragment.name}"] = memory.take(value, torch.float32, later=True)
     if average is not None:
         for name, held in average.fragments():
-            tensors[f"ema/{name}"] = held.to("cpu", copy=True)
+            tensors[f"ema/{name}"] = memory.take(held, torch.float32, later=True)
     if ranks.first:
         kept = engine.module.lm.state_dict(keep_vars=True)
         for name, buffer in engine.module.lm.named_buffers():
             if name in kept:
-                tensors[f"buffer/{name}"] = buffer.detach().to("cpu", copy=True).contiguous()
-    sha256 = save_tensors(tensors, part / _file_name(ranks.rank))
-    told = tell_first(part, ranks, {"sha256": sha256, "fragments": index})
-    if told is not None:
-        state = {
-            "version": VERSION,
-            "clock": asdict(clock),
-            "world": ranks.world,
-            "zero_stage": engine.zero_optimization_stage(),
-            "adam_step": zero_state.adam_step(engine),
-            "counters": zero_state.counters(engine),
-            "loss_scale": zero_state.loss_scale_state(engine),
-            "ema_decay": None if average is None else average.decay,
-            "parameters": _merged(rank["fragments"] for rank in told),
-        }
+                tensors[f"buffer/{name}"] = memory.take(buffer, buffer.dtype)
+    memory.seal()
+    facts = {
+        "version": VERSION,
+        "clock": asdict(clock),
+        "world": ranks.world,
+        "zero_stage": engine.zero_optimization_stage(),
+        "adam_step": zero_state.adam_step(engine) if ranks.first else None,
+        "counters": zero_state.counters(engine),
+        "loss_scale": zero_state.loss_scale_state(engine),
+        "ema_decay": None if average is None else average.decay,
+        "passed_over": list(passed_over),
+    }
+    return CheckpointCopy(clock, tensors, index, facts, memory)
+
+
+def write_checkpoint(
+    copied: CheckpointCopy, run: RunDir, ranks: Ranks, before: Callable[[], None] = lambda: None
+) -> None:
+    """Writes a copy from all ranks, and puts it in place.
+
+    Args:
+        before: on the first rank, puts on the disk what must be there before the checkpoint is.
+
+    Raises:
+        SaveFailed: it is not there; what was there before is.
+    """
+    final = run.checkpoints / step_name(copied.clock.step)
+
+    def own(part: Path) -> dict[str, Any]:
+        copied.memory.fill()
+        reached("copied")
+        starts = {name: [0] * tensor.dim() for name, tensor in copied.tensors.items()}
+        for kind in (*zero_state.KINDS, "ema"):
+            starts |= {f"{kind}/{n}": [at["start"]] for n, at in copied.index.items() if f"{kind}/{n}" in starts}
+        # By this key torch's own reader (torch.distributed.checkpoint) finds the ranges, as flat tensors.
+        metadata = {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": at} for name, at in starts.items()})}
+        sha256 = save_tensors(copied.tensors, part / _file_name(ranks.rank), metadata)
+        return {"sha256": sha256, "fragments": copied.index}
+
+    def join(part: Path, told: list[dict[str, Any]]) -> None:
+        before()
+        state = {**copied.facts, "parameters": _merged(rank["fragments"] for rank in told)}
         (part / STATE).write_text(json.dumps(state))
-        _put_in_place(final, clock.step, {_file_name(rank): one["sha256"] for rank, one in enumerate(told)})
-    ranks.barrier()
+        _put_in_place(final, copied.clock.step, {_file_name(rank): one["sha256"] for rank, one in enumerate(told)})
+
+    size = sum(tensor.nbytes for tensor in copied.tensors.values())
+    write_together(final, ranks, size, own, join)
 
 
 def _file_name(rank: int) -> str:
@@ -91,6 +144,22 @@ def _merged(told: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def clear_up(run: RunDir) -> None:
+    """Removes what a killed attempt has left half written, and puts back what it was about to replace.
+
+    For the first rank, once it holds the run's lock.
+    """
+    for replaced in run.checkpoints.glob(".step-*.replaced"):
+        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:  # killed between the two renames of `_put_in_place`
+            replaced.rename(final)
+    for folder in (run.checkpoints, run.snapshots, run.ema):
+        for part in folder.glob(".step-*.partial"):
+            shutil.rmtree(part)
+
+
 def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # of this very step: the new one is whole on disk before the old one goes
@@ -103,7 +172,7 @@ def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
 def load_checkpoint(
     engine: Any, directory: Path, accumulation: int, average: MovingAverage | None = None
 ) -> tuple[Clock, dict[str, Any]]:
-    """Puts the engine where the checkpoint was; gives the clock and (world, zero_stage, ema_decay) it was written with.
+    """Puts the engine where the checkpoint was; gives the clock and the rest of its `state.json`.
 
     A moving average that the checkpoint does not hold starts from its weights.
 
@@ -138,8 +207,7 @@ def load_checkpoint(
             buffer.data.copy_(first.get_tensor(f"buffer/{name}"))
     zero_state.restore_counters(engine, state["counters"], accumulation)
     zero_state.restore_loss_scale(engine, state["loss_scale"])
-    written_by = {key: state.get(key) for key in ("world", "zero_stage", "ema_decay")}
-    return Clock(**state["clock"]), written_by
+    return Clock(**state["clock"]), state
 
 
 def file_names(state: dict[str, Any]) -> list[str]:

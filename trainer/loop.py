@@ -14,18 +14,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.errors import VernierError
 from configs.load import micro_batch
 from configs.schema import Config
 from eval.losses import IGNORED
 from eval.ranks import Ranks
 from trainer.checkpoints import Clock
 from trainer.data.shards import Windows
+from trainer.dropout import WindowDropout
 from trainer.engine import grad_norm_before_step, set_learning_rate
+from trainer.guards import Guard, bent, starve
 from trainer.metrics import memory_gib
-from trainer.order import mixed_seed, share_of, windows_at
+from trainer.order import share_of, window_seeds, windows_at
 from trainer.schedule import learning_rate
 from trainer.stop import Asked, Requests
+from trainer.zero_state import refuse_update
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,22 @@ class Hooks:
     """What happens around steps: each is called on every rank, at the same step."""
 
     observe: Callable[[dict[str, Any]], None]  # a step's metrics, a step late
-    snapshot: Callable[[Clock], None]
-    checkpoint: Callable[[Clock], None]
+    save: Callable[[Clock, Due], None]  # copy what is due; it is written while training goes on
+    before_update: Callable[[], None]  # waits until what is being saved is copied
     updated: Callable[[], None]  # the weights were updated; right after it, on the device's own time
-    skipped: Callable[[Clock], None]  # the last batch of this clock was used up without an update
-    saved: Callable[[Clock], None]  # a snapshot and a checkpoint that were asked for are on the disk
+    mark: Callable[[int], None]  # so many steps are made, the next begins
 
 
-MOST_SKIPPED = 100  # updates in a row; fp16 finds its loss scale in far fewer
+@dataclass(frozen=True)
+class Due:
+    """What is to be saved at a step."""
+
+    snapshot: bool = False
+    checkpoint: bool = False
+    asked: bool = False  # somebody waits for it
+
+    def __bool__(self) -> bool:
+        return self.snapshot or self.checkpoint
 
 
 @dataclass
@@ -61,17 +71,28 @@ class Measured:
 
 
 def train(
-    engine: Any, config: Config, data: Windows, ranks: Ranks, clock: Clock, requests: Requests, hooks: Hooks
+    engine: Any,
+    config: Config,
+    data: Windows,
+    ranks: Ranks,
+    clock: Clock,
+    requests: Requests,
+    dropout: WindowDropout,
+    guard: Guard,
+    hooks: Hooks,
 ) -> tuple[Clock, bool, bool]:
     """Trains from `clock` to `config.steps`, or until asked to stop: gives (clock, stopped, by Ctrl-C)."""
     micro = micro_batch(config, ranks.world)
     accumulation = config.batch.global_ // (ranks.world * micro)
     pending: Measured | None = None
     asked = Asked()
-    skipped = 0
     if clock.step == 0:
-        hooks.snapshot(clock)
+        hooks.save(clock, Due(snapshot=True))
     while clock.step < config.steps and not asked.stop:
+        hooks.mark(clock.step)
+        if guard.passes_over(clock.position):
+            clock = replace(clock, position=clock.position + 1)
+            continue
         started = time.perf_counter()
         step = clock.step + 1
         windows = windows_at(clock.position, batch=config.batch.global_, windows=len(data), seed=config.seed)
@@ -81,59 +102,60 @@ def train(
         set_learning_rate(engine, rate)
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for ids_BT, target_BT, seed in micro_batches(data, windows, config, ranks, clock.position, micro):
-            torch.manual_seed(seed)  # dropout is a function of the place in the data, not of rank or history
-            loss = engine(ids_BT, target_BT)
+        for ids_BT, target_BT, seeds in micro_batches(data, windows, config, ranks, clock.position, micro):
+            starve(config, len(ids_BT))
+            with dropout.windows(seeds):  # a function of each window's place in the data, not of rank or history
+                loss = bent(engine(ids_BT, target_BT), clock.position)
             # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
             engine.backward(loss * (ranks.world * accumulation / targets))
             loss_sum += loss.detach()
             if engine.is_gradient_accumulation_boundary():
                 norm = grad_norm_before_step(engine)
+                hooks.before_update()
+                if guard.refuses(clock, loss_sum, targets, norm):
+                    refuse_update(engine)
             engine.step()
 
-        applied = engine.was_step_applied()  # not so where the gradient was not finite
+        applied = engine.was_step_applied()  # not so where the gradient was not finite, or the guard refused
         if applied:
             hooks.updated()
-        clock = Clock(step if applied else clock.step, clock.position + 1, clock.tokens + targets)
+        idle = 0 if applied else clock.idle + 1
+        clock = Clock(step if applied else clock.step, clock.position + 1, clock.tokens + targets, idle)
         if pending is not None:
             asked |= _observe(pending, hooks)
         line = _line(step, clock, rate, time.perf_counter() - started, targets, ranks, micro) if applied else None
         norm = norm if norm is not None else engine.get_global_grad_norm()
         pending = _measure(line, loss_sum, norm, targets, requests.poll())
-        skipped = 0 if applied else skipped + 1
+        guard.after(applied, clock, loss_sum)
         if not applied:  # the batch is used up, the step is made with the next
-            hooks.skipped(clock)
-            if skipped == MOST_SKIPPED:
-                raise VernierError(
-                    f"step {step}: the gradient was not finite {skipped} times in a row; lower optimizer.lr"
-                )
-            if asked.stop:
-                hooks.checkpoint(clock)
+            if asked.stop and clock.step:
+                hooks.save(clock, Due(checkpoint=True))
             continue
 
-        last = clock.step == config.steps
-        saves = clock.step % config.checkpoint.every == 0 or last or asked.stop or asked.save
-        shows = clock.step % config.snapshot.every == 0 or clock.step in config.snapshot.at or last or asked.save
-        if saves or shows:  # the step's line is on disk before what follows from it
+        due = _due(clock, config, asked)
+        if due:  # the step's line is written before what follows from it
             asked |= _observe(pending, hooks)
             pending = None
-            saves |= asked.stop or asked.save
-            shows |= asked.save
-        if shows:
-            hooks.snapshot(clock)
-        if saves:
-            hooks.checkpoint(clock)
-        if asked.save:
-            hooks.saved(clock)
+            due = _due(clock, config, asked)
+            hooks.save(clock, due)
             asked = replace(asked, save=False)
     return clock, asked.stop and clock.step < config.steps, asked.interrupt
 
 
+def _due(clock: Clock, config: Config, asked: Asked) -> Due:
+    last = clock.step == config.steps
+    return Due(
+        snapshot=clock.step % config.snapshot.every == 0 or clock.step in config.snapshot.at or last or asked.save,
+        checkpoint=clock.step % config.checkpoint.every == 0 or last or asked.stop or asked.save,
+        asked=asked.save,
+    )
+
+
 def micro_batches(
     data: Windows, windows: Any, config: Config, ranks: Ranks, position: int, micro: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """This rank's part of a global batch: (ids [B, T], targets [B, T], dropout seed), both int64 on the device."""
-    for start, chosen in share_of(windows, rank=ranks.rank, world=ranks.world, micro=micro):
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+    """This rank's part of a global batch: (ids [B, T], targets [B, T], a seed a window), int64 on the device."""
+    for chosen in share_of(windows, rank=ranks.rank, world=ranks.world, micro=micro):
         rows, scored = data.rows(chosen)
         block = torch.from_numpy(rows)
         ids_BT, target_BT = block[:, :-1].contiguous(), block[:, 1:].contiguous()
@@ -141,7 +163,7 @@ def micro_batches(
             target_BT[~torch.from_numpy(scored)] = IGNORED
         if ranks.device.type == "cuda":
             ids_BT, target_BT = (t.pin_memory().to(ranks.device, non_blocking=True) for t in (ids_BT, target_BT))
-        yield ids_BT, target_BT, mixed_seed(config.seed, position, start)
+        yield ids_BT, target_BT, window_seeds(config.seed, position, chosen)
 
 
 def _measure(line: dict[str, Any] | None, loss_sum: torch.Tensor, norm: Any, targets: int, asked: Asked) -> Measured:

@@ -8,6 +8,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ def memory_gib() -> float:
 class Metrics:
     """Writer of a run's step metrics. Going on from step N cuts what was written after it."""
 
-    def __init__(self, run: RunDir, config: Config, *, step: int, parameters: int) -> None:
+    def __init__(
+        self, run: RunDir, config: Config, *, step: int, parameters: int, check_current: Callable[[], None]
+    ) -> None:
+        """`check_current`: raises VernierError where another attempt holds the run; asked now and then."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run = run
+        self.run, self.check_current = run, check_current
         lines = [line for line in read_jsonl(run.metrics) if line["step"] <= step]
         write_atomic(run.metrics, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
         self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the run
@@ -83,13 +87,17 @@ class Metrics:
                 self.board.add_scalar(f"train/{tag}", value, step)
         if time.monotonic() - self.told > HEARTBEAT_S:
             self.told = time.monotonic()
+            self.check_current()
             self.run.write_state(None, step=line["step"])
 
     def flush(self) -> None:
-        """Puts what was written on disk, as it must be before a checkpoint commits."""
+        """Hands what was written to the system."""
         self.file.flush()
-        os.fsync(self.file.fileno())
         self.board.flush()
+
+    def sync(self) -> None:
+        """Puts what was handed over on the disk, as it must be before a checkpoint commits."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.ended.set()

@@ -13,6 +13,7 @@ from configs.schema import Config, ModelSettings
 from eval.losses import IGNORED, split_model, training_loss
 from eval.models import check_loaded, check_model
 from eval.ranks import seed_everything
+from trainer.dropout import drops, recompute_contexts
 
 
 def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
@@ -111,7 +112,8 @@ def make_model(config: Config, hf: Any) -> Any:
     else:
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        again = {"context_fn": recompute_contexts} if drops(model) else {}
+        model.gradient_checkpointing_enable({"use_reentrant": False, **again})
     return model
 
 

@@ -29,6 +29,15 @@ def mixed_seed(*parts: int) -> int:
     return int(state[0] >> np.uint64(1))
 
 
+def window_seeds(seed: int, position: int, windows: Int64s) -> list[int]:
+    """`mixed_seed(seed, position, window)` of each window."""
+    state = np.zeros(len(windows), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in (np.uint64(seed), np.uint64(position), windows.astype(np.uint64)):
+            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) + part)
+    return [int(one) for one in state >> np.uint64(1)]
+
+
 def permute(index: Int64s, size: int, key: int) -> Int64s:
     """The places of `index` (int64 [n], each in 0..size-1) under a pseudo-random permutation of 0..size-1.
 
@@ -64,7 +73,7 @@ def windows_at(position: int, *, batch: int, windows: int, seed: int) -> Int64s:
     return out
 
 
-def share_of(batch_windows: Int64s, *, rank: int, world: int, micro: int) -> list[tuple[int, Int64s]]:
-    """This rank's micro-batches of a global batch: (place of the first window in the batch, windows)."""
+def share_of(batch_windows: Int64s, *, rank: int, world: int, micro: int) -> list[Int64s]:
+    """The windows of this rank's micro-batches of a global batch."""
     share = len(batch_windows) // world
-    return [(start, batch_windows[start : start + micro]) for start in range(rank * share, (rank + 1) * share, micro)]
+    return [batch_windows[start : start + micro] for start in range(rank * share, (rank + 1) * share, micro)]

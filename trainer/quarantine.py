@@ -9,8 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.errors import ConfigError, DataError
 from configs.rundir import RunDir, step_name, step_of
 from configs.whole import MANIFEST, first_damaged, fsync_path, read_json
@@ -18,7 +16,6 @@ from eval.ranks import Ranks, StoppedByAnotherRank
 from trainer.checkpoints import STATE, VERSION, file_names
 
 NONE = -1
-WORDS = 512  # bytes that a rank may use to say what it found
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ def find_whole_checkpoint(run: RunDir, ranks: Ranks) -> tuple[Path | None, list[
             raise DataError(unread) if unread else StoppedByAnotherRank(f"{directory}: not read by another rank")
         if ranks.agree(found is None):
             return directory, damaged
-        file, reason = _first_words(found, ranks)
+        _, words = ranks.first_words("" if found is None else "\0".join(found))
+        file, _, reason = words.partition("\0")
         damaged.append(Damage(step, file, reason))
         if ranks.first:
             _move_aside(run, damaged[-1])
@@ -126,17 +124,6 @@ def _steps(run: RunDir) -> list[int]:
     """Steps of all that lies in `checkpoints/` under the name of one, whole or not."""
     steps = {path.name: step_of(path.name) for path in run.checkpoints.glob("step-*")}
     return [step for name, step in steps.items() if step is not None and name == step_name(step)]
-
-
-def _first_words(found: tuple[str, str] | None, ranks: Ranks) -> tuple[str, str]:
-    """What the lowest rank that found something says, on every rank."""
-    words = torch.zeros(ranks.world, WORDS, dtype=torch.int32)
-    if found is not None:
-        said = "\0".join(found).encode()[:WORDS]
-        words[ranks.rank, : len(said)] = torch.tensor(list(said), dtype=torch.int32)
-    heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in ranks.sum(words).tolist()]
-    file, _, reason = next(one for one in heard if one).partition("\0")
-    return file, reason
 
 
 def _move_aside(run: RunDir, found: Damage) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 import traceback
 from typing import Any, TextIO
 
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
+from configs.faults import reached
 from configs.load import batch_problems, dump_config, load_config, micro_batch
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
@@ -18,21 +18,33 @@ from configs.whole import read_json, read_manifest, verify, write_atomic
 from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
 from eval.reference import tokenizer_fingerprint
 from trainer import stop
+from trainer.adaptations import (
+    StartAgain,
+    adapted,
+    after_out_of_memory,
+    is_out_of_memory,
+    no_memory,
+    read_adaptations,
+)
 from trainer.baseline import check_baseline
-from trainer.checkpoints import Clock, load_checkpoint, save_checkpoint
+from trainer.checkpoints import Clock, clear_up, copy_checkpoint, load_checkpoint, write_checkpoint
 from trainer.data.prepare import load_dataset_facts
 from trainer.data.shards import Windows
+from trainer.dropout import WindowDropout
 from trainer.ema import MovingAverage
 from trainer.engine import make_engine
+from trainer.guards import Guard, recent_losses
 from trainer.inline import InlineScoring
 from trainer.lock import RunLock
-from trainer.loop import Hooks, train
+from trainer.loop import Due, Hooks, train
 from trainer.metrics import Metrics, forbidden_changes, write_manifest
 from trainer.model import TrainableLM, check_model_settings, make_model, parameter_count
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
 from trainer.retention import thin_checkpoints, thin_snapshots
-from trainer.snapshots import take_snapshot
+from trainer.saving import HostCopy, Job, Saver
+from trainer.snapshots import copy_snapshot, weights_of, write_snapshot
+from trainer.watchdog import Watchdog
 
 
 def check_run(config: Config, *, extend: bool = False, fresh: bool = False) -> tuple[dict[str, Any], Any]:
@@ -108,16 +120,15 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> i
     requests = stop.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
     console = Console(file=terminal, highlight=False, soft_wrap=True) if ranks.first else None
     lock = RunLock(run)
-    owner = ranks.first  # who may write the run's state
+    attempt = None  # ours, once we hold the run
     try:
-        attempt = 0
         if ranks.first:
             try:
                 run.path.mkdir(parents=True, exist_ok=True)
                 attempt = int(run.read_state().get("attempt", 0)) + 1
                 lock.acquire(attempt)
             except BaseException:
-                owner = False  # another trainer's run: its state is not ours to write
+                attempt = None  # another trainer's run: its state is not ours to write
                 ranks.agree(False)
                 raise
         if not ranks.agree(True):
@@ -129,11 +140,11 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> i
         if ranks.first:
             if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
                 run.stop_request.unlink(missing_ok=True)
-            begin_run(run, config, attempt)
-        ranks.barrier()
-        code = _train(config, run, ranks, facts, hf, requests, console)
+            begin_run(run, config, attempt or 0)
+        attempt = ranks.broadcast_int(attempt or 0)
+        code = _train(config, run, ranks, facts, hf, requests, lock, console)
     except BaseException as error:
-        _record_failure(run, ranks, error, owner)
+        _record_failure(run, ranks, error, attempt)
         error.__dict__["recorded"] = True
         raise
     lock.release()
@@ -146,7 +157,7 @@ def begin_run(run: RunDir, config: Config, attempt: int) -> None:
     for folder in (run.checkpoints, run.snapshots, run.losses, run.logs):
         folder.mkdir(exist_ok=True)
     write_atomic(run.config, dump_config(config), durable=True)
-    run.write_state("running", attempt=attempt, exit_code=None, failure=None, steps=config.steps)
+    run.write_state("running", attempt=attempt, exit_code=None, failure=None, again=None, steps=config.steps)
     run.add_event("started", f"attempt {attempt}", rank=0)
 
 
@@ -157,18 +168,35 @@ def _train(
     facts: dict[str, Any],
     hf: Any,
     requests: stop.Requests,
+    lock: RunLock,
     console: Console | None,
 ) -> int:
+    if ranks.first:
+        clear_up(run)
+    adaptations = read_adaptations(run)
+    config = adapted(config, adaptations)
+    watchdog = Watchdog(run, ranks, config.guards.hang_s)
+    watchdog.start()
     checkpoint, damaged = find_whole_checkpoint(run, ranks)
     model = TrainableLM(make_model(config, hf))
     parameters = parameter_count(model)
-    engine, resolved = make_engine(config, model, ranks.world)
+    dropout = WindowDropout(model.lm)
+    try:
+        engine, resolved = make_engine(config, model, ranks.world)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        doing = "setting up the model and the optimizer"
+        raise no_memory(config, rank=ranks.rank, world=ranks.world, doing=doing) from error
     micro = micro_batch(config, ranks.world)
     accumulation = config.batch.global_ // (ranks.world * micro)
     clock = Clock()
     average = MovingAverage(engine, config.ema.decay) if config.ema.decay is not None else None
+    passed_over = set(adaptations.passed_over)
     if checkpoint is not None:
         clock, written_by = load_checkpoint(engine, checkpoint, accumulation, average)
+        passed_over.update(written_by.get("passed_over", ()))
+    losses = recent_losses(run, ranks, clock.step, config.guards.spike_steps)
     data = Windows(config.data_dir, config.sequence_length)
     inline = InlineScoring(engine, config, hf, ranks) if config.eval.placement == "inline" else None
 
@@ -188,7 +216,7 @@ def _train(
                 "accumulation": accumulation,
             },
         )
-        metrics = Metrics(run, config, step=clock.step, parameters=parameters)
+        metrics = Metrics(run, config, step=clock.step, parameters=parameters, check_current=lock.check_current)
         console.print(
             f"{run.path.name}: {parameters:,} parameters, {len(data):,} windows of {config.sequence_length} tokens, "
             f"{ranks.world} ranks × {micro} × {accumulation} = batch {config.batch.global_}, "
@@ -204,46 +232,89 @@ def _train(
             _tell_average(run, clock, before=written_by["ema_decay"], now=config.ema.decay)
         line = ProgressLine(console, config.steps, clock.step, run.events)
 
+    def save_failed(said: str, last: bool) -> None:
+        told = f"a save failed: {said}; " + (f"{_last_whole(run)}; training goes on" if last else "it is tried again")
+        run.add_event("save failed", told, rank=0)
+        if console is not None:
+            console.print(told, markup=False)
+
+    def save_no_more() -> None:
+        requests.stop = True
+
+    saver = Saver(
+        ranks,
+        background=config.checkpoint.background,
+        check_current=lock.check_current,
+        tell=save_failed,
+        given_up=save_no_more,
+    )
+
     def observe(measured: dict[str, Any]) -> None:
         if metrics is not None and line is not None:
             metrics.add(measured)
             line.step(measured)
+        guard.observe(measured)
 
-    def snapshot(at: Clock) -> None:
-        source = take_snapshot(engine, config, hf, ranks, at.step, at.tokens)
-        if inline is not None:
-            inline.score(at.step, source)
-        if average is not None:
-            take_snapshot(engine, config, hf, ranks, at.step, at.tokens, average)
-        if ranks.first:
-            thin_snapshots(run, config)
+    state, weights, averaged = HostCopy(), HostCopy(), HostCopy()
 
-    def save(at: Clock) -> None:
+    def save(at: Clock, due: Due) -> None:
+        if due.asked:
+            requests.saving()
+        watchdog.mark(at.step, "saving")
+        saver.wait()
+        jobs: list[Job] = []
+        if due.snapshot:
+            shown = copy_snapshot(engine, config, ranks, at, weights)
+            jobs.append(lambda group: write_snapshot(shown, engine.module.lm, hf, config, group))
+            if average is not None:
+                smooth = copy_snapshot(engine, config, ranks, at, averaged, average)
+                jobs.append(lambda group: write_snapshot(smooth, engine.module.lm, hf, config, group))
+        if due.checkpoint:
+            kept = copy_checkpoint(engine, ranks, at, state, average, sorted(passed_over))
+            before = metrics.sync if metrics is not None else lambda: None
+            jobs.append(lambda group: write_checkpoint(kept, run, group, before))
         if metrics is not None:
-            metrics.flush()
-        save_checkpoint(engine, run, ranks, at, average)
-        if ranks.first:
-            run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
-            thin_checkpoints(run, config.checkpoint)
+            metrics.flush()  # with the lines up to this step
+
+        def then() -> None:
+            _saved(run, config, ranks, at, due)
+            if due.asked:
+                requests.saved()
+
+        saver.submit(jobs, then)
+        if inline is not None and due.snapshot:
+            saver.wait()
+            if not saver.failed:
+                with watchdog.paused("scoring"):
+                    inline.score(at.step, weights_of(shown.final))
+
+    def before_update() -> None:
+        for copied in (state, weights, averaged):
+            copied.wait_until_taken()
 
     def updated() -> None:
         if average is not None:
             average.update()
 
-    def skipped(at: Clock) -> None:
-        if ranks.first:
-            told = f"batch {at.position - 1} is used up without an update: its gradient was not finite"
-            run.add_event("skipped", told, step=at.step, rank=0)
+    guard = Guard(config, run, ranks, data, losses=losses, passed_over=passed_over, finish_saving=saver.wait)
+    made = clock.step
 
-    def saved(at: Clock) -> None:
-        requests.saved()
-        if ranks.first:
-            told = f"saved on request: snapshot and checkpoint of step {at.step}"
-            run.add_event("saved on request", told, step=at.step, rank=0)
+    def mark(step: int) -> None:
+        nonlocal made
+        made = step
+        watchdog.mark(step)
 
-    clock, stopped, interrupted = train(
-        engine, config, data, ranks, clock, requests, Hooks(observe, snapshot, save, updated, skipped, saved)
-    )
+    hooks = Hooks(observe, save, before_update, updated, mark)
+    try:
+        clock, stopped, interrupted = train(engine, config, data, ranks, clock, requests, dropout, guard, hooks)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        after_out_of_memory(config, run, error, rank=ranks.rank, world=ranks.world, step=made + 1)
+    watchdog.mark(clock.step, "saving")
+    saver.wait()
+    if saver.failed:
+        raise VernierError(f"the checkpoint of step {clock.step} could not be written; {_last_whole(run)}")
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
         inline.close()
@@ -256,8 +327,30 @@ def _train(
         run.stop_request.unlink(missing_ok=True)
         run.write_state("stopping" if stopped else "done", step=clock.step, exit_code=code)
         run.add_event("stopped" if stopped else "done", f"at step {clock.step}", step=clock.step, rank=0)
+    watchdog.stop()
     ranks.barrier()
     return code
+
+
+def _saved(run: RunDir, config: Config, ranks: Ranks, at: Clock, due: Due) -> None:
+    """What follows from a save that is on the disk."""
+    if not ranks.first:
+        return
+    if due.snapshot:
+        thin_snapshots(run, config)
+    if due.checkpoint:
+        run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
+        thin_checkpoints(run, config.checkpoint)
+    reached("thinned")
+    if due.asked:
+        told = f"saved on request: snapshot and checkpoint of step {at.step}"
+        run.add_event("saved on request", told, step=at.step, rank=0)
+
+
+def _last_whole(run: RunDir) -> str:
+    """Names the last good checkpoint, for whoever must go on from it."""
+    steps = run.whole_steps(run.checkpoints)
+    return f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
 
 
 def _tell_average(run: RunDir, clock: Clock, *, before: float | None, now: float | None) -> None:
@@ -271,19 +364,26 @@ def _tell_average(run: RunDir, clock: Clock, *, before: float | None, now: float
     run.add_event("ema", told, step=clock.step, rank=0)
 
 
-def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, owner: bool) -> None:
-    """Tells the first failure in `state.json`: torchrun turns every exit code into 1."""
-    if (ranks.first and not owner) or isinstance(error, StoppedByAnotherRank):
+def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: int | None) -> None:
+    """Tells the first failure in `state.json`: torchrun turns every exit code into 1.
+
+    Args:
+        attempt: of this rank-group; None where it does not hold the run, or this rank does not know yet.
+    """
+    if (ranks.first and attempt is None) or isinstance(error, StoppedByAnotherRank):
         return
     said = str(error).strip() or type(error).__name__
     if not isinstance(error, VernierError):
         said = f"{type(error).__name__}: {said.splitlines()[0]}"
         traceback.print_exc()
     code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
-    if not run.path.is_dir():
+    state = run.read_state()
+    if not run.path.is_dir() or (attempt is not None and state.get("attempt") != attempt):
+        return  # another attempt's by now
+    if state.get("failure") is not None or state.get("again") is not None:
+        return  # what another rank has told first is why this one fails
+    if isinstance(error, StartAgain):
+        run.write_state("stopping", exit_code=code, again=said)
         return
     run.add_event("failed", said, rank=ranks.rank)
-    state = run.read_state()
-    if state.get("failure") is None:
-        failure = {"rank": ranks.rank, "error": said, "time": time.time()}
-        run.write_state("failed", exit_code=code, failure=failure)
+    run.record_failure(code, ranks.rank, said, begun=attempt is not None)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from configs.errors import DataError
+from configs.faults import reached
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.whole import MANIFEST, commit, partial_path, read_json
@@ -27,8 +28,10 @@ from eval.ranks import Ranks
 from eval.tables import read_mean_loss
 from eval.tokenization import copy_tokenizer_files
 from trainer import zero_state
+from trainer.checkpoints import Clock
 from trainer.ema import MovingAverage
-from trainer.together import begin_together, save_tensors, tell_first
+from trainer.saving import HostCopy
+from trainer.together import save_tensors, write_together
 
 SHARD_BYTES = 5 << 30
 GATHER_NUMEL = 64 << 20  # parameters gathered at once at ZeRO-3
@@ -49,50 +52,95 @@ def dtype_of(config: Config) -> str:
     return config.snapshot.dtype or held
 
 
-def take_snapshot(
+@dataclass(frozen=True)
+class SnapshotCopy:
+    """What a snapshot will hold, out of reach of further training."""
+
+    final: Path
+    kept: dict[int, dict[str, torch.Tensor]]  # this rank's shards, in host memory
+    files: dict[int, str]  # names of all shards
+    weight_map: dict[str, str]
+    numel: int
+    manifest: dict[str, Any]
+    memory: HostCopy
+
+
+def copy_snapshot(
     engine: Any,
     config: Config,
-    hf: Any,
     ranks: Ranks,
-    step: int,
-    tokens: int,
+    clock: Clock,
+    memory: HostCopy,
     average: MovingAverage | None = None,
-) -> str:
-    """Writes snapshot `step` of the run; gives the fingerprint of its weights, on every rank.
+) -> SnapshotCopy:
+    """Copies what goes into this rank's files to host memory; a collective at ZeRO-3 and where masters are wanted.
+
+    Args:
+        average: take this instead of the weights, for the run's `ema/`.
+    """
+    memory.refill()
+    run = RunDir(config.run_dir)
+    dtype = dtype_of(config)
+    pieces = list(_pieces(engine, ranks.world, DTYPES[dtype].itemsize))
+    kept = _kept_here(engine, pieces, ranks, dtype, _whole_weight(engine, config, average), memory)
+    memory.seal()
+    files = dict(_files(pieces))
+    manifest = {
+        "kind": "snapshot",
+        "step": clock.step,
+        "tokens": clock.tokens,
+        "dtype": dtype,
+        **({} if average is None else {"ema_decay": average.decay}),
+    }
+    return SnapshotCopy(
+        final=(run.snapshots if average is None else run.ema) / step_name(clock.step),
+        kept=kept,
+        files=files,
+        weight_map={piece.name: files[piece.shard] for piece in pieces},
+        numel=sum(math.prod(zero_state.full_shape(piece.tensor)) for piece in pieces),
+        manifest=manifest,
+        memory=memory,
+    )
+
+
+def write_snapshot(copied: SnapshotCopy, lm: Any, hf: Any, config: Config, ranks: Ranks) -> None:
+    """Writes a copy from all ranks, and puts it in place.
 
     A whole snapshot of the same weights that is there already stays as it is; one of other weights (an earlier attempt
     at another world size, say) is moved to `replaced/` with its loss tables.
 
     Args:
-        average: write this instead of the weights, into the run's `ema/`.
+        lm: the model that was copied, which says what is not in its weights.
+
+    Raises:
+        SaveFailed: it is not there.
     """
     run = RunDir(config.run_dir)
-    final = (run.snapshots if average is None else run.ema) / step_name(step)
-    part = begin_together(final, ranks)
-    dtype = dtype_of(config)
-    pieces = list(_pieces(engine, ranks.world, DTYPES[dtype].itemsize))
-    kept = _kept_here(engine, pieces, ranks, dtype, _whole_weight(engine, config, average))
-    facts = {
-        "files": {name: save_tensors(kept[shard], part / name) for shard, name in _files(pieces) if shard in kept},
-        "tensors": {name: tensor_digest(t) for tensors in kept.values() for name, t in tensors.items()},
-    }
-    told = tell_first(part, ranks, facts)
-    if told is not None:
+
+    def own(part: Path) -> dict[str, Any]:
+        copied.memory.fill()
+        reached("copied")
+        names = {copied.files[shard]: tensors for shard, tensors in copied.kept.items()}
+        return {
+            "files": {name: save_tensors(tensors, part / name) for name, tensors in names.items()},
+            "tensors": {name: tensor_digest(t) for tensors in names.values() for name, t in tensors.items()},
+        }
+
+    def join(part: Path, told: list[dict[str, Any]]) -> None:
         digests = {name: digest for rank in told for name, digest in rank["tensors"].items()}
         hashes = {name: sha256 for rank in told for name, sha256 in rank["files"].items()}
-        manifest = {
-            "kind": "snapshot",
-            "step": step,
-            "tokens": tokens,
-            "dtype": dtype,
-            "weights": fingerprint_of_digests(digests),
-            **({} if average is None else {"ema_decay": average.decay}),
-        }
-        _describe(part, engine.module.lm, hf, config, dtype)
-        _write_index(part, pieces, dtype)
-        _put_in_place(final, run, manifest, hashes)
-    ranks.barrier()
-    return str(read_json(final / MANIFEST)["weights"])
+        dtype = copied.manifest["dtype"]
+        _describe(part, lm, hf, config, dtype)
+        _write_index(part, copied, dtype)
+        _put_in_place(copied.final, run, {**copied.manifest, "weights": fingerprint_of_digests(digests)}, hashes)
+
+    size = sum(tensor.nbytes for tensors in copied.kept.values() for tensor in tensors.values())
+    write_together(copied.final, ranks, size, own, join)
+
+
+def weights_of(directory: Path) -> str:
+    """The fingerprint of the weights in a snapshot."""
+    return str(read_json(directory / MANIFEST)["weights"])
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -137,6 +185,7 @@ def _kept_here(
     ranks: Ranks,
     dtype: str,
     whole_weight: Callable[[Piece], torch.Tensor] | None,
+    memory: HostCopy,
 ) -> dict[int, dict[str, torch.Tensor]]:
     """CPU copies of the tensors in this rank's shards: {shard: {name: tensor}}. A collective."""
     kept: dict[int, dict[str, torch.Tensor]] = {}
@@ -144,8 +193,7 @@ def _kept_here(
     def keep(piece: Piece, tensor: torch.Tensor) -> None:
         if piece.shard % ranks.world == ranks.rank:
             kind = DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype
-            copied = tensor.detach().to(device="cpu", dtype=kind, copy=True).contiguous()
-            kept.setdefault(piece.shard, {})[piece.name] = copied
+            kept.setdefault(piece.shard, {})[piece.name] = memory.take(tensor, kind)
 
     for group in _gather_groups(pieces):
         as_held = [piece for piece in group if whole_weight is None or not _trained(piece.tensor)]
@@ -192,15 +240,13 @@ def _describe(part: Path, lm: Any, hf: Any, config: Config, dtype: str) -> None:
     copy_tokenizer_files(config.data_dir / "tokenizer", part)
 
 
-def _write_index(part: Path, pieces: list[Piece], dtype: str) -> None:
+def _write_index(part: Path, copied: SnapshotCopy, dtype: str) -> None:
     """Says which tensor is in which file, where there are several."""
-    files = dict(_files(pieces))
-    if len(files) == 1:
+    if len(copied.files) == 1:
         return
-    numel = sum(math.prod(zero_state.full_shape(p.tensor)) for p in pieces)
     index = {
-        "metadata": {"total_size": numel * DTYPES[dtype].itemsize},
-        "weight_map": {p.name: files[p.shard] for p in pieces},
+        "metadata": {"total_size": copied.numel * DTYPES[dtype].itemsize},
+        "weight_map": copied.weight_map,
     }
     (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 

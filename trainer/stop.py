@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from configs.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 POLL_S = 0.5
 INTERRUPT = "interrupt"  # content of a STOP file that stands for Ctrl-C
+# Slurm signals every process of a step, and torchrun hands its own copy on to its ranks: one wish, heard twice.
+ONE_WISH_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -26,38 +29,72 @@ class Asked:
         return Asked(self.stop or other.stop, self.interrupt or other.interrupt, self.save or other.save)
 
 
+@dataclass
+class Heard:
+    """The signals that have reached this process."""
+
+    first: float | None = None  # when, on the monotonic clock
+    interrupt: bool = False
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Takes the first signal for a wish to stop with a checkpoint, one that comes later for a wish to end now."""
+        now = time.monotonic()
+        if self.first is not None and now - self.first > ONE_WISH_S:
+            # Nothing is tidied up or written: whoever held what that needs may be the code that was interrupted.
+            told = f"{signal.Signals(number).name}, {now - self.first:.0f} s after the first signal: ending at once\n"
+            os.write(2, told.encode())
+            os._exit(128 + number)
+        self.first = now if self.first is None else self.first
+        self.interrupt |= number == signal.SIGINT
+
+
+_heard = Heard()
+
+
+def listen() -> None:
+    """Takes signals for requests from here on. To be called early: a signal while torch is imported is one too."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, _heard.on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
+        signal.signal(signal.SIGHUP, _heard.on_signal)
+
+
 class Requests:
     """What this rank was asked for. The ranks agree on it in the step's one all-reduce."""
 
     def __init__(self, stop_file: Path, save_file: Path, *, watch_files: bool) -> None:
         self.stop_file, self.save_file, self.watch_files = stop_file, save_file, watch_files
         self.stop = self.interrupt = self.save = False
+        self.in_background = False  # set and cleared by different threads
         self.polled = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self.interrupt = True
-        self.stop = True
+        listen()
 
     def poll(self) -> Asked:
         """What was asked for up to now; looks for the files now and then."""
+        self.stop |= _heard.first is not None
+        self.interrupt |= _heard.interrupt
         if self.watch_files and not self.stop and time.monotonic() - self.polled > POLL_S:
             self.polled = time.monotonic()
-            self.save |= self.save_file.exists()
+            if not self.in_background:
+                self.save |= self.save_file.exists()
             try:
-                self.interrupt |= self.stop_file.read_text(encoding="utf-8").strip() == INTERRUPT
+                self.interrupt |= self.stop_file.read_text(encoding="utf-8", errors="replace").strip() == INTERRUPT
                 self.stop = True
             except OSError:
                 pass  # not asked
         return Asked(self.stop, self.interrupt, self.save)
 
+    def saving(self) -> None:
+        """What was asked for is being written in the background: the file `SAVE` is not looked at until `saved`."""
+        self.in_background = True
+        self.save = False
+
     def saved(self) -> None:
-        """What was asked for is on the disk: whoever asked sees that the file is gone."""
+        """What was asked for is on the disk: whoever asked sees that the file is gone. From any thread."""
         self.save = False
         if self.watch_files:
             self.save_file.unlink(missing_ok=True)
+        self.in_background = False  # last, so that the file just done is not seen again
 
 
 def exit_code(interrupted: bool) -> int:

@@ -63,19 +63,26 @@ def fragments(engine: Any) -> Iterator[Fragment]:
 
 
 def values(engine: Any, fragment: Fragment) -> dict[str, torch.Tensor]:
-    """The fragment's fp32 values by kind, flat, as they stand (views or copies; not to be written to)."""
+    """The fragment's fp32 values by kind, flat, which stand as they are until the next update; not to be written to."""
     parameter = fragment.parameter
     if engine.zero_optimization_stage() == 3:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        found = {
-            "master": safe_get_local_fp32_param(parameter),
-            "exp_avg": safe_get_local_optimizer_state(parameter, "exp_avg"),
-            "exp_avg_sq": safe_get_local_optimizer_state(parameter, "exp_avg_sq"),
-        }
+        found = {kind: _stage3_part(engine, parameter, kind) for kind in KINDS}
     else:
         found = _views(engine, parameter)
     return {kind: tensor.detach().flatten()[: fragment.length] for kind, tensor in found.items()}
+
+
+def _stage3_part(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
+    """Stage 3: this rank's part, padded, where it lies; a copy where DeepSpeed keeps it on a disk."""
+    key = None if kind == "master" else kind
+    part, group = engine.optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=False, optim_state_key=key
+    )
+    if not engine.optimizer._swappable_optimizer_subgroup(group):
+        return part
+    copied: torch.Tensor = part.clone()
+    engine.optimizer._release_swap_buffers(group)
+    return copied
 
 
 def master_view(engine: Any, fragment: Fragment) -> torch.Tensor:
@@ -239,16 +246,75 @@ def loss_scale_state(engine: Any) -> dict[str, float]:
     """fp16: the numbers of the dynamic loss scaler; else empty."""
     if not engine.fp16_enabled():
         return {}
-    holder = getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer
+    holder = _loss_scaler(engine)
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     return {n: float(getattr(holder, n)) for n in names if hasattr(holder, n)}
 
 
 def restore_loss_scale(engine: Any, found: dict[str, float]) -> None:
     """fp16: puts the dynamic loss scaler back."""
-    holder = getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer
+    holder = _loss_scaler(engine)
     for name, value in found.items():
-        setattr(holder, name, value if name == "cur_scale" else int(value))
+        if hasattr(holder, name):  # stage 0 has no hysteresis
+            setattr(holder, name, value if name == "cur_scale" else int(value))
+
+
+def _loss_scaler(engine: Any) -> Any:
+    """Whatever holds the loss scale: at stages 1 to 3 a scaler, at stage 0 the wrapper's record."""
+    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
+
+
+def refuse_update(engine: Any) -> None:
+    """Makes the next `engine.step()` at a boundary drop its gradient, as DeepSpeed does with one that is not finite.
+
+    Weights, moments and Adam's count stay, DeepSpeed counts a skipped step, `was_step_applied()` is False. The loss
+    scale of fp16 stays too, unless the gradient is found to be not finite. For every rank alike.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "loss_scaler"):  # stages 1 to 3 ask `overflow` right after they have set the scale by it
+        scale = optimizer._update_scale
+        _once(optimizer, "_update_scale", lambda overflow: scale(True) if overflow else _overflow(optimizer))
+    elif hasattr(optimizer, "overflow_checker"):  # 16 bits at stage 0
+        check = optimizer.overflow_checker.check
+
+        def found() -> bool:
+            if not check():
+                _once(optimizer, "_update_scale", lambda overflow: None)
+            return True
+
+        _once(optimizer.overflow_checker, "check", found)
+    elif hasattr(optimizer, "clear_hp_grads"):  # bf16 at stage 1 with gradients accumulated in fp32
+
+        def drop_16_bit() -> None:
+            _overflow(optimizer)
+            optimizer._global_grad_norm = float("inf")  # the engine clears the gradients
+
+        _once(optimizer, "step", drop_16_bit)
+    else:  # a torch optimizer, which does not know of overflow; the engine looks for the attribute all the same
+
+        def make() -> Any:
+            del optimizer.overflow
+            return optimizer.step()
+
+        def drop() -> None:
+            _overflow(optimizer)
+            _once(optimizer, "step", make)
+
+        _once(optimizer, "step", drop)
+
+
+def _overflow(optimizer: Any) -> None:
+    optimizer.overflow = True
+
+
+def _once(holder: Any, name: str, function: Callable[..., Any]) -> None:
+    """Puts `function` in the place of a method, for one call."""
+
+    def called(*args: Any) -> Any:
+        delattr(holder, name)  # the class's own is seen again
+        return function(*args)
+
+    setattr(holder, name, called)
 
 
 def gathered(engine: Any, parameters: list[Any]) -> Any:

@@ -121,6 +121,7 @@ class Windows:
         if [p.name for p in names] != [f"train-{i:05d}.npy" for i in range(len(names))]:
             raise DataError(f"data.dir: a shard is missing in {folder}; prepare the data again with --fresh")
         self.sequence_length = sequence_length
+        self._paths = names
         self._shards = [_mapped(p) for p in names]
         masks = [p.with_name(f"{p.stem}.scored.npy") for p in names]
         self._masks = [_mapped(p) for p in masks] if any(p.exists() for p in masks) else None
@@ -152,6 +153,16 @@ class Windows:
         if self._counts is None:
             self._counts = self._count(self._masks)
         return self._counts[indices]
+
+    def documents(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers, ascending, of the documents that these windows hold tokens of; from 0, as the shards have them."""
+        self._check(indices)
+        if not len(indices):
+            return np.empty(0, np.int64)
+        starts = np.concatenate([_mapped(p.with_name(f"{p.stem}.documents.npy")) for p in self._paths])
+        places = indices[:, None] * self.sequence_length + np.array([0, self.sequence_length])
+        first, last = np.searchsorted(starts, places, side="right").T - 1
+        return np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
 
     def _check(self, indices: NDArray[np.int64]) -> None:
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):

@@ -1,0 +1,121 @@
+"""What a save costs training: written in the background, beside the same save written while training waits.
+
+One rank with one thread, CPU, fp32, ZeRO-2, so that a core is free for the writer. Steps and both kinds of saves
+alternate in one process, and each round gives one ratio: the machine is shared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 12
+PLAIN_STEPS = 6  # between two saves: enough for a save in the background to end
+MODEL = ["model.hidden_size=512", "model.intermediate_size=2048", "model.num_hidden_layers=6"]
+MODEL += ["model.num_attention_heads=8", "model.num_key_value_heads=8"]
+SETTINGS = ["nproc=1", "threads_per_rank=1", "eval.placement=none", "batch.global=4", "batch.micro=4", *MODEL]
+
+
+def measure(data: Path, run_dir: Path) -> None:
+    """Prints the figures; in a process of its own, since it becomes a rank."""
+    from configs.load import load_config, resolve
+    from configs.rundir import RunDir
+    from eval.ranks import join
+    from trainer.checkpoints import Clock, copy_checkpoint, write_checkpoint
+    from trainer.data.prepare import load_dataset_facts
+    from trainer.data.shards import Windows
+    from trainer.engine import make_engine
+    from trainer.loop import micro_batches
+    from trainer.model import TrainableLM, hf_config, make_model, parameter_count
+    from trainer.order import windows_at
+    from trainer.saving import HostCopy, Saver
+
+    config = resolve(load_config("demo", [f"data.dir={data}", f"run.dir={run_dir}", *SETTINGS]))
+    run = RunDir(config.run_dir)
+    run.checkpoints.mkdir(parents=True)
+    ranks = join(1)
+    model = TrainableLM(make_model(config, hf_config(config.model, load_dataset_facts(data))))
+    parameters = parameter_count(model)
+    engine, _ = make_engine(config, model, 1)
+    windows = Windows(config.data_dir, config.sequence_length)
+    memory = HostCopy()
+    position = 0
+
+    def step() -> float:
+        nonlocal position
+        started = time.perf_counter()
+        chosen = windows_at(position, batch=config.batch.global_, windows=len(windows), seed=config.seed)
+        for ids_BT, target_BT, *_ in micro_batches(windows, chosen, config, ranks, position, config.batch.micro):
+            engine.backward(engine(ids_BT, target_BT))
+            memory.wait_until_taken()
+            engine.step()
+        position += 1
+        return time.perf_counter() - started
+
+    def fail(said: str, _last: bool) -> None:
+        raise RuntimeError(said)
+
+    def saver(background: bool) -> Saver:
+        return Saver(ranks, background=background, check_current=lambda: None, tell=fail, given_up=lambda: None)
+
+    savers = {True: saver(True), False: saver(False)}
+
+    def save(background: bool) -> float:
+        started = time.perf_counter()
+        copied = copy_checkpoint(engine, ranks, Clock(step=position), memory)
+        savers[background].submit([lambda group: write_checkpoint(copied, run, group)], lambda: None)
+        return time.perf_counter() - started
+
+    for _ in range(3):
+        step()
+    save(False)  # the first one makes the memory that the others use again
+    found: dict[str, list[float]] = {"stall": [], "around": [], "blocking": [], "stall/blocking": []}
+    found["around/blocking"] = []
+    plain = statistics.median(step() for _ in range(PLAIN_STEPS))
+    for _ in range(ROUNDS):
+        blocking = save(False)
+        plain = statistics.median(step() for _ in range(PLAIN_STEPS))
+        stall = save(True) + step() - plain  # the step waits, before its update, for what is not copied yet
+        ended: float = 0.0
+        writer: Any = savers[True].thread
+        while writer.is_alive():  # what the writer takes from the steps beside it
+            ended += step() - plain
+        savers[True].wait()
+        for name, value in (("stall", stall), ("around", stall + ended), ("blocking", blocking)):
+            found[name].append(value)
+        found["stall/blocking"].append(stall / blocking)
+        found["around/blocking"].append((stall + ended) / blocking)
+        for old in run.checkpoints.glob("step-*"):
+            subprocess.run(["rm", "-r", str(old)], check=True)
+
+    def told(name: str, unit: str = "", scale: float = 1.0) -> str:
+        values = sorted(scale * value for value in found[name])
+        return f"{statistics.median(values):.1f}{unit} ({values[0]:.1f} to {values[-1]:.1f})"
+
+    print(f"{parameters:,} parameters, {12 * parameters / 2**20:,.0f} MiB of state, step {1e3 * plain:.0f} ms")
+    print(f"a blocking save                        {told('blocking', ' ms', 1e3)}")
+    print(f"added to the step where a save starts  {told('stall', ' ms', 1e3)} = {told('stall/blocking', ' %', 100)}")
+    print(f"the same, and what steps lost until it was written  {told('around/blocking', ' %', 100)}")
+
+
+def main() -> None:
+    """Prepares data, and measures in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="vernier-bench-") as name:
+        data = Path(name) / "data"
+        command = [sys.executable, "-m", "launcher.cli", "prepare", "demo", f"data.dir={data}"]
+        subprocess.run(command, check=True, capture_output=True)
+        command = [sys.executable, "-m", "benchmarks.saving", "--measure", str(data), str(Path(name) / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(done.stdout if done.returncode == 0 else done.stderr, end="")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()

@@ -1,0 +1,102 @@
+"""How many parameters the model of a config has: by its sizes where they are known, else as transformers builds it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import ConfigError
+from configs.memory import model_shapes
+from configs.whole import read_json
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that is to be trained, as far as memory goes."""
+
+    name: str
+    parameters: int
+    notes: tuple[str, ...]
+
+
+def find_model(config: Config, data: dict[str, Any] | None) -> Model:
+    """The model's name and its trained parameters, tied ones once.
+
+    Args:
+        data: what `dataset.json` says; None where the data is not prepared yet.
+
+    Raises:
+        ConfigError: there is no such model, or it refuses its fields.
+    """
+    settings = config.model
+    notes: list[str] = []
+    if settings.path is not None:
+        described = read_json(settings.path / "config.json")
+        count = _counted(described)
+        if count is None:
+            count = _stored_parameters(settings.path)
+            notes.append("counted as stored in its safetensors files")
+        return Model(str(described.get("model_type") or settings.path.name), count, tuple(notes))
+    facts = data
+    if facts is None:
+        facts = {"vocab_size": _expected_vocabulary(config), "eos_id": 0}
+        if "vocab_size" not in settings.fields:
+            notes.append(
+                f"{config.data_dir} is not prepared, so its vocabulary is taken to have {facts['vocab_size']:,} "
+                f"entries ({'data.tokenizer' if config.data.tokenizer else 'data.vocab_size'})"
+            )
+    from trainer.model import hf_config  # torch comes with it; a model's defaults are known to transformers alone
+
+    hf = hf_config(settings, facts)
+    count = _counted(hf.to_dict())
+    return Model(str(settings.type), _built_parameters(hf) if count is None else count, tuple(notes))
+
+
+def _expected_vocabulary(config: Config) -> int:
+    """Entries of the tokenizer that the data will be prepared with."""
+    if config.data.tokenizer is None:
+        return config.data.vocab_size
+    from eval.tokenization import open_tokenizer
+
+    return open_tokenizer(config.data.tokenizer).vocab_size
+
+
+def _counted(described: dict[str, Any]) -> int | None:
+    """Parameters by the sizes in a Hugging Face config; None where that would be an estimate."""
+    try:
+        shapes = model_shapes(described)
+    except ConfigError:
+        return None
+    return shapes.parameters if shapes.exact else None
+
+
+def _built_parameters(hf: Any) -> int:
+    """Parameters of the model that transformers builds, without memory for any."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _stored_parameters(directory: Path) -> int:
+    """Numbers in the safetensors files of a model directory, from their headers."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model.path: {directory} has no safetensors files; expected a Hugging Face model directory")
+    total = 0
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+            raise ConfigError(f"model.path: {path} is no safetensors file; expected a header of tensors") from None
+    return total

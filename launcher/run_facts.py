@@ -1,0 +1,366 @@
+"""How a run stands, read from its directory alone: quickly, without torch, and however long the run is.
+
+Nothing is written, no process is asked; the only lock that is tried is let go of at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import socket
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.errors import DataError
+from configs.rundir import RunDir, step_name, step_of
+from configs.whole import read_json
+from trainer.lock import FRESH_S, holder
+
+BAND = 50  # steps
+DYING_S = 15.0  # for whoever watches over a run to write its end down
+CHUNK = 1 << 16
+EVENTS_BYTES = 16 << 20  # of events.jsonl, from its end: what a run has to tell fits many times
+GUARDS = (
+    "skipped",
+    "spike",
+    "went back",
+    "out of memory",
+    "hung",
+    "save failed",
+    "started again",
+    "took over",
+    "forced",
+    "killed",
+    "evaluator died",
+    "not scored",
+)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """How a run stands. Losses are in nats per token, times in seconds (since the epoch, where they are of the day)."""
+
+    run: str
+    name: str
+    state: str  # not started, pending, running, stopping, starting again, stopped, requeued, done, failed, died
+    words: str
+    step: int = 0
+    steps: int | None = None
+    percent: float | None = None
+    loss: float | None = None  # of the last step
+    loss_mean: float | None = None  # of the last `loss_steps` training losses that are finite
+    loss_se: float | None = None  # of that mean, as if steps were independent
+    loss_steps: int = 0
+    lr: float | None = None
+    tokens_per_s: float | None = None  # over the same steps
+    step_s: float | None = None  # their median
+    seconds_left: float | None = None
+    host: str | None = None
+    pid: int | None = None
+    job: str | None = None
+    attempt: int | None = None
+    started: float | None = None  # the last attempt
+    ended: float | None = None
+    silent_s: float | None = None  # since the last sign of life
+    checkpoint: int | None = None  # step of the last whole one
+    steps_to_lose: int | None = None  # made since
+    scored: int | None = None  # step of the last snapshot that has its loss table
+    reference_loss: float | None = None
+    reference_se: float | None = None  # clustered by document
+    waiting: int | None = None  # snapshots that are not scored yet; None where nobody scores
+    why: str | None = None  # it has ended
+    exit_code: int | None = None
+    adapted: dict[str, Any] | None = None
+    guards: dict[str, int] = field(default_factory=dict)
+    quarantined: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as `finite` has it."""
+        return dict(finite(asdict(self)))
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for each number in it that is not finite: JSON has no word for those."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def find_run(path: Path) -> RunDir:
+    """The run at `path`, which may not have got as far as writing its config. Raises DataError where there is none."""
+    run = RunDir(path)
+    if not run.config.is_file() and not run.state.is_file():
+        raise DataError(f"{path}: not a run directory (it has neither config.yaml nor state.json)")
+    return run
+
+
+def all_runs(below: Path = Path("runs")) -> list[RunDir]:
+    """The runs in a folder, by name."""
+    places = {path.parent for name in ("config.yaml", "state.json") for path in below.glob(f"*/{name}")}
+    return [RunDir(path) for path in sorted(places)]
+
+
+def tail_lines(path: Path, *, count: int | None = None, most_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The last whole lines of a JSON-lines file in their order, read from its end backwards.
+
+    What follows the last newline is still being written, and is left out; so is a line that is not a JSON object.
+
+    Args:
+        count: most lines; None: all.
+        most_bytes: how far back to read at most; None: as far as it takes.
+    """
+    pieces: list[bytes] = []
+    newlines = 0
+    try:
+        with open(path, "rb") as file:
+            end = position = file.seek(0, 2)
+            first = 0 if most_bytes is None else max(0, end - most_bytes)
+            while position > first and (count is None or newlines <= count):
+                start = max(first, position - CHUNK)
+                file.seek(start)
+                pieces.append(file.read(position - start))
+                newlines += pieces[-1].count(b"\n")
+                position = start
+    except OSError:
+        return []
+    lines = b"".join(reversed(pieces)).split(b"\n")
+    whole = lines[0 if position == 0 else 1 : -1]
+    found = []
+    for line in whole if count is None else whole[-count:]:
+        try:
+            read = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(read, dict):
+            found.append(read)
+    return found
+
+
+def read_events(run: RunDir) -> list[dict[str, Any]]:
+    """The run's events, oldest first; of a very long file the last."""
+    return tail_lines(run.events, most_bytes=EVENTS_BYTES)
+
+
+def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None) -> RunFacts:
+    """How a run stands now."""
+    events = read_events(run) if events is None else events
+    now, state, lock = time.time(), run.read_state(), holder(run)
+    settings, notes = _settings(run)
+    heard = max(run.last_heartbeat(), float(state.get("heartbeat") or 0))
+    host = lock.get("host") or state.get("host")
+    alive = _alive(run, state, elsewhere=host not in (None, socket.gethostname()), silent_s=now - heard)
+    word, words, why = _standing(run, state, alive=alive, silent_s=now - heard)
+    lines = tail_lines(run.metrics, count=BAND)
+    step = int(lines[-1]["step"] if lines else state.get("step") or 0)
+    steps = state.get("steps") or settings.get("steps")
+    speed = _speed(lines)
+    whole = run.whole_steps(run.checkpoints)
+    scored, loss, se, waiting = _scores(run, settings, events)
+    if word == "running":
+        notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]
+    return RunFacts(
+        run=str(run.path),
+        name=run.path.absolute().name,
+        state=word,
+        words=words,
+        step=step,
+        steps=steps,
+        percent=100 * step / steps if steps else None,
+        **_band(lines),
+        lr=lines[-1].get("lr") if lines else None,
+        tokens_per_s=speed[0],
+        step_s=speed[1],
+        seconds_left=speed[1] * (steps - step) if word == "running" and steps and speed[1] else None,
+        host=host,
+        pid=lock.get("pid"),
+        job=lock.get("job"),
+        attempt=lock.get("attempt") or state.get("attempt"),
+        started=_last_time(events, "started"),
+        ended=_ended(word, state, events, heard),
+        silent_s=now - heard if heard else None,
+        checkpoint=whole[-1] if whole else None,
+        steps_to_lose=max(0, step - whole[-1]) if whole else step,
+        scored=scored,
+        reference_loss=loss,
+        reference_se=se,
+        waiting=waiting,
+        why=why,
+        exit_code=state.get("exit_code"),
+        adapted=_adapted(run, notes),
+        guards={kind: n for kind in GUARDS if (n := sum(event.get("kind") == kind for event in events))},
+        quarantined=sorted(p.name for p in run.quarantine.iterdir()) if run.quarantine.is_dir() else [],
+        notes=notes,
+    )
+
+
+def _requests(run: RunDir) -> tuple[tuple[str, Path], ...]:
+    return ("stop", run.stop_request), ("save", run.save_request)
+
+
+def _settings(run: RunDir) -> tuple[dict[str, Any], list[str]]:
+    """(the run's settings, what is wrong with them). What `vernier` was given stands in before the trainer writes.
+
+    As they stand: they were checked when they were written, and loading what checks them takes longer than all else.
+    """
+    path = run.config if run.config.is_file() else run.path / "train-config.yaml"
+    try:
+        found = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    return (found, []) if isinstance(found, dict) else ({}, [f"{path.name} cannot be read"])
+
+
+def _alive(run: RunDir, state: dict[str, Any], *, elsewhere: bool, silent_s: float) -> bool:
+    """Whether somebody trains: the lock's holder, or one whose heart beats where locks cannot be seen."""
+    # A `vernier train` holds the second: the first is taken once the ranks are there.
+    if _is_locked(run.lock) or _is_locked(run.starter):
+        return True
+    starting = state.get("state") == "pending"
+    return silent_s < (FRESH_S if elsewhere or starting else DYING_S)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _standing(run: RunDir, state: dict[str, Any], *, alive: bool, silent_s: float) -> tuple[str, str, str | None]:
+    """(state, in words, why it has ended)."""
+    word = str(state.get("state") or "not started")
+    failure, code, again = state.get("failure"), state.get("exit_code"), state.get("again")
+    if word in ("running", "pending") and not alive:
+        where = "" if word == "running" else " while it started"
+        why = f"no sign of life for {duration(silent_s)}, and nobody holds its lock; the same command goes on"
+        return "died", f"died{where}", why
+    if word == "running" and silent_s > FRESH_S:
+        return word, f"running, but silent for {duration(silent_s)}", None
+    if word == "stopping" and again:
+        return "starting again", "starting again" if alive else "waits to be started again", str(again)
+    if word == "stopping" and code is not None:
+        return "stopped", "stopped with a checkpoint", "it was asked to stop" + (" by Ctrl-C" if code == 130 else "")
+    if word == "failed" and isinstance(failure, dict):
+        rank = failure.get("rank")
+        return word, word, f"{'' if rank is None else f'rank {rank}: '}{failure.get('error')}"
+    return word, word, None
+
+
+def _ended(word: str, state: dict[str, Any], events: list[dict[str, Any]], heard: float) -> float | None:
+    kind = {"done": "done", "stopped": "stopped", "failed": "failed"}.get(word)
+    if word == "died":
+        return heard or None
+    if kind is None:
+        return None
+    failure = state.get("failure")
+    return (failure.get("time") if isinstance(failure, dict) else None) or _last_time(events, kind)
+
+
+def _last_time(events: list[dict[str, Any]], kind: str) -> float | None:
+    return next((event.get("time") for event in reversed(events) if event.get("kind") == kind), None)
+
+
+def _band(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last loss, and the mean of the last ones with sd/√n, its standard error as if steps were independent."""
+    if not lines:
+        return {}
+    values = [line["loss"] for line in lines if math.isfinite(line.get("loss") or math.nan)]
+    many = len(values) > 1
+    return {
+        "loss": lines[-1].get("loss"),
+        "loss_mean": statistics.fmean(values) if values else None,
+        "loss_se": statistics.stdev(values) / math.sqrt(len(values)) if many else None,
+        "loss_steps": len(values),
+    }
+
+
+def _speed(lines: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """(tokens a second, median seconds a step)."""
+    timed = [
+        (line["step_s"], line["tokens_per_s"]) for line in lines if line.get("step_s") and line.get("tokens_per_s")
+    ]
+    if not timed:
+        return None, None
+    tokens = sum(step_s * rate for step_s, rate in timed)
+    return tokens / sum(step_s for step_s, _ in timed), statistics.median(step_s for step_s, _ in timed)
+
+
+def _scores(
+    run: RunDir, settings: dict[str, Any], events: list[dict[str, Any]]
+) -> tuple[int | None, float | None, float | None, int | None]:
+    """(step of the last scored snapshot, its loss, its standard error, how many snapshots wait to be scored)."""
+    asked = settings.get("eval") or {}
+    tables = _tables(run, settings, asked)
+    refused = {event.get("step") for event in events if event.get("kind") == "not scored"}
+    waiting = None
+    if asked.get("placement") != "none":
+        waiting = sum(s not in tables and s not in refused for s in run.whole_steps(run.snapshots))
+    if not tables:
+        return None, None, None, waiting
+    last = max(tables)
+    for event in reversed(events):
+        detail = event.get("detail") or {}
+        if event.get("kind") == "scored" and event.get("step") == last and detail.get("se") is not None:
+            return last, detail.get("loss"), detail["se"], waiting
+    from eval.tables import read_mean_loss
+
+    try:
+        return last, read_mean_loss(tables[last])[0], None, waiting
+    except DataError:
+        return last, None, None, waiting
+
+
+def _tables(run: RunDir, settings: dict[str, Any], asked: dict[str, Any]) -> dict[int, Path]:
+    """The loss tables of the run's steps, as its own evaluator writes them; all where its settings cannot be read."""
+    folder, dtype = "*", asked.get("dtype") or "*"
+    data = (settings.get("data") or {}).get("dir")
+    reference = asked.get("reference") or (data and f"{data}/reference")
+    if reference:
+        try:
+            facts = read_json(Path(reference) / "reference.json")
+            folder = f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
+        except (DataError, KeyError, TypeError):
+            folder = "*"  # the data was moved away: the tables tell nevertheless
+    found = {}
+    for path in run.losses.glob(f"{folder}/step-*@*.{dtype}.parquet"):
+        step = step_of(path.name)
+        if step is not None and path.name.partition("@")[0] == step_name(step) and ".partial." not in path.name:
+            found[step] = path
+    return found
+
+
+def _adapted(run: RunDir, notes: list[str]) -> dict[str, Any] | None:
+    path = run.path / "adapted.json"
+    if not path.is_file():
+        return None
+    try:
+        return dict(read_json(path))
+    except (DataError, TypeError, ValueError):
+        notes.append("adapted.json cannot be read")
+        return None
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to two units: `2 h 13 min`."""
+    left = max(0, round(seconds))
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])

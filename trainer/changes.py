@@ -1,0 +1,145 @@
+"""What may change when a run goes on, and what a change breaks for whoever insists on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import ConfigError
+from configs.load import differences, is_named, load_config
+from configs.rundir import RunDir
+from configs.schema import Config
+from configs.whole import read_json
+from trainer.data.prepare import load_dataset_facts
+
+# Everything else is the experiment itself.
+MAY_CHANGE = (
+    "baseline",
+    "batch.micro",
+    "checkpoint.",
+    "data.",  # where it lies; what it holds is checked by its fingerprint
+    "deepspeed.zero_optimization.",  # how state is cut and moved, not what is computed
+    "deterministic",
+    "ema.",  # watches training, does not change it
+    "eval.",
+    "gradient_checkpointing",
+    "guards.",
+    "name",
+    "nproc",
+    "reference.",
+    "run.",
+    "snapshot.",
+    "threads_per_rank",
+    "zero.",
+)
+
+# What follows from a change, by key or section; the first that fits counts. {old} and {new} are the values.
+_CONSEQUENCES = (
+    (
+        "batch.global",
+        "a step is of another number of windows from here on: in this epoch some are left out or seen again, and "
+        "losses are no longer paired with those of runs with {old}",
+    ),
+    (
+        "sequence_length",
+        "the data is cut into other windows: in this epoch some text is left out or seen again, and losses "
+        "before and after are not of the same windows",
+    ),
+    (
+        "seed",
+        "data order and dropout are others from here on: in this epoch some windows are left out or seen again, and "
+        "losses are no longer paired with those of runs with seed {old}",
+    ),
+    (
+        "precision",
+        "weights and gradients are rounded otherwise from here on; expect a small jump, and no bits as before",
+    ),
+    ("clip_grad_norm", "gradients are clipped at another norm from here on"),
+    (
+        "optimizer.lr",
+        "the learning rate of every step from here on is that of the new peak, and jumps where the run goes on",
+    ),
+    ("optimizer.", "updates are made by another rule from here on, with the moments gathered by the old one"),
+    ("schedule.", "the learning rate is drawn by the new schedule from here on, and jumps where the run goes on"),
+    ("steps", "the schedule is drawn anew over {new} steps, so the learning rate jumps where the run goes on"),
+    (
+        "model.",
+        "the same weights are used in another model from here on; weights of another shape do not fit, and are refused "
+        "still",
+    ),
+    ("deepspeed.", "what DeepSpeed computes may be something else from here on"),
+)
+_WAYS = "--force-resume goes on all the same, --fresh starts anew"
+_ANY = "what is trained is something else from here on, under the same name"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that may not change when a run goes on, and has."""
+
+    key: str
+    refusal: str  # the line for whoever does not insist
+    consequence: str  # the line for whoever does
+
+
+def forbidden_changes(before: Config, now: Config, *, extend: bool) -> list[Change]:
+    """What differs between a run's settings and those it is asked to go on with, and may not."""
+    allowed = MAY_CHANGE + (("steps",) if extend else ())
+    out = []
+    for key, (old, new) in differences(before, now).items():
+        if is_named(key, allowed):
+            continue
+        was = f"{key}: the run was started with {old!r}, not {new!r}; "
+        if key == "steps":
+            refusal = (
+                f"{was}--extend goes on to {new}" if new > old else f"{was}--force-resume insists, --fresh is anew"
+            )
+        else:
+            refusal = f"{was}--force-resume goes on all the same, --fresh starts anew; or use another run.dir"
+        breaks = next((text for name, text in _CONSEQUENCES if is_named(key, (name,))), _ANY)
+        out.append(Change(key, refusal, f"{key}: {old} → {new}: {breaks.format(old=old, new=new)}"))
+    if extend and now.steps < before.steps:
+        refusal = f"steps: --extend needs more than the run's {before.steps}, not {now.steps}"
+        out.append(Change("steps", refusal, f"steps: {before.steps} → {now.steps}: the run ends earlier than it said"))
+    return out
+
+
+def check_changes(config: Config, *, extend: bool, force: bool) -> list[Change]:
+    """Holds the settings against those that the run at `config.run_dir` was started with, and the data too.
+
+    Args:
+        force: forbidden changes are given instead of refused.
+
+    Raises:
+        ConfigError: what may not change and has, a line each.
+    """
+    run = RunDir(config.run_dir)
+    if not run.config.is_file():
+        return []
+    changes = forbidden_changes(load_config(run.config), config, extend=extend)
+    before = read_json(run.manifest).get("data", {}).get("data") if run.manifest.is_file() else None
+    now = load_dataset_facts(config.data_dir)["fingerprints"]["data"]
+    if before is not None and before != now:
+        changes.append(
+            Change(
+                "data.dir",
+                f"data.dir: {config.data_dir} does not hold the data that the run was started with (fingerprint "
+                f"{now[:8]}, not {before[:8]}); {_WAYS}",
+                f"data: {before[:8]} → {now[:8]}: other texts in another order from here on; some may be seen again, "
+                "and losses are no longer paired with those on the earlier data",
+            )
+        )
+    if changes and not force:
+        raise ConfigError(*(change.refusal for change in changes))
+    return changes
+
+
+def tell_forced(run: RunDir, changes: list[Change], tell: Callable[[str], Any]) -> None:
+    """Says what was insisted on, a line each; and in the run's events, for whoever reads its losses later."""
+    if not changes:
+        return
+    for change in changes:
+        tell(f"forced: {change.consequence}")
+    told = "; ".join(change.consequence for change in changes)
+    run.add_event("forced", told, rank=0, keys=[change.key for change in changes])

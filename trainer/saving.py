@@ -1,0 +1,207 @@
+"""Saving while training goes on: state is copied to host memory, and a thread of each rank writes the copy to the disk.
+
+At most one save is in flight. The ranks' threads agree among themselves, over a process group of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import VernierError
+from eval.ranks import Ranks
+from trainer.together import SaveFailed
+
+RETRY_S = 1.0
+MOST_FAILED = 2  # saves in a row; after them training stops
+ALIGNMENT = 64  # bytes
+
+
+class HostCopy:
+    """Host memory that is filled with tensors, save after save; pinned where there is a GPU.
+
+    Tensors that no forward or backward pass changes are copied `later`: by the thread that writes, while the next step
+    goes on, which waits before its update (`wait_until_taken`). What `take` gave is overwritten after the next
+    `refill`, which must come after the last copy is written.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[torch.Tensor] = []
+        self._used = 0
+        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._taken = threading.Event()
+        self._taken.set()
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._begun: Any = None
+        self._done: Any = None
+
+    def refill(self) -> None:
+        """Starts anew, in one block as large as all that was needed last time."""
+        if len(self._blocks) > 1:
+            size = sum(len(block) for block in self._blocks)
+            self._blocks.clear()  # before the new one is made
+            self._blocks.append(_host_block(size))
+        self._used = 0
+
+    def take(self, tensor: torch.Tensor, dtype: torch.dtype, *, later: bool = False) -> torch.Tensor:
+        """Where a copy of it will be, in host memory and contiguous."""
+        source = tensor.detach()
+        place = self._room(tensor.numel() * dtype.itemsize).view(dtype)[: tensor.numel()].view(tensor.shape)
+        if later:
+            self._taken.clear()
+            self._later.append((place, source))
+        else:  # converted first: only a plain copy goes to the host without a wait
+            place.copy_(source.to(dtype), non_blocking=True)
+        return place
+
+    def seal(self) -> None:
+        """All has been named that is to be copied."""
+        if self._stream is not None:
+            self._begun = torch.cuda.Event()
+            self._begun.record()
+
+    def fill(self) -> None:
+        """Copies what was left for later, and waits until all is there; for the thread that writes it."""
+        try:
+            if self._stream is None:
+                for place, source in self._later:
+                    place.copy_(source)
+                return
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(self._begun)
+                for place, source in self._later:
+                    place.copy_(source.to(place.dtype), non_blocking=True)
+                self._done = torch.cuda.Event()
+                self._done.record()
+        finally:
+            self._later.clear()
+            self._taken.set()
+        self._done.synchronize()
+
+    def wait_until_taken(self) -> None:
+        """To be called before an update: it must not change what is still to be copied."""
+        if self._taken.is_set() and self._done is None:
+            return
+        self._taken.wait()
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)  # the device waits, not the host
+            self._done = None
+
+    def _room(self, size: int) -> torch.Tensor:
+        size = max(ALIGNMENT, math.ceil(size / ALIGNMENT) * ALIGNMENT)
+        if not self._blocks or self._used + size > len(self._blocks[-1]):
+            self._blocks.append(_host_block(size))
+            self._used = 0
+        start, self._used = self._used, self._used + size
+        return self._blocks[-1][start : start + size]
+
+
+def _host_block(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+Job = Callable[[Ranks], None]
+
+
+class NotCurrent(VernierError):
+    """Another attempt holds the run: this one may not write."""
+
+
+class Saver:
+    """Runs one save at a time, on every rank alike: in a thread, or at once where `background` is off.
+
+    A save that fails is tried once more. One that fails again is told, and training goes on; after the second such in a
+    row `given_up` is called, on every rank.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        background: bool,
+        check_current: Callable[[], None],
+        tell: Callable[[str, bool], None],
+        given_up: Callable[[], None],
+    ) -> None:
+        """Makes a process group: a collective.
+
+        Args:
+            check_current: raises VernierError where this attempt has lost the run; called on the first rank.
+            tell: (what went wrong, whether it was the last try), on the first rank.
+            given_up: nothing can be saved any more; on every rank.
+        """
+        # New collectives beside those of the steps need a group of their own.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if ranks.mpi is None else None
+        self.ranks = replace(ranks, control=group)
+        self.background, self.check_current, self.tell, self.given_up = background, check_current, tell, given_up
+        self.failed = 0  # in a row
+        self.error: BaseException | None = None
+        self.thread: threading.Thread | None = None
+
+    def wait(self) -> None:
+        """Waits for the save in flight.
+
+        Raises:
+            VernierError: this attempt may not write any more.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            raise self.error
+
+    def submit(self, jobs: Iterable[Job], then: Callable[[], None]) -> None:
+        """Starts the next save, after `wait`: each of `jobs` in turn, then `then`, if none has failed."""
+        jobs = list(jobs)
+        if not self.background:
+            self._run(jobs, then)
+            self.wait()
+            return
+        self.thread = threading.Thread(target=self._run, args=(jobs, then), daemon=True, name="writer")
+        self.thread.start()
+
+    def _run(self, jobs: list[Job], then: Callable[[], None]) -> None:
+        try:
+            for job in jobs:
+                if not self._tried(job):
+                    self.failed += 1
+                    if self.failed >= MOST_FAILED:
+                        self.given_up()
+                    return
+            self.failed = 0
+            then()
+        except BaseException as error:  # of a dead peer, say: for the main thread to raise
+            self.error = error
+
+    def _tried(self, job: Job) -> bool:
+        for last in (False, True):
+            self._check_current()
+            try:
+                job(self.ranks)
+            except SaveFailed as error:
+                if self.ranks.first:
+                    self.tell(str(error), last)
+                if not last:
+                    time.sleep(RETRY_S)
+            else:
+                return True
+        return False
+
+    def _check_current(self) -> None:
+        lost = ""
+        if self.ranks.first:
+            try:
+                self.check_current()
+            except VernierError as error:
+                lost = str(error)
+        _, words = self.ranks.first_words(lost)
+        if words:
+            raise NotCurrent(words)

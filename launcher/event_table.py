@@ -112,7 +112,7 @@ def _detail_lines(detail: Any) -> Iterator[str]:
         if isinstance(value, list) and any(isinstance(one, str) for one in value):
             value = "\n".join(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in value)
         elif isinstance(value, dict):
-            value = "\n".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items())
+            value = "\n".join(_entry(str(k), v) for k, v in value.items())
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         lines = text.splitlines() or [""]
         if len(lines) == 1 and not isinstance(value, dict):
@@ -120,6 +120,13 @@ def _detail_lines(detail: Any) -> Iterator[str]:
         else:
             yield f"{name}:"
             yield from (f"  {printable(line)}" for line in lines)
+
+
+def _entry(name: str, value: Any) -> str:
+    """A rank's stack, say: its name, then its lines beneath."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    lines = text.splitlines()
+    return f"{name}: {text}" if len(lines) < 2 else "\n".join([f"{name}:", *(f"  {line}" for line in lines)])
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
 from eval.losses import IGNORED, split_model, training_loss
 from eval.models import check_loaded, check_model
-from eval.ranks import seed_everything
+from eval.ranks import environment_ranks, seed_everything
 from trainer.dropout import drops, recompute_contexts
+from trainer.weights import check_step, find_step, load_masters
 
 
 def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
@@ -29,9 +31,14 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if settings.path is not None:
-        check_model(settings.path)
+        step = find_step(settings.path)
+        if step is None:
+            check_model(settings.path)
+        else:
+            check_step(step, hashes=environment_ranks()[2] == 0)  # by the first rank of each node
+        home = settings.path if step is None else step.home
         try:
-            config = AutoConfig.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(home, local_files_only=True, trust_remote_code=False)
         except (ValueError, OSError) as error:
             raise ConfigError(f"model.path: {settings.path}: {str(error).strip().splitlines()[0]}") from None
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -82,17 +89,24 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
         problems.append(
             f"sequence_length: {config.sequence_length} is longer than the model's max_position_embeddings ({longest})"
         )
-    if config.model.path is not None and (config.model.path / "tokenizer.json").is_file():
+    home = _home(config.model.path)
+    if home is not None and (home / "tokenizer.json").is_file():
         from eval.reference import tokenizer_fingerprint as fingerprint_of
 
-        if fingerprint_of(config.model.path) != tokenizer_fingerprint:
+        if fingerprint_of(home) != tokenizer_fingerprint:
             problems.append(
                 f"model.path: {config.model.path} has another tokenizer than the data; "
-                f"prepare the data with data.tokenizer={config.model.path}"
+                f"prepare the data with data.tokenizer={home}"
             )
     if problems:
         raise ConfigError(*problems)
     return hf
+
+
+def _home(path: Path | None) -> Path | None:
+    """The Hugging Face directory that `model.path` leads to."""
+    step = find_step(path) if path is not None else None
+    return path if step is None else step.home
 
 
 def make_model(config: Config, hf: Any) -> Any:
@@ -100,15 +114,19 @@ def make_model(config: Config, hf: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     seed_everything(config.seed)
-    if config.model.path is not None:
+    home = _home(config.model.path)
+    if home is not None:
         model, info = AutoModelForCausalLM.from_pretrained(
-            config.model.path,
+            home,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
-        check_loaded(config.model.path, info)
+        check_loaded(home, info)
+        step = find_step(config.model.path) if config.model.path is not None else None
+        if step is not None and step.checkpoint is not None:
+            load_masters(model, step.checkpoint)
     else:
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
     if config.gradient_checkpointing:

@@ -11,11 +11,13 @@ import threading
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 MOST_FRAMES = 24
+CONNECT_S = 30.0
 
 # The innermost frame of a rank that waits for others, or for a device that does.
 WAITING_FILE = re.compile(r"/torch/distributed/|/deepspeed/comm/")
@@ -46,12 +48,39 @@ class Stack:
     ask: int = 0
 
 
+@dataclass(frozen=True)
+class StoreAddress:
+    """Where the store is that joined the ranks."""
+
+    host: str
+    port: int
+    prefix: str  # of this attempt's keys
+
+    @staticmethod
+    def of_group(attempt: int) -> StoreAddress | None:
+        """That of the process group; None where it has no TCP store."""
+        store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        if not isinstance(store, dist.TCPStore):
+            return None
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own, in the same store
+        return StoreAddress(store.host, store.port, f"watchdog/{attempt}/{restarts}")
+
+    def connect(self) -> Any:
+        """A connection of its own: the main thread may wait in the group's. Raises RuntimeError."""
+        patience = timedelta(seconds=CONNECT_S)
+        store = dist.TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=patience)
+        return dist.PrefixStore(self.prefix, store)
+
+
 class Post(threading.Thread):
     """Carries words between the ranks, in a thread of its own: a call to a store whose host is frozen never returns."""
 
-    def __init__(self, store: Any, rank: int, world: int, beat_s: float) -> None:
+    def __init__(self, address: StoreAddress, rank: int, world: int, beat_s: float) -> None:
         super().__init__(daemon=True, name="watchdog-post")
-        self.store, self.rank, self.world, self.pause_s = store, rank, world, beat_s
+        self.address, self.store = address, address.connect()
+        self.rank, self.world, self.pause_s = rank, world, beat_s
         # what to say and to look for, set by the watchdog
         self.sign, self.stack, self.look, self.wanted_asks = "", "", range(0), 0
         self.tells = self.ends = False
@@ -64,17 +93,19 @@ class Post(threading.Thread):
         self._known: set[str] = set()
 
     def run(self) -> None:
-        try:
-            while True:
-                last = self.ends
+        last = False
+        while not last:
+            last = self.ends
+            try:
+                if self.lost:
+                    self.store = self.address.connect()
                 self._round()
                 self.rounds += 1
-                if last:
-                    return
-                self.wake.wait(self.pause_s)
-                self.wake.clear()
-        except RuntimeError:  # all that a store raises: whoever holds it is gone
-            self.lost = True
+                self.lost = False
+            except RuntimeError:  # all that a store raises: who holds it is gone, or the way to it was for a moment
+                self.lost = True
+            self.wake.wait(0.0 if last else self.pause_s)
+            self.wake.clear()
 
     def _round(self) -> None:
         self.store.set(f"sign/{self.rank}", self.sign)
@@ -99,20 +130,6 @@ class Post(threading.Thread):
         self._known.update(there)
         texts = self.store.multi_get(there) if there else []
         return {keys[key]: bytes(text).decode() for key, text in zip(there, texts, strict=True)}
-
-
-def own_store(attempt: int) -> tuple[Any, str] | None:
-    """(a connection of its own to the store that joined the ranks, its address); None where it is not a TCP store."""
-    if not dist.is_initialized():
-        return None
-    store: Any = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
-        return None
-    own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own, in the same store
-    return dist.PrefixStore(f"watchdog/{attempt}/{restarts}", own), f"{store.host}:{store.port}"
 
 
 def main_thread_stack() -> Stack:

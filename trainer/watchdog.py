@@ -24,7 +24,7 @@ from typing import Any
 from configs.errors import EXIT_FAILED
 from configs.rundir import RunDir
 from eval.ranks import Ranks
-from trainer.signs import Post, Sign, Stack, main_thread_stack, own_store
+from trainer.signs import Post, Sign, Stack, StoreAddress, main_thread_stack
 
 LINGER_S = 2.0  # from the teller's last word to its end: by then the others have seen that all is told
 END_S = 20.0  # a rank that has begun to tell ends by then, whatever its disk does
@@ -67,20 +67,20 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._post: Post | None = None
         self._attempt = 0
-        self._looked = self._clock = self._moved = self._answered = 0.0  # seconds
+        self._clock = self._moved = self._answered = 0.0  # seconds that this process was not stopped for
+        self._looked = 0.0  # seconds of the machine's clock
         self._rounds = self._stack_given = 0
         self._store_name = ""
         self._span = 1  # how many of the lower ranks are looked at
         self._others: dict[int, Heard] = {}
         self._asked_at: float | None = None
-        self._tells = False
 
     def start(self) -> None:
         """Begins to watch. Every rank calls it, at the same place, once `state.json` has this attempt's number."""
         self._attempt = self.ranks.broadcast_int(int(self.run.read_state().get("attempt") or 0))
-        found = own_store(self._attempt) if self.ranks.world > 1 else None
-        if found is not None:
-            store, self._store_name = found
+        store = StoreAddress.of_group(self._attempt) if self.ranks.world > 1 else None
+        if store is not None:
+            self._store_name = f"{store.host}:{store.port}"
             self._post = Post(store, self.ranks.rank, self.ranks.world, self.beat_s)
             self._say(ended=False)
             self._post.start()
@@ -100,13 +100,6 @@ class Watchdog:
             yield
         finally:
             self._mark = replace(before, step=self._mark.step)
-
-    def before_failing(self) -> None:
-        """For a main thread that an error has reached. Where it comes of others that end for a hang, this rank ends with
-        them here, and its error is not told beside the cause; else this returns, at once where no rank stood still.
-        """
-        if self._thread.is_alive() and self._clock - self._moved >= self.hang_s / 2:
-            time.sleep(END_S if self._tells else 2 * self.tick_s + 1.0)
 
     def stop(self) -> None:
         """Ends watching, and says so to the others."""
@@ -305,7 +298,6 @@ class Watchdog:
         ranks: list[int] | None = None,
     ) -> None:
         """Records why the training ends, then ends this rank."""
-        self._tells = True
         limit = threading.Timer(END_S, os._exit, (EXIT_FAILED,))
         limit.daemon = True
         limit.start()

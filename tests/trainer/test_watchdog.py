@@ -1,0 +1,229 @@
+"""A training in which a rank hangs ends in bounded time, and says which rank, its last step and where it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from configs.rundir import RunDir
+from tests.conftest import ROOT
+
+HANG_S = 3.0
+BOUND_S = HANG_S + 15.0  # about 7 s on a machine of its own
+STEP = 5  # at which it happens
+
+STEPS = """
+import os, signal, sys, time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from configs.rundir import RunDir
+from eval.ranks import join, leave
+from trainer.watchdog import Watchdog
+
+run, what, culprit, steps = RunDir(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+signal.signal(signal.SIGTERM, lambda *_: None)
+ranks = join(1)
+if ranks.first:
+    run.write_state("running", attempt=7, exit_code=None, failure=None)
+ranks.barrier()
+watchdog = Watchdog(run, ranks, 3.0)
+watchdog.start()
+(run.path / f"pid-{ranks.rank}").write_text(str(os.getpid()))
+
+
+def happens():
+    (run.path / "happened").write_text("")
+    if what == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "asleep":
+        time.sleep(1000)  # the line that hangs
+    elif what == "endless":
+        while True: pass  # the line that hangs
+    elif what == "paused":
+        with watchdog.paused("scoring"):
+            time.sleep(7)
+
+
+try:
+    for step in range(1, steps + 1):
+        watchdog.mark(step - 1)
+        if step == 6 and ranks.rank == culprit:
+            happens()
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.05)
+except RuntimeError:
+    if run.read_state()["failure"] is None:  # of another rank's end, before that was told
+        run.add_event("failed", "connection closed")
+    raise
+watchdog.stop()
+leave()
+"""
+
+
+class Group:
+    """Ranks at work in a run directory."""
+
+    def __init__(self, run: RunDir, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.run, self.process, self.log = run, process, log
+
+    def pid(self, rank: int) -> int:
+        return int((self.run.path / f"pid-{rank}").read_text())
+
+    def wait_for(self, name: str) -> None:
+        deadline = time.monotonic() + 90
+        while not (self.run.path / name).exists():
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def seconds_to_end(self, ranks: list[int]) -> float:
+        """From what happens to the end of these ranks' processes."""
+        self.wait_for("happened")
+        began = time.monotonic()
+        while any(is_alive(self.pid(rank)) for rank in ranks):
+            assert time.monotonic() - began < 60, self.log.read_text()
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def hung(self) -> dict:
+        """The event of a hang, which is all that was told."""
+        (event,) = self.run.read_events()
+        assert event["kind"] == "hung"
+        return event
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextmanager
+def group(path: Path, what: str, culprit: int, *, world: int, steps: int = 1000, **environment: str) -> Iterator[Group]:
+    """Ranks that make steps, until something happens to one of them."""
+    run, script, log = RunDir(path / "run"), path / "steps.py", path / "log"
+    run.path.mkdir()
+    script.write_text(STEPS)
+    alone = [sys.executable]
+    torchrun = [*alone, *("-m", "torch.distributed.run", "--nproc-per-node", str(world), "--rdzv-backend", "c10d")]
+    torchrun += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    arguments = [str(script), str(run.path), what, str(culprit), str(steps)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), **environment}
+    with open(log, "wb") as out:
+        command = [*(torchrun if world > 1 else alone), *arguments]
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    started = Group(run, process, log)
+    try:
+        yield started
+    finally:
+        pids = [int(file.read_text() or 0) for file in run.path.glob("pid-*")]
+        for pid in [process.pid, *pids]:
+            with suppress(ProcessLookupError):
+                if pid == process.pid or is_alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=30)
+
+
+def test_a_frozen_rank_is_named_with_its_last_step_and_the_others_end(tmp_path: Path) -> None:
+    with group(tmp_path, "frozen", 1, world=3) as ranks:
+        assert ranks.seconds_to_end([0, 2]) < BOUND_S
+        frozen = ranks.pid(1)
+        assert is_alive(frozen)
+        event, state = ranks.hung(), ranks.run.read_state()
+        assert (event["rank"], event["step"], event["detail"]["ranks"]) == (1, STEP, [1])
+        assert event["message"].startswith("rank 1 (host ")
+        assert f"pid {frozen}) does not answer: its process is frozen or gone" in event["message"]
+        assert f"; rank 0 waits at step {STEP}, in" in event["message"]
+        assert event["detail"]["seconds"] >= 4
+        assert set(event["detail"]["stacks"]) == {"0", "2"}
+        assert "all_reduce" in event["detail"]["stacks"]["0"]
+        assert (state["state"], state["exit_code"]) == ("failed", 1)
+        assert state["failure"]["rank"] == 1
+        assert state["failure"]["error"] == event["message"]
+
+        os.kill(frozen, signal.SIGCONT)  # comes back too late
+        deadline = time.monotonic() + BOUND_S
+        while is_alive(frozen):
+            assert time.monotonic() < deadline, ranks.log.read_text()
+            time.sleep(0.05)
+        assert ranks.hung() == event
+        assert ranks.run.read_state() == state
+
+
+def test_the_first_rank_frozen_is_named_by_the_next(tmp_path: Path) -> None:
+    with group(tmp_path, "frozen", 0, world=2) as ranks:
+        assert ranks.seconds_to_end([1]) < BOUND_S
+        event = ranks.hung()
+        assert (event["rank"], event["step"]) == (0, STEP)
+        assert f"rank 1 waits at step {STEP}, in" in event["message"]
+        assert ranks.run.read_state()["failure"]["rank"] == 0
+
+
+def test_the_first_rank_frozen_with_the_store_that_it_holds_is_named(tmp_path: Path) -> None:
+    with group(tmp_path, "frozen", 0, world=3, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as ranks:
+        assert ranks.seconds_to_end([1, 2]) < BOUND_S
+        event = ranks.hung()  # one, though each of the others has only itself to ask
+        assert (event["rank"], event["step"]) == (0, STEP)
+        assert "does not answer: rank 0, which holds it, is frozen or gone" in event["message"]
+        assert ranks.run.read_state()["failure"]["rank"] == 0
+
+
+@pytest.mark.parametrize(("what", "culprit"), [("asleep", 1), ("endless", 0)])
+def test_a_rank_that_hangs_in_python_is_named_with_its_line(tmp_path: Path, what: str, culprit: int) -> None:
+    with group(tmp_path, what, culprit, world=2) as ranks:
+        assert ranks.seconds_to_end([0, 1]) < BOUND_S
+        event = ranks.hung()
+        assert (event["rank"], event["step"], event["detail"]["ranks"]) == (culprit, STEP, [culprit])
+        assert "the line that hangs" in event["message"]
+        stacks = event["detail"]["stacks"]
+        assert list(stacks) == [str(culprit), str(1 - culprit)]
+        assert "the line that hangs" in stacks[str(culprit)]
+        assert "all_reduce" in stacks[str(1 - culprit)]
+        assert "the line that hangs" in ranks.log.read_text()
+        assert ranks.run.read_state()["failure"]["rank"] == culprit
+
+
+def test_a_process_alone_that_hangs_is_named_with_its_line(tmp_path: Path) -> None:
+    with group(tmp_path, "asleep", 0, world=1) as ranks:
+        assert ranks.seconds_to_end([0]) < BOUND_S
+        assert ranks.process.wait(timeout=30) == 1
+        event = ranks.hung()
+        assert (event["rank"], event["step"]) == (0, STEP)
+        assert "time.sleep(1000) # the line that hangs" in event["message"]
+        assert ranks.run.read_state()["failure"]["error"] == event["message"]
+
+
+def test_neither_a_long_pause_of_one_rank_nor_a_suspended_job_is_a_hang(tmp_path: Path) -> None:
+    with group(tmp_path, "paused", 1, world=2, steps=60) as ranks:
+        ranks.wait_for("happened")
+        time.sleep(7.0)  # the pause: rank 0 waits for it, for longer than it may wait for a rank that hangs
+        pids = [ranks.pid(0), ranks.pid(1)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2 * HANG_S)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert ranks.process.wait(timeout=60) == 0, ranks.log.read_text()
+        assert ranks.run.read_events() == []
+        assert ranks.run.read_state()["state"] == "running"
+
+
+def test_a_later_attempts_state_is_left_alone(tmp_path: Path) -> None:
+    with group(tmp_path, "asleep", 0, world=1) as ranks:
+        ranks.wait_for("happened")
+        ranks.run.write_state("running", attempt=8)
+        assert ranks.process.wait(timeout=60) == 1
+        assert ranks.run.read_events() == []
+        assert ranks.run.read_state()["state"] == "running"

@@ -5,13 +5,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
 RUN ?= runs/demo
+ROUNDS ?= 300
+SEED ?= 1
+TORTURE ?= build/torture
 
-.PHONY: help setup demo test gpu-test check format bench clean
+.PHONY: help setup demo test gpu-test torture check format bench clean
 
 help:
 	@echo "make setup     .venv with pinned packages and the vernier command"
 	@echo "make demo      train a small model on two ranks, score its checkpoints beside it, show which are better"
 	@echo "make test      all tests (make gpu-test: those that need a GPU)"
+	@echo "make torture   trainings killed at random, ROUNDS=300 SEED=1, each held against one that was not; goes on if stopped"
 	@echo "make check     lint, format, types"
 	@echo "make bench     benchmarks"
 
@@ -37,6 +41,9 @@ test: setup
 
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+torture: setup
+	$(BIN)/python -m tests.faults.torture --rounds $(ROUNDS) --seed $(SEED) --dir $(TORTURE)
 
 check: setup
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ def training_is_over(run: RunDir) -> bool:
     state = run.read_state()
     if not state:
         return False
-    if state.get("exit_code") is not None:
+    if state.get("exit_code") is not None and not state.get("again"):  # else its ranks are about to start again
         return True
     heard = max(run.last_heartbeat(), float(state.get("heartbeat", 0)))
     return time.time() - heard > ABANDONED_S and not run.is_held()

@@ -73,7 +73,7 @@ def run_train(source: str, overrides: list[str], how: Resume, *, wait: bool, con
         console.print(line, markup=False)
 
     check_free(run, tell)
-    check_run(config, extend=how.extend, fresh=how.fresh or how.force)
+    check_run(config, extend=how.extend, fresh=how.fresh, force=how.force)
     if how.fresh and run.path.exists():
         _move_away(run, tell)
     group = EvalGroup(config, run, console) if config.eval.placement == "separate" else None
@@ -261,7 +261,8 @@ def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Cons
         return int(code)
     failure = state.get("failure")
     if failure:
-        console.print(f"error: rank {failure['rank']}: {failure['error']}", markup=False)
+        rank, said = f"rank {failure['rank']}", failure["error"]
+        console.print(f"error: {said if said.startswith(rank) else f'{rank}: {said}'}", markup=False)
         console.print(f"its log: {run.logs / ('rank-' + str(failure['rank']) + '.log')}", markup=False)
     elif code != EXIT_DONE:
         console.print(f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False)

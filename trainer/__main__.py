@@ -33,8 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         terminal = log_to_file(RunDir(config.run_dir).logs / f"rank-{rank}.log")
         from trainer.run import run_training
 
-        how = {"force_resume": True} if asked.force_resume else {}
-        return run_training(config, terminal, extend=asked.extend, **how)
+        return run_training(config, terminal, extend=asked.extend, force_resume=asked.force_resume)
     except Exception as error:
         ours = isinstance(error, VernierError)
         if not (is_supervised() and error.__dict__.get("recorded")):  # `vernier` tells what the run's state says

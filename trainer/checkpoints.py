@@ -108,7 +108,6 @@ def write_checkpoint(
     final = run.checkpoints / step_name(copied.clock.step)
 
     def own(part: Path) -> dict[str, Any]:
-        copied.memory.fill()
         reached("copied")
         starts = {name: [0] * tensor.dim() for name, tensor in copied.tensors.items()}
         for kind in (*zero_state.KINDS, "ema"):
@@ -124,6 +123,7 @@ def write_checkpoint(
         (part / STATE).write_text(json.dumps(state))
         _put_in_place(final, copied.clock.step, {_file_name(rank): one["sha256"] for rank, one in enumerate(told)})
 
+    copied.memory.fill()  # first of all: the next update waits for it
     size = sum(tensor.nbytes for tensor in copied.tensors.values())
     write_together(final, ranks, size, own, join)
 

@@ -1,6 +1,7 @@
 """The training loop: read it from top to bottom, each line of a step is in sight.
 
-The host never waits for the device inside a step: what a step measured rides on one all-reduce and is read a step late.
+The host never waits for the device inside a step, unless a guard asks for it (stage 0 in fp32 and amp, and
+`guards.on_spike: skip`): what a step measured rides on one all-reduce and is read a step late.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Measured:
         """(metrics line, what any rank was asked for); waits for what was enqueued up to its own step."""
         self.ready()
         loss, stop, interrupt, save, norm = self.sums.tolist()
-        line = self.line and {**self.line, "loss": loss / self.targets, "grad_norm": norm}
+        line = self.line and {"loss": loss / self.targets, **self.line, "grad_norm": norm}
         return line, Asked(stop > 0, interrupt > 0, save > 0)
 
 
@@ -126,6 +127,7 @@ def train(
             asked |= _observe(pending, hooks)
         seconds = time.perf_counter() - started
         line = _line(step, clock, windows, rate, seconds, targets, ranks, micro) if applied else None
+        line = line and {**line, **guard.measured}  # the very loss that was decided on, where it is known by now
         norm = norm if norm is not None else engine.get_global_grad_norm()
         pending = _measure(line, loss_sum, norm, targets, requests.poll())
         guard.after(applied, clock, loss_sum)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from configs.load import differences, is_named
 from configs.rundir import RunDir, read_jsonl
 from configs.schema import Config
 from configs.whole import write_atomic
@@ -131,41 +130,3 @@ def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:
         **facts,
     }
     write_atomic(run.manifest, json.dumps(manifest, indent=1))
-
-
-# What may change when a run goes on; everything else is the experiment itself.
-MAY_CHANGE = (
-    "baseline",
-    "batch.micro",
-    "checkpoint.",
-    "data.",  # where it lies; what it holds is checked by its fingerprint
-    "deepspeed.zero_optimization.",  # how state is cut and moved, not what is computed
-    "deterministic",
-    "ema.",  # watches training, does not change it
-    "eval.",
-    "gradient_checkpointing",
-    "guards.",
-    "name",
-    "nproc",
-    "reference.",
-    "run.",
-    "snapshot.",
-    "threads_per_rank",
-    "zero.",
-)
-
-
-def forbidden_changes(before: Config, now: Config, *, extend: bool) -> list[str]:
-    """What differs between a run's settings and those it is asked to go on with, and may not: a line each."""
-    allowed = MAY_CHANGE + (("steps",) if extend else ())
-    out = []
-    for key, (old, new) in differences(before, now).items():
-        if is_named(key, allowed):
-            continue
-        if key == "steps":
-            out.append(f"steps: the run was started with {old}, not {new}; --extend goes on to {new}")
-        else:
-            out.append(f"{key}: the run was started with {old!r}, not {new!r}; use another run.dir, or --fresh")
-    if extend and now.steps < before.steps:
-        out.append(f"steps: --extend needs more than the run's {before.steps}, not {now.steps}")
-    return out

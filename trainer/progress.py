@@ -68,7 +68,10 @@ class ProgressLine:
         whole, newline, _ = new.rpartition("\n")
         self.offset += len((whole + newline).encode())
         for text in whole.splitlines():
-            event = json.loads(text)
+            try:
+                event = json.loads(text)
+            except ValueError:  # cut by a full disk
+                continue
             if event["kind"] in ("scored", "not scored", "saved on request"):
                 self.console.print(f"  {event['message']}", markup=False)
 

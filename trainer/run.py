@@ -10,7 +10,7 @@ from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
 from configs.faults import reached
-from configs.load import batch_problems, dump_config, load_config, micro_batch
+from configs.load import batch_problems, dump_config, micro_batch
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.terminal import is_supervised
@@ -27,6 +27,7 @@ from trainer.adaptations import (
     read_adaptations,
 )
 from trainer.baseline import check_baseline
+from trainer.changes import check_changes, tell_forced
 from trainer.checkpoints import Clock, clear_up, copy_checkpoint, load_checkpoint, write_checkpoint
 from trainer.data.prepare import load_dataset_facts
 from trainer.data.shards import Windows
@@ -37,7 +38,7 @@ from trainer.guards import Guard, recent_losses
 from trainer.inline import InlineScoring
 from trainer.lock import RunLock
 from trainer.loop import Due, Hooks, train
-from trainer.metrics import Metrics, forbidden_changes, write_manifest
+from trainer.metrics import Metrics, write_manifest
 from trainer.model import TrainableLM, check_model_settings, make_model, parameter_count
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
@@ -47,11 +48,14 @@ from trainer.snapshots import copy_snapshot, weights_of, write_snapshot
 from trainer.watchdog import Watchdog
 
 
-def check_run(config: Config, *, extend: bool = False, fresh: bool = False) -> tuple[dict[str, Any], Any]:
+def check_run(
+    config: Config, *, extend: bool = False, fresh: bool = False, force: bool = False
+) -> tuple[dict[str, Any], Any]:
     """Everything that can be found wrong before a rank starts: gives (data facts, Hugging Face config).
 
     Args:
         fresh: what is in the run directory will be moved away, so it need not fit.
+        force: go on with what may not change, too.
 
     Raises:
         ConfigError: what is wrong, a line each.
@@ -70,13 +74,8 @@ def check_run(config: Config, *, extend: bool = False, fresh: bool = False) -> t
     run = RunDir(config.run_dir)
     if run.path.exists() and not run.path.is_dir():
         raise ConfigError(f"run.dir: {run.path} is a file; name a directory")
-    if run.config.is_file() and not fresh:
-        changes = forbidden_changes(load_config(run.config), config, extend=extend)
-        before = _manifest(run).get("data", {}).get("data")
-        if before is not None and before != facts["fingerprints"]["data"]:
-            changes.append(f"data.dir: {config.data_dir} does not hold the data that the run was started with")
-        if changes:
-            raise ConfigError(*changes)
+    if not fresh:
+        check_changes(config, extend=extend, force=force)
     return facts, hf
 
 
@@ -98,17 +97,13 @@ def _check_reference(config: Config, tokenizer: str, hf: Any) -> None:
         )
 
 
-def _manifest(run: RunDir) -> dict[str, Any]:
-    return dict(read_json(run.manifest)) if run.manifest.is_file() else {}
-
-
 def finished(run: RunDir, config: Config) -> bool:
     """Whether the run has made all its steps."""
     state = run.read_state()
     return state.get("state") == "done" and int(state.get("step", 0)) >= config.steps
 
 
-def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> int:
+def run_training(config: Config, terminal: TextIO, *, extend: bool = False, force_resume: bool = False) -> int:
     """Trains as one rank of a rank-group; gives the exit code that rank 0 wrote into `state.json`.
 
     Raises:
@@ -136,16 +131,18 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False) -> i
         problems = list(batch_problems(config, ranks.world))
         if problems:
             raise ConfigError(*problems)
-        facts, hf = check_run(config, extend=extend)
+        facts, hf = check_run(config, extend=extend, force=force_resume)
         if ranks.first:
+            if force_resume and console is not None:
+                changes = check_changes(config, extend=extend, force=True)
+                tell_forced(run, changes, lambda told: console.print(told, markup=False))
             if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
                 run.stop_request.unlink(missing_ok=True)
             begin_run(run, config, attempt or 0)
         attempt = ranks.broadcast_int(attempt or 0)
         code = _train(config, run, ranks, facts, hf, requests, lock, console)
     except BaseException as error:
-        _record_failure(run, ranks, error, attempt)
-        error.__dict__["recorded"] = True
+        error.__dict__["recorded"] = _record_failure(run, ranks, error, attempt, lock)
         raise
     lock.release()
     leave()
@@ -156,7 +153,8 @@ def begin_run(run: RunDir, config: Config, attempt: int) -> None:
     """Writes what a run directory starts with."""
     for folder in (run.checkpoints, run.snapshots, run.losses, run.logs):
         folder.mkdir(exist_ok=True)
-    write_atomic(run.config, dump_config(config), durable=True)
+    if not run.config.is_file():  # else once the checkpoint is found to fit
+        write_atomic(run.config, dump_config(config), durable=True)
     run.write_state("running", attempt=attempt, exit_code=None, failure=None, again=None, steps=config.steps)
     run.add_event("started", f"attempt {attempt}", rank=0)
 
@@ -174,7 +172,7 @@ def _train(
     if ranks.first:
         clear_up(run)
     adaptations = read_adaptations(run)
-    config = adapted(config, adaptations)
+    given, config = config, adapted(config, adaptations)
     watchdog = Watchdog(run, ranks, config.guards.hang_s)
     watchdog.start()
     checkpoint, damaged = find_whole_checkpoint(run, ranks)
@@ -203,6 +201,7 @@ def _train(
     metrics, line = None, None
     if ranks.first:
         assert console is not None
+        write_atomic(run.config, dump_config(given), durable=True)
         write_atomic(run.path / "deepspeed.json", json.dumps(resolved, indent=1))
         write_manifest(
             run,
@@ -314,7 +313,8 @@ def _train(
     watchdog.mark(clock.step, "saving")
     saver.wait()
     if saver.failed:
-        raise VernierError(f"the checkpoint of step {clock.step} could not be written; {_last_whole(run)}")
+        told = f"the checkpoint of step {clock.step} could not be written: {saver.why}; {_last_whole(run)}"
+        raise VernierError(f"{told}; once that is mended, the same command goes on from it")
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
         inline.close()
@@ -364,26 +364,29 @@ def _tell_average(run: RunDir, clock: Clock, *, before: float | None, now: float
     run.add_event("ema", told, step=clock.step, rank=0)
 
 
-def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: int | None) -> None:
-    """Tells the first failure in `state.json`: torchrun turns every exit code into 1.
+def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: int | None, lock: RunLock) -> bool:
+    """Tells the first failure in `state.json`: torchrun turns every exit code into 1. Gives whether it stands there.
 
     Args:
         attempt: of this rank-group; None where it does not hold the run, or this rank does not know yet.
     """
-    if (ranks.first and attempt is None) or isinstance(error, StoppedByAnotherRank):
-        return
+    if (ranks.first and attempt is None) or isinstance(error, StoppedByAnotherRank) or not run.path.is_dir():
+        return False
     said = str(error).strip() or type(error).__name__
     if not isinstance(error, VernierError):
         said = f"{type(error).__name__}: {said.splitlines()[0]}"
+        if "by peer" in said:  # gloo's words for a rank that was killed; it could not say so itself
+            said = f"another rank has ended without a word, see logs/torchrun.log ({said})"
         traceback.print_exc()
     code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
     state = run.read_state()
-    if not run.path.is_dir() or (attempt is not None and state.get("attempt") != attempt):
-        return  # another attempt's by now
-    if state.get("failure") is not None or state.get("again") is not None:
-        return  # what another rank has told first is why this one fails
+    begun = attempt is not None and state.get("attempt") == attempt
+    if not lock.still_ours() if ranks.first else attempt is not None and not begun:
+        return False  # another attempt's by now
+    if (state.get("failure") is not None and begun) or (state.get("again") is not None and begun):
+        return True  # what another rank has told first is why this one fails
     if isinstance(error, StartAgain):
         run.write_state("stopping", exit_code=code, again=said)
-        return
+        return True
     run.add_event("failed", said, rank=ranks.rank)
-    run.record_failure(code, ranks.rank, said, begun=attempt is not None)
+    return run.record_failure(code, ranks.rank, said, begun=begun)

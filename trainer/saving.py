@@ -143,6 +143,7 @@ class Saver:
         self.ranks = replace(ranks, control=group)
         self.background, self.check_current, self.tell, self.given_up = background, check_current, tell, given_up
         self.failed = 0  # in a row
+        self.why = ""  # the last one did
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
 
@@ -187,6 +188,7 @@ class Saver:
             try:
                 job(self.ranks)
             except SaveFailed as error:
+                self.why = str(error)
                 if self.ranks.first:
                     self.tell(str(error), last)
                 if not last:

@@ -118,7 +118,6 @@ def write_snapshot(copied: SnapshotCopy, lm: Any, hf: Any, config: Config, ranks
     run = RunDir(config.run_dir)
 
     def own(part: Path) -> dict[str, Any]:
-        copied.memory.fill()
         reached("copied")
         names = {copied.files[shard]: tensors for shard, tensors in copied.kept.items()}
         return {
@@ -134,6 +133,7 @@ def write_snapshot(copied: SnapshotCopy, lm: Any, hf: Any, config: Config, ranks
         _write_index(part, copied, dtype)
         _put_in_place(copied.final, run, {**copied.manifest, "weights": fingerprint_of_digests(digests)}, hashes)
 
+    copied.memory.fill()  # first of all: the next update waits for it
     size = sum(tensor.nbytes for tensors in copied.kept.values() for tensor in tensors.values())
     write_together(copied.final, ranks, size, own, join)
 

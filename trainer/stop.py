@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -35,17 +35,23 @@ class Heard:
 
     first: float | None = None  # when, on the monotonic clock
     interrupt: bool = False
+    kinds: set[int] = field(default_factory=set)
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Takes the first signal for a wish to stop with a checkpoint, one that comes later for a wish to end now."""
+        """Takes the first signal for a wish to stop with a checkpoint, its like later for a wish to end now.
+
+        Another kind is no such wish: Slurm sends SIGUSR1 a minute before the time limit where asked to, and SIGTERM at
+        it, when the checkpoint may be half written.
+        """
         now = time.monotonic()
-        if self.first is not None and now - self.first > ONE_WISH_S:
+        if self.first is not None and now - self.first > ONE_WISH_S and number in self.kinds:
             # Nothing is tidied up or written: whoever held what that needs may be the code that was interrupted.
             told = f"{signal.Signals(number).name}, {now - self.first:.0f} s after the first signal: ending at once\n"
             os.write(2, told.encode())
             os._exit(128 + number)
         self.first = now if self.first is None else self.first
         self.interrupt |= number == signal.SIGINT
+        self.kinds.add(number)
 
 
 _heard = Heard()

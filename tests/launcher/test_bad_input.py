@@ -107,7 +107,7 @@ def test_a_run_that_another_process_holds_is_refused_with_its_holder(tiny_data: 
 
 def test_a_run_is_not_gone_on_with_as_another_experiment(tiny_run: Path, tiny_data: Path) -> None:
     said = refused("train", TINY, f"data.dir={tiny_data}", f"run.dir={tiny_run}", "seed=99")
-    assert "seed: the run was started with 3, not 99; use another run.dir, or --fresh" in said
+    assert "seed: the run was started with 3, not 99; --force-resume goes on all the same, --fresh starts anew" in said
 
 
 def test_more_steps_need_to_be_asked_for(tiny_run: Path, tiny_data: Path) -> None:

@@ -197,6 +197,7 @@ def test_a_second_trainer_started_by_hand_is_refused_and_a_stop_at_start_is_not_
 def test_gradients_that_are_never_finite_end_the_training_with_their_reason(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["optimizer.lr=1e30", "clip_grad_norm=null", "steps=400", "eval.placement=none"]
+    settings += ["guards.non_finite=101"]
     done = vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}", *settings, code=1)
     assert "the gradient was not finite 100 times in a row; lower optimizer.lr" in done.stderr
     skipped = [line for line in lines(run / "events.jsonl") if line["kind"] == "skipped"]

@@ -1,0 +1,63 @@
+"""After three kills TensorBoard has every step once, in the folder of either writer, by its own HTTP API."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, VERNIER, losses, vernier
+from test_going_on import at_step, gone_within, torchrun_of, wait_for
+
+STEPS = 300
+SETTINGS = [f"steps={STEPS}", "checkpoint.every=20", "snapshot.every=50", "eval.placement=separate"]
+
+
+def ask(url: str):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return json.loads(answer.read())
+    except OSError:
+        return None
+
+
+def test_no_step_is_shown_twice_and_none_is_missing(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    where = [TINY, *SETTINGS, f"data.dir={tiny_data}", f"run.dir={run}"]
+
+    def kill(after: int, whom: Callable[[], int] | None) -> None:
+        training = subprocess.Popen([*VERNIER, "train", *where], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        wait_for(at_step(run, after))
+        os.kill(training.pid if whom is None else whom(), signal.SIGKILL)
+        training.communicate(timeout=60)
+        gone_within(run, 10)
+
+    kill(70, None)
+    kill(130, lambda: torchrun_of(run, "trainer"))
+    kill(200, None)
+    vernier("train", *where)
+
+    board = subprocess.Popen([*VERNIER, "board", run], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert board.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:\d+/", board.stdout.readline())
+        assert address
+        api = address[0] + "data/plugin/scalars/"
+        deadline = time.monotonic() + 60
+        runs: dict = {}
+        while set(runs) != {"train", "eval"} and time.monotonic() < deadline:
+            time.sleep(0.5)
+            runs = ask(api + "tags") or {}
+        trained = ask(api + "scalars?run=train&tag=train/loss")
+        assert [step for _, step, _ in trained] == list(range(1, STEPS + 1))
+        assert [value for _, _, value in trained] == pytest.approx(losses(run), rel=1e-6)
+        scored = ask(api + "scalars?run=eval&tag=eval/loss")
+        assert [step for _, step, _ in scored] == list(range(0, STEPS + 1, 50))
+    finally:
+        board.send_signal(signal.SIGINT)
+        assert board.wait(20) == 0

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu [train] [score]`: on one GPU, training throughput by precision and ZeRO stage for a small
-Llama, and what scoring costs for a model in the shape of Qwen3-0.6B."""
+"""`python -m benchmarks.gpu [train] [determinism] [score]`: on one GPU, training throughput by precision and ZeRO stage
+for a small Llama, what `deterministic: true` costs it, and what scoring costs for a model in the shape of Qwen3-0.6B."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks.scoring import Case, in_own_process, known_ways, report_memory, 
 from configs.devices import gpu_count
 
 STEPS = 60
+ROUNDS = 3
 MODEL = (
     "model={type: llama, hidden_size: 768, intermediate_size: 2048, num_hidden_layers: 12, num_attention_heads: 12, "
 )
@@ -44,28 +45,41 @@ SCORING = Case(
 )
 
 
+def _prepared(folder: Path) -> list[str]:
+    """Settings that all trainings here share; their data is made."""
+    common = ["demo", MODEL, f"data.dir={folder / 'data'}", "sequence_length=1024", "data.vocab_size=8192", "nproc=1"]
+    subprocess.run([sys.executable, "-m", "launcher.cli", "prepare", *common], check=True)
+    fixed = [f"steps={STEPS}", "eval.placement=none", f"snapshot.every={STEPS}", "snapshot.at=[]"]
+    return [*common, *fixed, f"checkpoint.every={STEPS}", "batch.global=16", "batch.micro=16"]
+
+
+def _trained(run: Path, settings: list[str]) -> tuple[float, float]:
+    """(median tokens/s over the second half of the steps, peak memory in GiB)."""
+    subprocess.run([sys.executable, "-m", "launcher.cli", "train", *settings, f"run.dir={run}"], check=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["tokens_per_s"] for line in lines[STEPS // 2 :]), lines[-1]["memory_gib"]
+
+
 def train(folder: Path) -> None:
     """Prints tokens/s and peak memory of each combination of precision and stage."""
-    common = [
-        "demo",
-        MODEL,
-        f"data.dir={folder / 'data'}",
-        "sequence_length=1024",
-        "data.vocab_size=8192",
-        "nproc=1",
-    ]
-    subprocess.run([sys.executable, "-m", "launcher.cli", "prepare", *common], check=True)
+    common = _prepared(folder)
     for precision in ("bf16", "amp", "fp32"):
         for stage in (0, 2, 3):
-            run = folder / f"{precision}-{stage}"
-            settings = [f"run.dir={run}", f"steps={STEPS}", f"precision={precision}", f"zero.stage={stage}"]
-            settings += ["eval.placement=none", f"snapshot.every={STEPS}", "snapshot.at=[]", "checkpoint.every=60"]
-            settings += ["batch.global=16", "batch.micro=16"]
-            command = [sys.executable, "-m", "launcher.cli", "train", *common, *settings]
-            subprocess.run(command, check=True)
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            rate = statistics.median(line["tokens_per_s"] for line in lines[STEPS // 2 :])
-            print(f"{precision} ZeRO-{stage}: {rate:,.0f} tokens/s, {lines[-1]['memory_gib']:.2f} GiB", flush=True)
+            settings = [*common, f"precision={precision}", f"zero.stage={stage}"]
+            rate, memory = _trained(folder / f"{precision}-{stage}", settings)
+            print(f"{precision} ZeRO-{stage}: {rate:,.0f} tokens/s, {memory:.2f} GiB", flush=True)
+
+
+def determinism(folder: Path) -> None:
+    """Prints the throughput of deterministic training ÷ that of other training, in interleaved rounds."""
+    common = [*_prepared(folder), "precision=bf16", "zero.stage=2"]
+    ratios = []
+    for turn in range(ROUNDS):
+        on, off = (
+            _trained(folder / f"{value}-{turn}", [*common, f"deterministic={value}"])[0] for value in ("true", "false")
+        )
+        ratios.append(on / off)
+    print(f"deterministic: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) of the tokens/s")
 
 
 def score(folder: Path) -> None:
@@ -78,10 +92,10 @@ def score(folder: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs what was asked for, both by default."""
-    parts = {"train": train, "score": score}
+    parts = {"train": train, "determinism": determinism, "score": score}
     unknown = [name for name in arguments if name not in parts]
     if unknown:
-        print(f"benchmarks.gpu: {unknown[0]!r}; expected {' or '.join(parts)}", file=sys.stderr)
+        print(f"benchmarks.gpu: {unknown[0]!r}; expected {', '.join(parts)}", file=sys.stderr)
         return 2
     if gpu_count() == 0:
         print("benchmarks.gpu: no GPU is visible", file=sys.stderr)

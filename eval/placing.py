@@ -16,7 +16,6 @@ from eval.models import load_for_scoring
 from eval.objectives import make_scorer
 from eval.ranks import Ranks
 from eval.reference import ReferenceSet
-from eval.sharded import sharded_scorer
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
         scorer = make_scorer(how.objective, models[0], how.dtype, reference, ranks.device, trust_remote_code=trust)
     elif sharded:
         length = reference.sequence_length
+        from eval.sharded import sharded_scorer  # a second of imports, for those who need it
+
         scorer = sharded_scorer(models[0], how.dtype, length, ranks, trust_remote_code=trust)
     else:
         first, *others = (

@@ -27,6 +27,7 @@ from trainer.engine import grad_norm_before_step, set_learning_rate
 from trainer.guards import Guard, bent, starve
 from trainer.metrics import memory_gib
 from trainer.order import share_of, window_seeds, windows_at
+from trainer.saves import Due
 from trainer.schedule import learning_rate
 from trainer.stop import Asked, Requests
 from trainer.zero_state import refuse_update
@@ -41,18 +42,6 @@ class Hooks:
     before_update: Callable[[], None]  # waits until what is being saved is copied
     updated: Callable[[], None]  # the weights were updated; right after it, on the device's own time
     mark: Callable[[int], None]  # so many steps are made, the next begins
-
-
-@dataclass(frozen=True)
-class Due:
-    """What is to be saved at a step."""
-
-    snapshot: bool = False
-    checkpoint: bool = False
-    asked: bool = False  # somebody waits for it
-
-    def __bool__(self) -> bool:
-        return self.snapshot or self.checkpoint
 
 
 @dataclass

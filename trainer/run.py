@@ -9,9 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
-from configs.faults import reached
 from configs.load import batch_problems, dump_config, micro_batch
-from configs.rundir import RunDir, step_name
+from configs.rundir import RunDir
 from configs.schema import Config
 from configs.terminal import is_supervised
 from configs.whole import read_json, read_manifest, verify, write_atomic
@@ -28,7 +27,7 @@ from trainer.adaptations import (
 )
 from trainer.baseline import check_baseline
 from trainer.changes import check_changes, tell_forced
-from trainer.checkpoints import Clock, clear_up, copy_checkpoint, load_checkpoint, write_checkpoint
+from trainer.checkpoints import Clock, clear_up, load_checkpoint
 from trainer.data.prepare import load_dataset_facts
 from trainer.data.shards import Windows
 from trainer.dropout import WindowDropout
@@ -37,14 +36,12 @@ from trainer.engine import make_engine
 from trainer.guards import Guard, recent_losses
 from trainer.inline import InlineScoring
 from trainer.lock import RunLock
-from trainer.loop import Due, Hooks, train
+from trainer.loop import Hooks, train
 from trainer.metrics import Metrics, write_manifest
 from trainer.model import TrainableLM, check_model_settings, make_model, parameter_count
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
-from trainer.retention import thin_checkpoints, thin_snapshots
-from trainer.saving import HostCopy, Job, Saver
-from trainer.snapshots import copy_snapshot, weights_of, write_snapshot
+from trainer.saves import Due, RunSaves
 from trainer.watchdog import Watchdog
 
 
@@ -231,21 +228,21 @@ def _train(
             _tell_average(run, clock, before=written_by["ema_decay"], now=config.ema.decay)
         line = ProgressLine(console, config.steps, clock.step, run.events)
 
-    def save_failed(said: str, last: bool) -> None:
-        told = f"a save failed: {said}; " + (f"{_last_whole(run)}; training goes on" if last else "it is tried again")
-        run.add_event("save failed", told, rank=0)
+    def tell(line: str) -> None:
         if console is not None:
-            console.print(told, markup=False)
+            console.print(line, markup=False)
 
-    def save_no_more() -> None:
-        requests.stop = True
-
-    saver = Saver(
+    saves = RunSaves(
+        engine,
+        config,
+        hf,
         ranks,
-        background=config.checkpoint.background,
+        requests=requests,
+        average=average,
+        metrics=metrics,
+        passed_over=passed_over,
         check_current=lock.check_current,
-        tell=save_failed,
-        given_up=save_no_more,
+        tell=tell,
     )
 
     def observe(measured: dict[str, Any]) -> None:
@@ -254,48 +251,20 @@ def _train(
             line.step(measured)
         guard.observe(measured)
 
-    state, weights, averaged = HostCopy(), HostCopy(), HostCopy()
-
     def save(at: Clock, due: Due) -> None:
-        if due.asked:
-            requests.saving()
         watchdog.mark(at.step, "saving")
-        saver.wait()
-        jobs: list[Job] = []
-        if due.snapshot:
-            shown = copy_snapshot(engine, config, ranks, at, weights)
-            jobs.append(lambda group: write_snapshot(shown, engine.module.lm, hf, config, group))
-            if average is not None:
-                smooth = copy_snapshot(engine, config, ranks, at, averaged, average)
-                jobs.append(lambda group: write_snapshot(smooth, engine.module.lm, hf, config, group))
-        if due.checkpoint:
-            kept = copy_checkpoint(engine, ranks, at, state, average, sorted(passed_over))
-            before = metrics.sync if metrics is not None else lambda: None
-            jobs.append(lambda group: write_checkpoint(kept, run, group, before))
-        if metrics is not None:
-            metrics.flush()  # with the lines up to this step
-
-        def then() -> None:
-            _saved(run, config, ranks, at, due)
-            if due.asked:
-                requests.saved()
-
-        saver.submit(jobs, then)
+        saves.save(at, due)
         if inline is not None and due.snapshot:
-            saver.wait()
-            if not saver.failed:
+            source = saves.shown(at.step)
+            if source is not None:
                 with watchdog.paused("scoring"):
-                    inline.score(at.step, weights_of(shown.final))
-
-    def before_update() -> None:
-        for copied in (state, weights, averaged):
-            copied.wait_until_taken()
+                    inline.score(at.step, source)
 
     def updated() -> None:
         if average is not None:
             average.update()
 
-    guard = Guard(config, run, ranks, data, losses=losses, passed_over=passed_over, finish_saving=saver.wait)
+    guard = Guard(config, run, ranks, data, losses=losses, passed_over=passed_over, finish_saving=saves.wait)
     made = clock.step
 
     def mark(step: int) -> None:
@@ -303,7 +272,7 @@ def _train(
         made = step
         watchdog.mark(step)
 
-    hooks = Hooks(observe, save, before_update, updated, mark)
+    hooks = Hooks(observe, save, saves.before_update, updated, mark)
     try:
         clock, stopped, interrupted = train(engine, config, data, ranks, clock, requests, dropout, guard, hooks)
     except Exception as error:
@@ -311,10 +280,7 @@ def _train(
             raise
         after_out_of_memory(config, run, error, rank=ranks.rank, world=ranks.world, step=made + 1)
     watchdog.mark(clock.step, "saving")
-    saver.wait()
-    if saver.failed:
-        told = f"the checkpoint of step {clock.step} could not be written: {saver.why}; {_last_whole(run)}"
-        raise VernierError(f"{told}; once that is mended, the same command goes on from it")
+    saves.finish(clock.step)
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
         inline.close()
@@ -330,27 +296,6 @@ def _train(
     watchdog.stop()
     ranks.barrier()
     return code
-
-
-def _saved(run: RunDir, config: Config, ranks: Ranks, at: Clock, due: Due) -> None:
-    """What follows from a save that is on the disk."""
-    if not ranks.first:
-        return
-    if due.snapshot:
-        thin_snapshots(run, config)
-    if due.checkpoint:
-        run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
-        thin_checkpoints(run, config.checkpoint)
-    reached("thinned")
-    if due.asked:
-        told = f"saved on request: snapshot and checkpoint of step {at.step}"
-        run.add_event("saved on request", told, step=at.step, rank=0)
-
-
-def _last_whole(run: RunDir) -> str:
-    """Names the last good checkpoint, for whoever must go on from it."""
-    steps = run.whole_steps(run.checkpoints)
-    return f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
 
 
 def _tell_average(run: RunDir, clock: Clock, *, before: float | None, now: float | None) -> None:

@@ -69,3 +69,27 @@ def test_the_moving_average_is_kept_on_the_device_and_goes_on(tiny_data: Path, t
 def test_two_runs_are_the_same_bits_when_deterministic(tiny_data: Path, tmp_path: Path) -> None:
     first, second = (losses(train(tmp_path / name, tiny_data, "precision=bf16")) for name in "ab")
     assert first == second
+
+
+def test_a_save_in_the_background_leads_to_the_same_bits(tiny_data: Path, tmp_path: Path) -> None:
+    settings = ["precision=bf16", "zero.stage=3", "checkpoint.every=3", "checkpoint.keep=99", "snapshot.every=5"]
+    for background in ("true", "false"):
+        train(tmp_path / background, tiny_data, *settings, f"checkpoint.background={background}")
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+    for step in (3, 12, 20):  # what was copied while the next step ran is what stood there before it
+        files = [tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("true", "false")]
+        a, b = (file / "rank-00000.safetensors" for file in files)
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_dropout_does_not_depend_on_the_micro_batch(tiny_data: Path, tmp_path: Path) -> None:
+    settings = ["precision=fp32", "model.attention_dropout=0.2"]
+    found = [losses(train(tmp_path / micro, tiny_data, *settings, f"batch.micro={micro}")) for micro in ("16", "4")]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_out_of_memory_halves_the_micro_batch(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ["batch.global=65536", "batch.micro=65536", "steps=1", "schedule.warmup_steps=0", "checkpoint.every=1"]
+    vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}", "nproc=1", "eval.placement=none", *settings)
+    assert "out of memory" in {line["kind"] for line in lines(run / "events.jsonl")}

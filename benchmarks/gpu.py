@@ -1,5 +1,5 @@
 """`python -m benchmarks.gpu [train] [determinism] [score]`: on one GPU, training throughput by precision and ZeRO stage
-for a small Llama, what `deterministic: true` costs it, and what scoring costs for a model in the shape of Qwen3-0.6B."""
+for a small Llama, what `deterministic: true` costs it, and what scoring costs in the shape of Qwen3-0.6B."""
 
 from __future__ import annotations
 

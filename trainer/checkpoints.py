@@ -64,21 +64,23 @@ def copy_checkpoint(
 
     No update may be made before `memory.wait_until_taken`.
     """
-    memory.refill()
+    owned = list(zero_state.fragments(engine))
+    saved = set(engine.module.lm.state_dict(keep_vars=True)) if ranks.first else set()
+    buffers = [(name, buffer) for name, buffer in engine.module.lm.named_buffers() if name in saved]
+    kinds = len(zero_state.KINDS) + (average is not None)
+    size = kinds * 4 * sum(fragment.length for fragment in owned) + sum(buffer.nbytes for _, buffer in buffers)
+    memory.refill(kinds * len(owned) + len(buffers), size)
     tensors: dict[str, torch.Tensor] = {}
     index: dict[str, Any] = {}
-    for fragment in zero_state.fragments(engine):
+    for fragment in owned:
         index[fragment.name] = {"shape": fragment.shape, "start": fragment.start, "length": fragment.length}
         for kind, value in zero_state.values(engine, fragment).items():
             tensors[f"{kind}/{fragment.name}"] = memory.take(value, torch.float32, later=True)
     if average is not None:
         for name, held in average.fragments():
             tensors[f"ema/{name}"] = memory.take(held, torch.float32, later=True)
-    if ranks.first:
-        kept = engine.module.lm.state_dict(keep_vars=True)
-        for name, buffer in engine.module.lm.named_buffers():
-            if name in kept:
-                tensors[f"buffer/{name}"] = memory.take(buffer, buffer.dtype)
+    for name, buffer in buffers:
+        tensors[f"buffer/{name}"] = memory.take(buffer, buffer.dtype)
     memory.seal()
     facts = {
         "version": VERSION,

@@ -78,10 +78,12 @@ def copy_snapshot(
     Args:
         average: take this instead of the weights, for the run's `ema/`.
     """
-    memory.refill()
     run = RunDir(config.run_dir)
     dtype = dtype_of(config)
     pieces = list(_pieces(engine, ranks.world, DTYPES[dtype].itemsize))
+    here = [piece.tensor for piece in pieces if piece.shard % ranks.world == ranks.rank]
+    size = sum(math.prod(zero_state.full_shape(tensor)) * _kind(tensor, dtype).itemsize for tensor in here)
+    memory.refill(len(here), size)
     kept = _kept_here(engine, pieces, ranks, dtype, _whole_weight(engine, config, average), memory)
     memory.seal()
     files = dict(_files(pieces))
@@ -192,8 +194,7 @@ def _kept_here(
 
     def keep(piece: Piece, tensor: torch.Tensor) -> None:
         if piece.shard % ranks.world == ranks.rank:
-            kind = DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype
-            kept.setdefault(piece.shard, {})[piece.name] = memory.take(tensor, kind)
+            kept.setdefault(piece.shard, {})[piece.name] = memory.take(tensor, _kind(tensor, dtype))
 
     for group in _gather_groups(pieces):
         as_held = [piece for piece in group if whole_weight is None or not _trained(piece.tensor)]
@@ -205,6 +206,12 @@ def _kept_here(
                 if _trained(piece.tensor):
                     keep(piece, whole_weight(piece))
     return kept
+
+
+def _kind(tensor: Any, dtype: str) -> torch.dtype:
+    """What a tensor is in a snapshot: a buffer of integers stays one."""
+    kind: torch.dtype = DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype
+    return kind
 
 
 def _trained(tensor: Any) -> bool:

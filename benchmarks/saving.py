@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 12
-PLAIN_STEPS = 6  # between two saves: enough for a save in the background to end
+ROUNDS = 16
+PLAIN_STEPS = 4  # before and after a save in the background
 MODEL = ["model.hidden_size=512", "model.intermediate_size=2048", "model.num_hidden_layers=6"]
 MODEL += ["model.num_attention_heads=8", "model.num_key_value_heads=8"]
-SETTINGS = ["nproc=1", "threads_per_rank=1", "eval.placement=none", "batch.global=4", "batch.micro=4", *MODEL]
+SETTINGS = ["nproc=1", "threads_per_rank=1", "eval.placement=none", "batch.global=1", "batch.micro=1", *MODEL]
 
 
 def measure(data: Path, run_dir: Path) -> None:
@@ -45,6 +45,7 @@ def measure(data: Path, run_dir: Path) -> None:
     windows = Windows(config.data_dir, config.sequence_length)
     memory = HostCopy()
     position = 0
+    waits: list[float] = []
 
     def step() -> float:
         nonlocal position
@@ -52,7 +53,9 @@ def measure(data: Path, run_dir: Path) -> None:
         chosen = windows_at(position, batch=config.batch.global_, windows=len(windows), seed=config.seed)
         for ids_BT, target_BT, *_ in micro_batches(windows, chosen, config, ranks, position, config.batch.micro):
             engine.backward(engine(ids_BT, target_BT))
+            at = time.perf_counter()
             memory.wait_until_taken()
+            waits.append(time.perf_counter() - at)
             engine.step()
         position += 1
         return time.perf_counter() - started
@@ -74,33 +77,45 @@ def measure(data: Path, run_dir: Path) -> None:
     for _ in range(3):
         step()
     save(False)  # the first one makes the memory that the others use again
-    found: dict[str, list[float]] = {"stall": [], "around": [], "blocking": [], "stall/blocking": []}
-    found["around/blocking"] = []
-    plain = statistics.median(step() for _ in range(PLAIN_STEPS))
+    found: dict[str, list[float]] = {name: [] for name in ("blocking", "waited", "added", "until written")}
+    shares: dict[str, list[float]] = {name: [] for name in ("waited", "added", "until written")}
     for _ in range(ROUNDS):
         blocking = save(False)
-        plain = statistics.median(step() for _ in range(PLAIN_STEPS))
-        stall = save(True) + step() - plain  # the step waits, before its update, for what is not copied yet
-        ended: float = 0.0
+        plain = [step() for _ in range(PLAIN_STEPS)]
+        taken = save(True)
+        waits.clear()
+        first = step()  # waits, before its update, for what is not copied yet
+        more = 0
         writer: Any = savers[True].thread
-        while writer.is_alive():  # what the writer takes from the steps beside it
-            ended += step() - plain
+        started = time.perf_counter()
+        while writer.is_alive():
+            step()
+            more += 1
+        beside = time.perf_counter() - started
         savers[True].wait()
-        for name, value in (("stall", stall), ("around", stall + ended), ("blocking", blocking)):
+        plain += [step() for _ in range(PLAIN_STEPS)]
+        usual = statistics.median(plain)
+        figures = {"waited": taken + sum(waits), "added": taken + first - usual}
+        figures["until written"] = figures["added"] + beside - more * usual
+        found["blocking"].append(blocking)
+        for name, value in figures.items():
             found[name].append(value)
-        found["stall/blocking"].append(stall / blocking)
-        found["around/blocking"].append((stall + ended) / blocking)
+            shares[name].append(value / blocking)
         for old in run.checkpoints.glob("step-*"):
             subprocess.run(["rm", "-r", str(old)], check=True)
 
-    def told(name: str, unit: str = "", scale: float = 1.0) -> str:
-        values = sorted(scale * value for value in found[name])
-        return f"{statistics.median(values):.1f}{unit} ({values[0]:.1f} to {values[-1]:.1f})"
+    def told(values: list[float], unit: str, scale: float) -> str:
+        low, middle, high = statistics.quantiles(values, n=4)
+        return f"{scale * middle:.1f}{unit} (quartiles {scale * low:.1f} to {scale * high:.1f})"
 
-    print(f"{parameters:,} parameters, {12 * parameters / 2**20:,.0f} MiB of state, step {1e3 * plain:.0f} ms")
-    print(f"a blocking save                        {told('blocking', ' ms', 1e3)}")
-    print(f"added to the step where a save starts  {told('stall', ' ms', 1e3)} = {told('stall/blocking', ' %', 100)}")
-    print(f"the same, and what steps lost until it was written  {told('around/blocking', ' %', 100)}")
+    print(f"{parameters:,} parameters, {12 * parameters / 2**20:,.0f} MiB of state, step {1e3 * usual:.0f} ms")
+    print(f"a blocking save: {told(found['blocking'], ' ms', 1e3)}")
+    for name, what in (
+        ("waited", "the step in which a save starts is held up"),
+        ("added", "that step takes longer, the writer's share of the machine included"),
+        ("until written", "all steps together, until it is written"),
+    ):
+        print(f"{what}: {told(found[name], ' ms', 1e3)} = {told(shares[name], ' %', 100)} of a blocking one")
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def measure(data: Path, run_dir: Path) -> None:
         position += 1
         return time.perf_counter() - started
 
-    def fail(said: str, _last: bool) -> None:
+    def fail(said: str, _last: bool, _ends: bool) -> None:
         raise RuntimeError(said)
 
     def saver(background: bool) -> Saver:
@@ -71,7 +71,7 @@ def measure(data: Path, run_dir: Path) -> None:
     def save(background: bool) -> float:
         started = time.perf_counter()
         copied = copy_checkpoint(engine, ranks, Clock(step=position), memory)
-        savers[background].submit([lambda group: write_checkpoint(copied, run, group)], lambda: None)
+        savers[background].submit([lambda group: write_checkpoint(copied, run, group)], [memory], lambda good: None)
         return time.perf_counter() - started
 
     for _ in range(3):

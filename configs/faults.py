@@ -20,7 +20,8 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
-# The phases of a save, in their order; every rank reaches the first three, rank 0 the others.
+# The phases of a save, in their order. The first three are for every rank (`unsynced` once a file, so perhaps never);
+# the others for rank 0.
 SAVE_POINTS = ("copied", "unsynced", "written", "told", "hashed", "renamed", "thinned")
 
 

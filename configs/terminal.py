@@ -6,10 +6,41 @@ file again by its path would not do: two openings of a log overwrite each other'
 
 from __future__ import annotations
 
+import io
 import os
-from typing import TextIO
+from contextlib import suppress
+from typing import TextIO, cast
 
 _VARIABLE = "VERNIER_TERMINAL"
+
+
+class _Patient(io.TextIOBase):
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+
+def that_may_go(stream: TextIO) -> TextIO:
+    """`stream`, but what cannot be said is left unsaid: a terminal that is closed, or a pipe, must end no training."""
+    return cast(TextIO, _Patient(stream))
 
 
 def lend_terminal(environment: dict[str, str]) -> None:
@@ -31,4 +62,4 @@ def lent_terminal() -> TextIO | None:
     """The stream that the `vernier` which started this process has lent it, if any."""
     if os.environ.get(_VARIABLE) != "stdin":
         return None
-    return os.fdopen(os.dup(0), "w", buffering=1, encoding="utf-8", errors="replace")
+    return that_may_go(os.fdopen(os.dup(0), "w", buffering=1, encoding="utf-8", errors="replace"))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import VernierError
-from configs.terminal import lent_terminal
+from configs.terminal import lent_terminal, that_may_go
 
 WORDS = 512  # bytes that a rank may use to say what it found
 
@@ -241,7 +241,9 @@ def log_to_file(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    console = lent_terminal() or os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
+    console = lent_terminal()
+    if console is None:
+        console = that_may_go(os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace"))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

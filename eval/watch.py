@@ -9,6 +9,7 @@ from typing import Any
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name, step_of
 from configs.schema import Config
+from configs.whole import MANIFEST
 from eval.board import EvalBoard
 from eval.journal import Journal, clear
 from eval.models import check_fits, check_model, weights_fingerprint
@@ -45,7 +46,7 @@ class RunScores:
     def __init__(self, run: RunDir, reference: ReferenceSet, dtype: str) -> None:
         self.run, self.reference, self.dtype = run, reference, dtype
         self.board: EvalBoard | None = None
-        self.refused: set[int] = set()
+        self.refused: dict[int, int] = {}  # steps, and when their snapshot was written; another of that step counts
 
     def scored(self) -> list[int]:
         """Steps that have their table, ascending; the snapshots of some may be gone."""
@@ -55,16 +56,23 @@ class RunScores:
     def next_step(self) -> int | None:
         """The earliest snapshot without a table."""
         for step in self.run.whole_steps(self.run.snapshots):
-            if step not in self.refused and not self._path(step).is_file():
+            if not self._path(step).is_file() and self.refused.get(step, -1) != self._written(step):
                 return step
         return None
+
+    def _written(self, step: int) -> int:
+        """When a snapshot was written, in ns; 0 where it is not there (it is being replaced, say)."""
+        try:
+            return (self.run.snapshots / step_name(step) / MANIFEST).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _path(self, step: int) -> Path:
         return table_path(self.run, self.reference, step, self.dtype)
 
     def refuse(self, step: int, why: str) -> None:
         """Passes over a snapshot that cannot be scored, and says so once."""
-        self.refused.add(step)
+        self.refused[step] = self._written(step)
         self.run.add_event("not scored", why, step=step)
 
     def before(self, step: int) -> tuple[LossTable | None, int]:

@@ -13,6 +13,7 @@ import typer
 
 from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VernierError
 from configs.parent import end_at_once
+from configs.terminal import that_may_go
 
 app = typer.Typer(
     name="vernier",
@@ -249,7 +250,9 @@ def status(
 def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is not imported for its name alone
     from rich.console import Console
 
-    return Console(stderr=not out, highlight=False, soft_wrap=not out)
+    if out:
+        return Console(highlight=False)
+    return Console(file=that_may_go(sys.stderr), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

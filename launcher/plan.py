@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from configs.devices import gpu_count
-from configs.errors import EXIT_DONE
+from configs.errors import EXIT_DONE, DataError
 from configs.host_memory import (
     SavingCopy,
     TrainingState,
@@ -144,7 +144,12 @@ def snapshot_dtype(config: Config) -> str:
 
 def _data_facts(config: Config) -> dict[str, Any] | None:
     path = config.data_dir / "dataset.json"
-    return dict(read_json(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("vocab_size"), int):
+        raise DataError(f"data.dir: {path} is not what `vernier prepare` writes; prepare the data again with --fresh")
+    return found
 
 
 def machine_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

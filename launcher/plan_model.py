@@ -37,10 +37,20 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
     settings = config.model
     notes: list[str] = []
     if settings.path is not None:
-        described = read_json(settings.path / "config.json")
+        home = settings.path
+        if not (home / "config.json").is_file():
+            from trainer.weights import find_step  # torch comes with it
+
+            step = find_step(home)
+            if step is None:
+                raise ConfigError(
+                    f"model.path: {home} has no config.json; expected a Hugging Face model directory or RUN@STEP"
+                )
+            home = step.home
+        described = read_json(home / "config.json")
         count = _counted(described)
         if count is None:
-            count = _stored_parameters(settings.path)
+            count = _stored_parameters(home)
             notes.append("counted as stored in its safetensors files")
         return Model(str(described.get("model_type") or settings.path.name), count, tuple(notes))
     facts = data

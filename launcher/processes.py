@@ -14,7 +14,7 @@ from configs.parent import kill_with_parent
 from configs.terminal import is_lent, lend_terminal
 
 TERM_GRACE_S = 5.0
-SAVE_PATIENCE_S = 300  # for ranks asked to stop: a step, a checkpoint and its fsync
+SAVE_PATIENCE_S = 600  # for ranks asked to stop: the save in flight, a step, a checkpoint, each with its fsync
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without its handler the last two kill torchrun itself
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from configs.errors import EXIT_DONE, DataError
+from configs.rundir import RunDir
 from launcher.event_table import SHOWN, event_rows, print_events, printable
 from launcher.run_facts import RunFacts, all_runs, duration, facts_of, find_run, finite, read_events
 from launcher.verdict_words import new_table, plus_minus, print_table, say
@@ -39,8 +40,7 @@ def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bo
         raise DataError("status: no runs under runs/; name one: vernier status RUN")
     found = []
     for run in chosen:
-        told = read_events(run)
-        found.append((facts_of(run, told), told))
+        found.append(_facts(run))
     if json_out:
         content = [{**facts.to_json(), **({"events": finite(told)} if events else {})} for facts, told in found]
         print(json.dumps(content if len(content) > 1 else content[0], indent=2, allow_nan=False))
@@ -54,6 +54,17 @@ def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bo
     else:
         _print_block(found[0][0], console)
     return EXIT_DONE
+
+
+def _facts(run: RunDir) -> tuple[RunFacts, list[dict[str, Any]]]:
+    """(how a run stands, its events); a file that is not as we write it must not hide the other runs."""
+    told: list[dict[str, Any]] = []
+    try:
+        told = [event for event in read_events(run) if isinstance(event.get("detail"), dict)]
+        return facts_of(run, told), told
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        said = f"cannot be read: {type(error).__name__}: {error}"
+        return RunFacts(str(run.path), run.path.name, "unreadable", said), told
 
 
 def _print_block(facts: RunFacts, console: Console) -> None:

@@ -14,19 +14,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, VernierError
 from configs.load import dump_config, load_config, resolve
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.whole import read_json, write_atomic
 from launcher.processes import SAVE_PATIENCE_S, end, last_lines, start, torchrun
 from trainer.lock import check_free, kept_free, sole_starter
+from trainer.stop import ONE_WISH_S
 
 POLL_S = 0.2
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
@@ -42,6 +43,7 @@ class Interrupts:
 
     count: int = 0
     by_ctrl_c: bool = False
+    heard: dict[int, float] = field(default_factory=dict)  # when each kind came first
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -50,7 +52,11 @@ class Interrupts:
             signal.signal(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.count += 1
+        now = time.monotonic()
+        first = self.heard.setdefault(number, now)
+        # Else one wish, heard twice: by `timeout`, systemd or Slurm, each of which may signal more than once.
+        if not self.count or number == signal.SIGINT or now - first > ONE_WISH_S:
+            self.count += 1
         self.by_ctrl_c |= number == signal.SIGINT
 
 
@@ -79,17 +85,17 @@ def run_train(source: str, overrides: list[str], how: Resume, *, wait: bool, con
     group = EvalGroup(config, run, console) if config.eval.placement == "separate" else None
     interrupts = Interrupts()
     interrupts.listen()
-    if finished(run, config):
-        tell(f"{run.path} is finished (step {config.steps})")
-        code = EXIT_DONE
-    else:
-        with sole_starter(run):
+    with sole_starter(run):  # until the last score: two evaluators would write every table twice
+        if finished(run, config):
+            tell(f"{run.path} is finished (step {config.steps})")
+            code = EXIT_DONE
+        else:
             _explain_extension(config, run, how.extend, console)
             code = _train(config, run, group, interrupts, how, console)
-    if code == EXIT_DONE and group is not None:
-        code = _wait_for_scores(group, run, interrupts, wait=wait, console=console)
-    if group is not None:
-        group.end()
+        if code == EXIT_DONE and group is not None:
+            code = _wait_for_scores(group, run, interrupts, wait=wait, console=console)
+        if group is not None:
+            group.end()
     if code == EXIT_DONE and config.eval.placement != "none":
         _print_scores(run, console)
     return code
@@ -124,9 +130,10 @@ class EvalGroup:
 
     def start(self) -> None:
         settings = self.config.eval
-        arguments = [str(self.run.path / "eval-config.yaml")]
-        write_atomic(Path(arguments[0]), dump_config(self.config))
-        command, environment = torchrun("eval", arguments, nproc=settings.nproc, threads=settings.threads_per_rank)
+        given = self.run.path / "eval-config.yaml"
+        if self.process is None:  # written once: its restart must not need room on the disk
+            write_atomic(given, dump_config(self.config))
+        command, environment = torchrun("eval", [str(given)], nproc=settings.nproc, threads=settings.threads_per_rank)
         self.process = start(command, environment, self.run.logs / "eval-torchrun.log")
 
     def tables(self) -> set[str]:
@@ -155,11 +162,17 @@ class EvalGroup:
             self._note_death(code)
         if not self.given_up and time.monotonic() >= self.next_start:
             self.next_start = 0.0
-            self.start()
+            try:
+                self.start()
+            except OSError:  # no room for its log, say; it ends no training
+                self.next_start = time.monotonic() + 30.0
         return not self.given_up
 
     def _note_death(self, code: int) -> None:
-        scored = len(self.tables())
+        try:
+            scored = len(self.tables())
+        except VernierError:  # the reference set cannot be read at this moment
+            scored = self.scored_at_death
         progress = scored > self.scored_at_death
         self.scored_at_death = scored
         self.deaths = 1 if progress else self.deaths + 1
@@ -187,10 +200,10 @@ def _train(
         trainer = _start_ranks(config, run, how)
         if group is not None and group.process is None:
             group.start()
-        _watch(trainer, run, group, interrupts, console)
+        killed = _watch(trainer, run, group, interrupts, console)
         why = run.read_state().get("again")
         if not why:
-            return _outcome(run, trainer.returncode, interrupts, console)
+            return _outcome(run, trainer.returncode, killed, interrupts, console)
         if interrupts.count:
             console.print(f"stopped ({why}); the same command goes on", markup=False)
             return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
@@ -220,42 +233,53 @@ def _start_ranks(config: Config, run: RunDir, how: Resume) -> subprocess.Popen[b
 
 def _watch(
     trainer: subprocess.Popen[bytes], run: RunDir, group: EvalGroup | None, interrupts: Interrupts, console: Console
-) -> None:
-    """Waits until the ranks have ended: asks them to stop when the user does, kills those that hang."""
-    told, deadline = 0, math.inf
-    looked, ended = 0.0, math.inf
+) -> str:
+    """Waits until the ranks have ended: asks them to stop when the user does, kills those that hang.
+
+    Gives why it killed them, "" where it did not.
+    """
+    told, deadline, why = 0, math.inf, ""
+    looked, ended, killed = 0.0, math.inf, ""
     while trainer.poll() is None:
         now = time.monotonic()
         if interrupts.count > told:
             told = interrupts.count
             if told == 1:
-                write_atomic(run.stop_request, "interrupt" if interrupts.by_ctrl_c else "stop")
-                deadline = now + SAVE_PATIENCE_S
+                try:
+                    write_atomic(run.stop_request, "interrupt" if interrupts.by_ctrl_c else "stop")
+                except OSError:  # a full disk; torchrun hands the signal on
+                    trainer.send_signal(signal.SIGINT if interrupts.by_ctrl_c else signal.SIGTERM)
+                deadline, why = now + SAVE_PATIENCE_S, f"{SAVE_PATIENCE_S} s after they were asked to stop"
                 console.print("stopping after this step, with a checkpoint (again: at once)", markup=False)
             else:
-                deadline = now
+                deadline, why = now, "when asked to stop a second time"
         if now - looked > STATE_S:
             looked = now
             over = run.read_state().get("exit_code") is not None
             ended = min(ended, now) if over else math.inf
-        if now - ended > HANGING_S:
+        if now - ended > HANGING_S and deadline > now:
             run.add_event("killed", f"ranks had not ended {HANGING_S:.0f} s after the run's last word")
-            deadline = now
+            deadline, why = now, "after the run's last word"
         if now >= deadline:
             trainer.kill()  # its ranks die with it; the last whole checkpoint stays
+            killed = why
         if group is not None and not told:  # whoever signals every process of a job hits the evaluator too
             group.look_after(training=True)
         time.sleep(POLL_S)
+    return killed
 
 
-def _outcome(run: RunDir, returncode: int, interrupts: Interrupts, console: Console) -> int:
+def _outcome(run: RunDir, returncode: int, killed: str, interrupts: Interrupts, console: Console) -> int:
     state = run.read_state()
     code = state.get("exit_code")
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
         how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
         with kept_free(run, patience_s=DYING_S):  # held by another trainer, which was quicker: the state is its own
-            _fail(run, code, f"the training ranks ended without a word (torchrun: {how})", console)
+            told = f"the training ranks ended without a word (torchrun: {how})"
+            if killed:
+                told = f"the training ranks were killed {killed}, before their checkpoint was whole"
+            _fail(run, code, told, console)
         if code == EXIT_FAILED and returncode > 0:
             console.print(last_lines(run.logs / "torchrun.log"), markup=False)
         return int(code)

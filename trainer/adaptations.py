@@ -16,6 +16,7 @@ from configs.load import micro_batch
 from configs.rundir import RunDir
 from configs.schema import Config
 from configs.whole import read_json, write_atomic
+from eval.ranks import Ranks, StoppedByAnotherRank
 
 FILE = "adapted.json"
 
@@ -57,6 +58,28 @@ def read_adaptations(run: RunDir) -> Adaptations:
     problem = _problem(found)
     if problem is not None:
         raise DataError(f"{path}: {problem}; remove it, and the run goes on as its config says")
+    return Adaptations(**{**found, "passed_over": tuple(found["passed_over"])})
+
+
+def shared_adaptations(run: RunDir, ranks: Ranks) -> Adaptations:
+    """What the first rank reads, on every rank: another node may see an older file for a moment. A collective.
+
+    Raises:
+        DataError: as `read_adaptations`.
+    """
+    text, problem = b"", ""
+    if ranks.first:
+        try:
+            text = json.dumps(asdict(read_adaptations(run))).encode()
+        except DataError as error:
+            problem = str(error)
+    _, words = ranks.first_words(problem)
+    if words:
+        raise DataError(words) if ranks.first else StoppedByAnotherRank(words)
+    box = torch.zeros(ranks.broadcast_int(len(text)), dtype=torch.uint8)
+    if ranks.first:
+        box = torch.tensor(list(text), dtype=torch.uint8)
+    found = json.loads(bytes(ranks.broadcast(box).tolist()))
     return Adaptations(**{**found, "passed_over": tuple(found["passed_over"])})
 
 

@@ -43,13 +43,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class CheckpointCopy:
-    """What a checkpoint will hold, out of reach of further training."""
+    """What a checkpoint will hold, out of reach of further training once its host copy is filled."""
 
     clock: Clock
     tensors: dict[str, torch.Tensor]  # of this rank, in host memory
     index: dict[str, Any]  # which range of which parameter each of them is
     facts: dict[str, Any]
-    memory: HostCopy
 
 
 def copy_checkpoint(
@@ -93,7 +92,7 @@ def copy_checkpoint(
         "ema_decay": None if average is None else average.decay,
         "passed_over": list(passed_over),
     }
-    return CheckpointCopy(clock, tensors, index, facts, memory)
+    return CheckpointCopy(clock, tensors, index, facts)
 
 
 def write_checkpoint(
@@ -125,7 +124,6 @@ def write_checkpoint(
         (part / STATE).write_text(json.dumps(state))
         _put_in_place(final, copied.clock.step, {_file_name(rank): one["sha256"] for rank, one in enumerate(told)})
 
-    copied.memory.fill()  # first of all: the next update waits for it
     size = sum(tensor.nbytes for tensor in copied.tensors.values())
     write_together(final, ranks, size, own, join)
 
@@ -167,7 +165,12 @@ def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
     if final.exists():  # of this very step: the new one is whole on disk before the old one goes
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    commit(final, {"kind": "checkpoint", "step": step}, hashes)
+    try:
+        commit(final, {"kind": "checkpoint", "step": step}, hashes)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 

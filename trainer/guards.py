@@ -158,7 +158,8 @@ class Guard:
             self._go_back(clock.step + 1)
         if clock.idle >= MOST_SKIPPED:
             raise VernierError(
-                f"step {clock.step + 1}: the gradient was not finite {clock.idle} times in a row; lower optimizer.lr"
+                f"step {clock.step + 1}: no update could be made with {clock.idle} batches in a row, the last of them "
+                "because its gradient was not finite; lower optimizer.lr"
             )
 
     def observe(self, line: dict[str, Any]) -> None:

@@ -94,6 +94,7 @@ def train(
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for ids_BT, target_BT, seeds in micro_batches(data, windows, config, ranks, clock.position, micro):
+            hooks.mark(clock.step)
             starve(config, len(ids_BT))
             with dropout.windows(seeds):  # a function of each window's place in the data, not of rank or history
                 loss = bent(engine(ids_BT, target_BT), clock.position)

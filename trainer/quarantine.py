@@ -61,16 +61,24 @@ def find_whole_checkpoint(run: RunDir, ranks: Ranks) -> tuple[Path | None, list[
         if ranks.first:
             _move_aside(run, damaged[-1])
         ranks.barrier()
-    lost = ranks.broadcast_int(int(ranks.first and any(run.quarantine.glob("step-*"))))
-    if not lost:
+    # The event comes after the checkpoint is there, and the newest is never thinned out: somebody has removed it.
+    lost = ranks.first and (
+        any(run.quarantine.glob("step-*")) or any(e["kind"] == "checkpoint" for e in run.read_events())
+    )
+    if not ranks.broadcast_int(int(lost)):
         return None, damaged
     if not ranks.first:
         raise StoppedByAnotherRank(f"{run.path}: no whole checkpoint")
     told = f" ({'; '.join(map(str, damaged))})" if damaged else ""
     raise ConfigError(
-        f"run.dir: {run.path} has no whole checkpoint left, only damaged ones in {run.quarantine.name}/{told}; "
+        f"run.dir: {run.path} has no whole checkpoint left{_where(run)}{told}; "
         f"put a good copy of one into {run.checkpoints.name}/, or start anew with --fresh"
     )
+
+
+def _where(run: RunDir) -> str:
+    there = any(run.quarantine.glob("step-*"))
+    return f", only damaged ones in {run.quarantine.name}/" if there else ", though it has written some"
 
 
 def damage(directory: Path, step: int) -> tuple[str, str] | None:
@@ -108,7 +116,7 @@ def damage(directory: Path, step: int) -> tuple[str, str] | None:
 
 
 def _named_files(manifest: Any, step: int) -> dict[str, Any] | None:
-    """The files with their hashes, if this is a manifest as `save_checkpoint` writes it; else a bit of it is wrong."""
+    """The files with their hashes, if this is a manifest as `write_checkpoint` writes it; else a bit of it is wrong."""
     if not isinstance(manifest, dict) or (manifest.get("kind"), manifest.get("step")) != ("checkpoint", step):
         return None
     files = manifest.get("files")

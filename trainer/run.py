@@ -10,7 +10,7 @@ from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
 from configs.load import batch_problems, dump_config, micro_batch
-from configs.rundir import RunDir
+from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.terminal import is_supervised
 from configs.whole import read_json, read_manifest, verify, write_atomic
@@ -23,7 +23,7 @@ from trainer.adaptations import (
     after_out_of_memory,
     is_out_of_memory,
     no_memory,
-    read_adaptations,
+    shared_adaptations,
 )
 from trainer.baseline import check_baseline
 from trainer.changes import check_changes, tell_forced
@@ -42,6 +42,7 @@ from trainer.model import TrainableLM, check_model_settings, make_model, paramet
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
 from trainer.saves import Due, RunSaves
+from trainer.snapshots import weights_of
 from trainer.watchdog import Watchdog
 
 
@@ -119,6 +120,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
                 run.path.mkdir(parents=True, exist_ok=True)
                 attempt = int(run.read_state().get("attempt", 0)) + 1
                 lock.acquire(attempt)
+                run.write_state(None, exit_code=None, failure=None, again=None)  # what stands there is of another start
             except BaseException:
                 attempt = None  # another trainer's run: its state is not ours to write
                 ranks.agree(False)
@@ -149,7 +151,12 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
 def begin_run(run: RunDir, config: Config, attempt: int) -> None:
     """Writes what a run directory starts with."""
     for folder in (run.checkpoints, run.snapshots, run.losses, run.logs):
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise ConfigError(
+                f"run.dir: {folder} is no directory, or a link that leads nowhere; is its disk there?"
+            ) from None
     if not run.config.is_file():  # else once the checkpoint is found to fit
         write_atomic(run.config, dump_config(config), durable=True)
     run.write_state("running", attempt=attempt, exit_code=None, failure=None, again=None, steps=config.steps)
@@ -168,7 +175,7 @@ def _train(
 ) -> int:
     if ranks.first:
         clear_up(run)
-    adaptations = read_adaptations(run)
+    adaptations = shared_adaptations(run, ranks)
     given, config = config, adapted(config, adaptations)
     watchdog = Watchdog(run, ranks, config.guards.hang_s)
     watchdog.start()
@@ -252,19 +259,34 @@ def _train(
         guard.observe(measured)
 
     def save(at: Clock, due: Due) -> None:
-        watchdog.mark(at.step, "saving")
-        saves.save(at, due)
-        if inline is not None and due.snapshot:
-            source = saves.shown(at.step)
-            if source is not None:
+        try:
+            # A disk may be slow for as long as it likes; a rank that is frozen or dead is seen all the same.
+            with watchdog.paused("saving"):
+                saves.save(at, due)
+            if inline is not None and due.snapshot:
                 with watchdog.paused("scoring"):
-                    inline.score(at.step, source)
+                    source = saves.shown(at.step)
+                    if source is not None:
+                        inline.score(at.step, source)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            doing = f"saving or scoring step {at.step}"  # a smaller micro-batch would not help
+            raise no_memory(config, rank=ranks.rank, world=ranks.world, doing=doing) from error
 
     def updated() -> None:
         if average is not None:
             average.update()
 
-    guard = Guard(config, run, ranks, data, losses=losses, passed_over=passed_over, finish_saving=saves.wait)
+    def finish_saving() -> None:
+        with watchdog.paused("saving"):
+            saves.wait()
+
+    guard = Guard(config, run, ranks, data, losses=losses, passed_over=passed_over, finish_saving=finish_saving)
+    if inline is not None and checkpoint is not None:  # killed between the checkpoint and the score of this step?
+        with watchdog.paused("scoring"):
+            if ranks.broadcast_int(int(ranks.first and clock.step in run.whole_steps(run.snapshots))):
+                inline.score(clock.step, weights_of(run.snapshots / step_name(clock.step)))
     made = clock.step
 
     def mark(step: int) -> None:
@@ -279,8 +301,8 @@ def _train(
         if not is_out_of_memory(error):
             raise
         after_out_of_memory(config, run, error, rank=ranks.rank, world=ranks.world, step=made + 1)
-    watchdog.mark(clock.step, "saving")
-    saves.finish(clock.step)
+    with watchdog.paused("saving"):
+        saves.finish(clock.step)
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
         inline.close()

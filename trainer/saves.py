@@ -10,6 +10,7 @@ from configs.errors import VernierError
 from configs.faults import reached
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
+from configs.whole import MANIFEST
 from eval.ranks import Ranks
 from trainer.checkpoints import Clock, copy_checkpoint, write_checkpoint
 from trainer.ema import MovingAverage
@@ -75,20 +76,31 @@ class RunSaves:
             self.requests.saving()
         self.saver.wait()
         jobs: list[Job] = []
+        copies: list[HostCopy] = []
+        # A snapshot before its step's checkpoint: whoever goes on from that does not make it again.
         if due.snapshot:
             jobs.append(self._snapshot(at, self.weights, None))
+            copies.append(self.weights)
             if self.average is not None:
                 jobs.append(self._snapshot(at, self.averaged, self.average))
+                copies.append(self.averaged)
         if due.checkpoint:
             jobs.append(self._checkpoint(at))
+            copies.append(self.state)
         if self.metrics is not None:
             self.metrics.flush()
-        self.saver.submit(jobs, lambda: self._saved(at, due))
+        self.saver.submit(jobs, copies, lambda good: self._saved(at, due, good))
 
     def shown(self, step: int) -> str | None:
         """Waits until snapshot `step` is on the disk; gives the fingerprint of its weights, None if that failed."""
         self.saver.wait()
-        return None if self.saver.failed else weights_of(self.run.snapshots / step_name(step))
+        directory, found = self.run.snapshots / step_name(step), ""
+        if self.ranks.first:  # who renamed it; on other nodes it may not be seen yet
+            found = weights_of(directory) if (directory / MANIFEST).is_file() else ""
+        _, weights = self.ranks.first_words(found)
+        if not weights and self.ranks.first:
+            self.run.add_event("not scored", f"step {step}: its snapshot could not be written", step=step, rank=0)
+        return weights or None
 
     def wait(self) -> None:
         """Waits for the save in flight."""
@@ -102,13 +114,14 @@ class RunSaves:
         """
         self.saver.wait()
         if self.saver.failed:
-            told = f"the checkpoint of step {step} could not be written: {self.saver.why}; {self._last_whole()}"
+            told = f"what was to be saved at step {step} could not be written: {self.saver.why}; {self._last_whole()}"
             raise VernierError(f"{told}; once that is mended, the same command goes on from it")
 
     def before_update(self) -> None:
         """Waits until what the next update changes is copied."""
         for copied in (self.state, self.weights, self.averaged):
             copied.wait_until_taken()
+        self.saver.check()
 
     def _snapshot(self, at: Clock, memory: HostCopy, average: MovingAverage | None) -> Job:
         copied = copy_snapshot(self.engine, self.config, self.ranks, at, memory, average)
@@ -119,29 +132,38 @@ class RunSaves:
         before = self.metrics.sync if self.metrics is not None else lambda: None
         return lambda group: write_checkpoint(copied, self.run, group, before)
 
-    def _saved(self, at: Clock, due: Due) -> None:
+    def _saved(self, at: Clock, due: Due, good: bool) -> None:
         """What follows from a save that is on the disk; in the thread that wrote it."""
-        if self.ranks.first:
-            if due.snapshot:
-                thin_snapshots(self.run, self.config)
+        if self.ranks.first and good:
             if due.checkpoint:
                 self.run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
-                thin_checkpoints(self.run, self.config.checkpoint)
+            self._thin(due)
             reached("thinned")
             if due.asked:
                 told = f"saved on request: snapshot and checkpoint of step {at.step}"
                 self.run.add_event("saved on request", told, step=at.step, rank=0)
         if due.asked:
-            self.requests.saved()
+            self.requests.saved()  # or not, which was told; whoever asked may ask again
 
-    def _tell_failed(self, why: str, last: bool) -> None:
-        then = f"{self._last_whole()}; training goes on" if last else "it is tried again"
+    def _thin(self, due: Due) -> None:
+        try:
+            if due.snapshot:
+                thin_snapshots(self.run, self.config)
+            if due.checkpoint:
+                thin_checkpoints(self.run, self.config.checkpoint)
+        except OSError as error:  # NFS keeps what an evaluator has open; the next time it goes
+            self.run.add_event("not thinned", f"an old one could not be removed: {error}", rank=0)
+
+    def _tell_failed(self, why: str, last: bool, ends: bool) -> None:
+        then = "it is tried again"
+        if last:
+            then = f"{self._last_whole()}; " + ("training stops" if ends else "training goes on")
         told = f"a save failed: {why}; {then}"
         self.run.add_event("save failed", told, rank=0)
         self.tell(told)
 
     def _give_up(self) -> None:
-        self.requests.stop = True  # the ranks agree on it in the next step's all-reduce
+        self.requests.given_up = True  # the ranks agree on it in the next step's all-reduce
 
     def _last_whole(self) -> str:
         """Names the last good checkpoint, for whoever must go on from it."""

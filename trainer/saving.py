@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -83,10 +84,15 @@ class HostCopy:
                     place.copy_(source.to(place.dtype), non_blocking=True)
                 self._done = torch.cuda.Event()
                 self._done.record()
+                done = self._done
         finally:
-            self._later.clear()
-            self._taken.set()
-        self._done.synchronize()
+            self.release()
+        done.synchronize()
+
+    def release(self) -> None:
+        """Gives up what is still to be copied: the next update need not wait for it."""
+        self._later.clear()
+        self._taken.set()
 
     def wait_until_taken(self) -> None:
         """To be called before an update: it must not change what is still to be copied."""
@@ -109,6 +115,9 @@ class HostCopy:
         """
         if self._stream is not None:
             self._pinned = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), len(block), 0)) == 0
+            if not self._pinned:
+                with suppress(RuntimeError):  # CUDA tells of it again at the next call, whoever makes that
+                    torch.zeros(1, device=self._stream.device)
 
     def _let_go(self) -> None:
         if self._block is not None and self._pinned:
@@ -136,14 +145,14 @@ class Saver:
         *,
         background: bool,
         check_current: Callable[[], None],
-        tell: Callable[[str, bool], None],
+        tell: Callable[[str, bool, bool], None],
         given_up: Callable[[], None],
     ) -> None:
         """Makes a process group: a collective.
 
         Args:
             check_current: raises VernierError where this attempt has lost the run; called on the first rank.
-            tell: (what went wrong, whether it was the last try), on the first rank.
+            tell: (what went wrong, whether it was the last try, whether training ends if so), on the first rank.
             given_up: nothing can be saved any more; on every rank.
         """
         # New collectives beside those of the steps need a group of their own.
@@ -159,36 +168,46 @@ class Saver:
         """Waits for the save in flight.
 
         Raises:
-            VernierError: this attempt may not write any more.
+            BaseException: what ended the writer, such as a `NotCurrent`. A save that failed twice does not.
         """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises what has ended the writer, if anything."""
         if self.error is not None:
             raise self.error
 
-    def submit(self, jobs: Iterable[Job], then: Callable[[], None]) -> None:
-        """Starts the next save, after `wait`: each of `jobs` in turn, then `then`, if none has failed."""
-        jobs = list(jobs)
+    def submit(self, jobs: Sequence[Job], copies: Sequence[HostCopy], then: Callable[[bool], None]) -> None:
+        """Starts the next save, after `wait`: fills the copies, does each of `jobs`, then `then` (whether all is good).
+
+        A job that fails does not keep the others from being done.
+        """
         if not self.background:
-            self._run(jobs, then)
+            self._run(jobs, copies, then)
             self.wait()
             return
-        self.thread = threading.Thread(target=self._run, args=(jobs, then), daemon=True, name="writer")
+        self.thread = threading.Thread(target=self._run, args=(jobs, copies, then), daemon=True, name="writer")
         self.thread.start()
 
-    def _run(self, jobs: list[Job], then: Callable[[], None]) -> None:
+    def _run(self, jobs: Sequence[Job], copies: Sequence[HostCopy], then: Callable[[bool], None]) -> None:
         try:
-            for job in jobs:
-                if not self._tried(job):
-                    self.failed += 1
-                    if self.failed >= MOST_FAILED:
-                        self.given_up()
-                    return
-            self.failed = 0
-            then()
+            if self.ranks.device.type == "cuda":
+                torch.cuda.set_device(self.ranks.device)  # a new thread has the first one
+            for copied in copies:  # all of them first: the next update waits for nothing else
+                copied.fill()
+            good = [self._tried(job) for job in jobs]
+            self.failed = 0 if all(good) else self.failed + 1
+            if self.failed >= MOST_FAILED:
+                self.given_up()
+            then(all(good))
         except BaseException as error:  # of a dead peer, say: for the main thread to raise
             self.error = error
+        finally:
+            for copied in copies:
+                copied.release()
 
     def _tried(self, job: Job) -> bool:
         for last in (False, True):
@@ -198,7 +217,7 @@ class Saver:
             except SaveFailed as error:
                 self.why = str(error)
                 if self.ranks.first:
-                    self.tell(str(error), last)
+                    self.tell(str(error), last, self.failed + 1 >= MOST_FAILED)
                 if not last:
                     time.sleep(RETRY_S)
             else:

@@ -54,7 +54,7 @@ def dtype_of(config: Config) -> str:
 
 @dataclass(frozen=True)
 class SnapshotCopy:
-    """What a snapshot will hold, out of reach of further training."""
+    """What a snapshot will hold, out of reach of further training once its host copy is filled."""
 
     final: Path
     kept: dict[int, dict[str, torch.Tensor]]  # this rank's shards, in host memory
@@ -62,7 +62,6 @@ class SnapshotCopy:
     weight_map: dict[str, str]
     numel: int
     manifest: dict[str, Any]
-    memory: HostCopy
 
 
 def copy_snapshot(
@@ -101,7 +100,6 @@ def copy_snapshot(
         weight_map={piece.name: files[piece.shard] for piece in pieces},
         numel=sum(math.prod(zero_state.full_shape(piece.tensor)) for piece in pieces),
         manifest=manifest,
-        memory=memory,
     )
 
 
@@ -135,7 +133,6 @@ def write_snapshot(copied: SnapshotCopy, lm: Any, hf: Any, config: Config, ranks
         _write_index(part, copied, dtype)
         _put_in_place(copied.final, run, {**copied.manifest, "weights": fingerprint_of_digests(digests)}, hashes)
 
-    copied.memory.fill()  # first of all: the next update waits for it
     size = sum(tensor.nbytes for tensors in copied.kept.values() for tensor in tensors.values())
     write_together(copied.final, ranks, size, own, join)
 

@@ -35,7 +35,7 @@ class Heard:
 
     first: float | None = None  # when, on the monotonic clock
     interrupt: bool = False
-    kinds: set[int] = field(default_factory=set)
+    kinds: dict[int, float] = field(default_factory=dict)  # when each kind came first
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Takes the first signal for a wish to stop with a checkpoint, its like later for a wish to end now.
@@ -44,14 +44,14 @@ class Heard:
         it, when the checkpoint may be half written.
         """
         now = time.monotonic()
-        if self.first is not None and now - self.first > ONE_WISH_S and number in self.kinds:
+        like = self.kinds.setdefault(number, now)
+        if now - like > ONE_WISH_S:
             # Nothing is tidied up or written: whoever held what that needs may be the code that was interrupted.
-            told = f"{signal.Signals(number).name}, {now - self.first:.0f} s after the first signal: ending at once\n"
+            told = f"{signal.Signals(number).name} again, {now - like:.0f} s after the first: ending at once\n"
             os.write(2, told.encode())
             os._exit(128 + number)
         self.first = now if self.first is None else self.first
         self.interrupt |= number == signal.SIGINT
-        self.kinds.add(number)
 
 
 _heard = Heard()
@@ -72,12 +72,13 @@ class Requests:
         self.stop_file, self.save_file, self.watch_files = stop_file, save_file, watch_files
         self.stop = self.interrupt = self.save = False
         self.in_background = False  # set and cleared by different threads
+        self.given_up = False  # nothing can be saved any more; set by the thread that writes
         self.polled = 0.0
         listen()
 
     def poll(self) -> Asked:
         """What was asked for up to now; looks for the files now and then."""
-        self.stop |= _heard.first is not None
+        self.stop |= _heard.first is not None or self.given_up
         self.interrupt |= _heard.interrupt
         if self.watch_files and not self.stop and time.monotonic() - self.polled > POLL_S:
             self.polled = time.monotonic()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ SPARE_BYTES = 16 << 20  # left free on the disk, for logs and what else a run mu
 
 
 class SaveFailed(VernierError):
-    """A directory could not be written; nothing of it is left. Raised on every rank alike."""
+    """A directory could not be written; nothing of it is left in its place. Raised on every rank alike."""
 
 
 def write_together(
@@ -57,7 +58,9 @@ def _agreed(ranks: Ranks, do: Callable[[], None]) -> None:
     said, cause = "", None
     try:
         do()
-    except (OSError, VernierError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, VernierError)):
+            traceback.print_exc()
         said, cause = _in_words(error), error
     if not ranks.agree(not said):
         rank, words = ranks.first_words(said)

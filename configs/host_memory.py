@@ -18,7 +18,7 @@ MASTERS_AND_MOMENTS = 3 * FP32  # of a parameter: what Adam updates, and what a 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Bytes that one rank holds throughout training; `on_host`: the optimizer and the average are in host memory."""
+    """Bytes that one rank holds throughout training; `on_host`: all but the weights is in host memory."""
 
     weights: int
     gradients: int
@@ -29,12 +29,12 @@ class TrainingState:
     @property
     def device(self) -> int:
         """Bytes on the rank's device (on a CPU machine, that is the host too)."""
-        return self.weights + self.gradients + (0 if self.on_host else self.optimizer + self.average)
+        return self.weights + (0 if self.on_host else self.gradients + self.optimizer + self.average)
 
     @property
     def host(self) -> int:
         """Bytes that `zero.offload` keeps in host memory."""
-        return self.optimizer + self.average if self.on_host else 0
+        return self.gradients + self.optimizer + self.average if self.on_host else 0
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,18 @@ def training_state(
         parameters: trained ones, tied ones once.
         precision: fp32, amp, bf16 or fp16.
         stage: of ZeRO, 0 to 3.
-        offload: optimizer state lives in host memory (`zero.offload: cpu`).
+        offload: optimizer state lives in host memory (`zero.offload: cpu`), and with it, in fp32, the gradients that
+            a rank updates by.
         average: a moving average of the weights is kept (`ema.decay`): 4 bytes a parameter, divided by the ranks at
             every stage, beside the masters.
     """
     half = precision in ("bf16", "fp16")
     weight = BYTES[precision] if half else FP32
     optimizer = MASTERS_AND_MOMENTS if half or stage else 2 * FP32
+    gradients = _part(FP32 * parameters, ranks) if offload else _part(weight * parameters, ranks if stage >= 2 else 1)
     return TrainingState(
         weights=_part(weight * parameters, ranks if stage >= 3 else 1),
-        gradients=_part(weight * parameters, ranks if stage >= 2 else 1),
+        gradients=gradients,
         optimizer=_part(optimizer * parameters, ranks if stage >= 1 else 1),
         average=_part(FP32 * parameters, ranks) if average else 0,
         on_host=offload,

@@ -17,6 +17,7 @@ from rich.console import Console
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, DataError
 from configs.host_memory import (
+    FP32,
     SavingCopy,
     TrainingState,
     checkpoint_bytes,
@@ -61,7 +62,12 @@ class Plan:
     def host_bytes(self) -> int:
         """Host memory that all ranks of this machine take at most, as far as it is reckoned."""
         own = self.state.host if self.on_gpu else self.state.device + self.state.host
-        return self.ranks * (own + self.saving.most)
+        return max(self.starting_bytes, self.ranks * (own + self.saving.most))
+
+    @property
+    def starting_bytes(self) -> int:
+        """Host memory of all ranks while they start: each builds the whole model in fp32, before it is cut."""
+        return self.ranks * FP32 * self.model.parameters
 
     @property
     def checkpoint(self) -> int:
@@ -147,7 +153,7 @@ def _data_facts(config: Config) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("vocab_size"), int):
+    if not isinstance(found, dict) or not {"vocab_size", "train"} <= set(found):
         raise DataError(f"data.dir: {path} is not what `vernier prepare` writes; prepare the data again with --fresh")
     return found
 
@@ -244,7 +250,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "average": saving.average,
             "most": saving.most,
         },
-        "machine": {"needed": plan.host_bytes, "memory": plan.machine_bytes, "gpus": gpu_count()},
+        "machine": {
+            "needed": plan.host_bytes,
+            "starting": plan.starting_bytes,
+            "memory": plan.machine_bytes,
+            "gpus": gpu_count(),
+        },
         "disk": {
             "checkpoint": plan.checkpoint,
             "checkpoints": plan.checkpoints,
@@ -280,6 +291,8 @@ def _print(plan: Plan, console: Console) -> None:
     what = "training and copies"
     if plan.on_gpu:
         what = "offloaded state and copies" if plan.state.host else "copies"
+    if plan.host_bytes == plan.starting_bytes:
+        what = "at the start, when each rank builds the whole model in fp32"
     say(
         console,
         f"machine   {ranks} {'takes' if plan.ranks == 1 else 'take'} {gib(plan.host_bytes)} of host memory in all "
@@ -311,10 +324,10 @@ def _print_memory(plan: Plan, console: Console) -> None:
     moved = state.on_host and plan.on_gpu
     average = [state.average] if plan.average else []
     if moved:
+        table.add_row("on the GPU", gib(state.weights), "", "", *("" for _ in average), gib(state.device))
         table.add_row(
-            "on the GPU", gib(state.weights), gib(state.gradients), "", *("" for _ in average), gib(state.device)
+            "in host memory", "", gib(state.gradients), gib(state.optimizer), *map(gib, average), gib(state.host)
         )
-        table.add_row("in host memory", "", "", gib(state.optimizer), *map(gib, average), gib(state.host))
     else:
         sizes = [state.weights, state.gradients, state.optimizer, *average]
         table.add_row("", *map(gib, sizes), gib(sum(sizes)))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from configs.errors import VernierError
 from configs.rundir import RunDir, read_jsonl
 from configs.schema import Config
 from configs.whole import write_atomic
@@ -76,8 +77,18 @@ class Metrics:
             self.run.beat()
 
     def add(self, line: dict[str, Any]) -> None:
-        """Writes a step's line, and its scalars."""
-        self.file.write(json.dumps(line) + "\n")
+        """Writes a step's line, and its scalars.
+
+        Raises:
+            VernierError: there is no room for it.
+        """
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise VernierError(
+                f"{self.run.metrics}: cannot be written ({error.strerror}), so training stops; "
+                "once that is mended, the same command goes on from the last checkpoint"
+            ) from None
         for key in ("loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib"):
             if line.get(key) is not None:
                 self.board.add_scalar(f"train/{key}", line[key], line["step"])

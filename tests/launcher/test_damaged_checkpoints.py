@@ -133,17 +133,34 @@ def test_where_none_is_whole_it_never_starts_anew_unasked(straight: Path, tiny_d
     assert len(losses(run)) == 5
 
 
+def test_where_all_were_removed_or_their_disk_is_away_it_is_refused_too(
+    straight: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = copy_to_go_on_from(straight, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    said = vernier("train", *settings(tiny_data, run), code=2).stderr
+    assert "has no whole checkpoint left, though it has written some" in said
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to(tmp_path / "unmounted")
+    said = vernier("train", *settings(tiny_data, run), code=2).stderr
+    assert "checkpoints is no directory, or a link that leads nowhere; is its disk there?" in said
+    assert len(losses(run)) == STEPS
+
+
 ANOTHER_NODE = """
 import os, sys
 from pathlib import Path
 from configs.rundir import RunDir
 os.environ["LOCAL_RANK"] = "0"  # as if each rank were the first of its own node, which sees the files in its own way
+from configs.parent import end_at_once
 from eval.ranks import join
 from trainer.quarantine import find_whole_checkpoint
 ranks = join(1)
 run = RunDir(Path(sys.argv[1 + ranks.rank]))
 found, damaged = find_whole_checkpoint(run, ranks)
 (run.path / "found").write_text(f"{found.name} {damaged[0]}")
+ranks.barrier()
+end_at_once(0)
 """
 
 

@@ -52,7 +52,7 @@ def test_full_precision_offloading_and_the_average() -> None:
     assert (state.weights, state.gradients, state.optimizer) == (4000, 4000, 8000)
     state = training_state(1000, precision="amp", stage=2, ranks=4, offload=True, average=True)
     assert (state.weights, state.gradients, state.optimizer, state.average) == (4000, 1000, 3000, 1000)
-    assert (state.device, state.host) == (5000, 4000)
+    assert (state.device, state.host) == (4000, 5000)
     copy = saving_copy(1000, dtype="bf16", ranks=4, average=True)
     assert (copy.checkpoint, copy.snapshot, copy.average, copy.most) == (4000, 500, 500, 5000)
 

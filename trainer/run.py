@@ -337,7 +337,9 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: in
     Args:
         attempt: of this rank-group; None where it does not hold the run, or this rank does not know yet.
     """
-    if (ranks.first and attempt is None) or isinstance(error, StoppedByAnotherRank) or not run.path.is_dir():
+    if isinstance(error, StoppedByAnotherRank):
+        return True  # by that one
+    if (ranks.first and attempt is None) or not run.path.is_dir():
         return False
     said = str(error).strip() or type(error).__name__
     if not isinstance(error, VernierError):

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, metavar="N", help="play round N alone, again if need be; not logged")
     parser.add_argument("--brief", action="store_true", help="the shorter rounds that the tests play")
     asked = parser.parse_args(arguments)
+    # A shell that starts it in the background has it ignore Ctrl-C; whoever sends one by hand means it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     places = Places(asked.dir.resolve())
     places.directory.mkdir(parents=True, exist_ok=True)
     log = asked.log or places.directory / "rounds.jsonl"

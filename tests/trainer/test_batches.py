@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY, losses, vernier
 
-from trainer.order import mixed_seed, permute, share_of, windows_at
+from trainer.order import mixed_seed, permute, share_of, window_seeds, windows_at
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 100, 1000, 4097])
@@ -36,13 +36,15 @@ def test_all_cuts_see_the_same_windows_at_every_position(world: int, micro: int)
     for position in (0, 1, 99):
         batch = windows_at(position, batch=32, windows=1000, seed=1)
         pieces = [p for rank in range(world) for p in share_of(batch, rank=rank, world=world, micro=micro)]
-        assert np.array_equal(np.concatenate([windows for _, windows in pieces]), batch)
-        assert [start for start, _ in pieces] == list(range(0, 32, micro))
+        assert np.array_equal(np.concatenate(pieces), batch)
+        assert {len(piece) for piece in pieces} == {micro}
 
 
 def test_seeds_of_neighbouring_positions_have_nothing_in_common() -> None:
-    seeds = {mixed_seed(1, position, start) for position in range(100) for start in range(8)}
-    assert len(seeds) == 800
+    windows = np.arange(8)
+    seeds = [window_seeds(1, position, windows) for position in range(100)]
+    assert len({seed for row in seeds for seed in row}) == 800
+    assert seeds[7] == [mixed_seed(1, 7, int(window)) for window in windows]
 
 
 CUTS = {

@@ -187,14 +187,7 @@ class RunDir:
 
     def is_held(self) -> bool:
         """Whether a process holds the run's lock."""
-        try:
-            with open(self.lock) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return is_locked(self.lock)
 
     def beat(self) -> None:
         """Says that the run is alive, without touching what its state says."""
@@ -232,6 +225,18 @@ class RunDir:
     def read_events(self) -> list[dict[str, Any]]:
         """All whole lines of `events.jsonl`; one that a full disk has cut is passed over."""
         return read_jsonl(self.events, strict=False)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock on a file; False where there is no such file, or no locks."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _try_flock(descriptor: int) -> bool:

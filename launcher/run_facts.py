@@ -5,7 +5,6 @@ Nothing is written, no process is asked; the only lock that is tried is let go o
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 import yaml
 
 from configs.errors import DataError
-from configs.rundir import RunDir, step_name, step_of
+from configs.rundir import RunDir, is_locked, step_name, step_of
 from configs.whole import read_json
 from trainer.lock import FRESH_S, holder
 
@@ -224,21 +223,10 @@ def _settings(run: RunDir) -> tuple[dict[str, Any], list[str]]:
 def _alive(run: RunDir, state: dict[str, Any], *, elsewhere: bool, silent_s: float) -> bool:
     """Whether somebody trains: the lock's holder, or one whose heart beats where locks cannot be seen."""
     # A `vernier train` holds the second: the first is taken once the ranks are there.
-    if _is_locked(run.lock) or _is_locked(run.starter):
+    if run.is_held() or is_locked(run.starter):
         return True
     starting = state.get("state") == "pending"
     return silent_s < (FRESH_S if elsewhere or starting else DYING_S)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 def _standing(run: RunDir, state: dict[str, Any], *, alive: bool, silent_s: float) -> tuple[str, str, str | None]:

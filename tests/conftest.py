@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,23 @@ def table_of(run: Path, step: int) -> Path:
     """The one loss table of a step."""
     (path,) = run.glob(f"losses/*/step-{step:08d}@*.parquet")
     return path
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:
+    """Looks again and again until it holds; fails when that takes too long."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def ask(url: str):
+    """What a server on loopback answers, as JSON; None while it does not."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return json.loads(answer.read())
+    except OSError:
+        return None
 
 
 @pytest.fixture(scope="session", autouse=True)

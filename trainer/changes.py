@@ -11,26 +11,18 @@ from configs.load import differences, is_named, load_config
 from configs.rundir import RunDir
 from configs.schema import Config
 from configs.whole import read_json
+from eval.pairing import NOT_THE_EXPERIMENT
 from trainer.data.prepare import load_dataset_facts
 
-# Everything else is the experiment itself.
+# Everything else is the experiment itself. Where the data lies may change; what it holds is checked by its fingerprint.
 MAY_CHANGE = (
-    "baseline",
+    *NOT_THE_EXPERIMENT,
     "batch.micro",
-    "checkpoint.",
-    "data.",  # where it lies; what it holds is checked by its fingerprint
     "deepspeed.zero_optimization.",  # how state is cut and moved, not what is computed
     "deterministic",
     "ema.",  # watches training, does not change it
-    "eval.",
     "gradient_checkpointing",
     "guards.",
-    "name",
-    "nproc",
-    "reference.",
-    "run.",
-    "snapshot.",
-    "threads_per_rank",
     "zero.",
 )
 

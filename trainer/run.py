@@ -352,7 +352,7 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: in
     begun = attempt is not None and state.get("attempt") == attempt
     if not lock.still_ours() if ranks.first else attempt is not None and not begun:
         return False  # another attempt's by now
-    if (state.get("failure") is not None and begun) or (state.get("again") is not None and begun):
+    if begun and (state.get("failure") or state.get("again")):
         return True  # what another rank has told first is why this one fails
     if isinstance(error, StartAgain):
         run.write_state("stopping", exit_code=code, again=said)

@@ -1,29 +1,19 @@
 """After three kills TensorBoard has every step once, in the folder of either writer, by its own HTTP API."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, losses, vernier
-from test_going_on import at_step, gone_within, torchrun_of, wait_for
+from conftest import ROOT, TINY, VERNIER, ask, losses, vernier, wait_for
+from test_going_on import at_step, gone_within, torchrun_of
 
 STEPS = 300
 SETTINGS = [f"steps={STEPS}", "checkpoint.every=20", "snapshot.every=50", "eval.placement=separate"]
-
-
-def ask(url: str):
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return json.loads(answer.read())
-    except OSError:
-        return None
 
 
 def test_no_step_is_shown_twice_and_none_is_missing(tiny_data: Path, tmp_path: Path) -> None:

@@ -1,16 +1,14 @@
 """torchrun by hand does the same as `vernier train`; TensorBoard serves what both writers wrote."""
 
-import json
 import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, losses, table_of
+from conftest import ROOT, TINY, VERNIER, ask, losses, table_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "127.0.0.1:0"]
 TORCHRUN += ["--rdzv-backend", "c10d", "--local-addr", "127.0.0.1", "-m"]
@@ -65,11 +63,3 @@ def test_the_board_serves_both_writers_on_loopback(by_hand: Path) -> None:
     finally:
         board.send_signal(signal.SIGINT)
         assert board.wait(20) == 0
-
-
-def ask(url: str):
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return json.loads(answer.read())
-    except OSError:
-        return None

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier
+from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
 
 STEPS = 600
 SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=300", "model.attention_dropout=0.1"]
@@ -27,13 +26,6 @@ def processes(run: Path) -> dict[int, str]:
         if str(run) in command and int(entry.name) != os.getpid():
             found[int(entry.name)] = command
     return found
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def at_step(run: Path, step: int) -> Callable[[], bool]:

@@ -4,20 +4,12 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT, TINY, VERNIER, lines, losses, vernier
+from conftest import ROOT, TINY, VERNIER, lines, losses, vernier, wait_for
 
 RARELY = ["eval.placement=none", "checkpoint.every=100000", "snapshot.every=100000"]
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def steps_made(run: Path) -> int:

@@ -9,16 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT, TINY, VERNIER, lines, losses
+from conftest import ROOT, TINY, VERNIER, lines, losses, wait_for
 
 RARELY = ["checkpoint.every=100000", "snapshot.every=100000", "steps=100000"]
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def processes(run: Path, *words: str) -> list[int]:

@@ -67,6 +67,25 @@ class EvalBoard:
         self.writer.close()
 
 
+def last_shown(folder: Path) -> int:
+    """The newest step that has its loss in a folder of TensorBoard's; -1 where none has.
+
+    A record that a kill has cut ends its file.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError
+
+    last = -1
+    for path in folder.glob("events.out.tfevents.*"):
+        try:
+            for event in LegacyEventFileLoader(str(path)).Load():
+                if any(value.tag == "eval/loss" for value in event.summary.value):
+                    last = max(last, int(event.step))
+        except DataLossError:
+            pass
+    return last
+
+
 def differences_percent(a: LossTable, b: LossTable) -> NDArray[np.float64]:
     """Each sample's change of loss per token in percent of A's mean loss, [N], for a histogram.
 

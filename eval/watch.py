@@ -10,7 +10,7 @@ from configs.errors import DataError
 from configs.rundir import RunDir, step_name, step_of
 from configs.schema import Config
 from configs.whole import MANIFEST
-from eval.board import EvalBoard
+from eval.board import EvalBoard, last_shown
 from eval.journal import Journal, clear
 from eval.models import check_fits, check_model, weights_fingerprint
 from eval.placing import Scoring, open_scorer
@@ -91,8 +91,22 @@ class RunScores:
         """Writes a table, then tells of it. Not so where the snapshot was replaced meanwhile: it is scored again."""
         if weights_fingerprint(self.run.snapshots / step_name(step)) != table.meta["source"]:
             return
-        before, look = self.before(step)
         write_table(self._path(step), table)
+        self._tell(step, table, seconds)
+
+    def tell_untold(self) -> None:
+        """Tells of tables that nobody has told of yet: their evaluator was killed right after it wrote them."""
+        scored = self.scored()
+        last = last_shown(self.run.eval_board) if scored else -1
+        for step in scored:
+            if step > last:
+                try:
+                    self._tell(step, read_table(self._path(step)), None)
+                except DataError as error:
+                    self.run.add_event("not told", str(error), step=step)
+
+    def _tell(self, step: int, table: LossTable, seconds: float | None) -> None:
+        before, look = self.before(step)
         if self.board is None:
             self.board = EvalBoard(self.run.eval_board)
         told = self.board.add(step, table, before, look)
@@ -101,7 +115,7 @@ class RunScores:
             "scored",
             scored_message(step, told, first=before is None),
             step=step,
-            seconds=round(seconds, 3),
+            seconds=None if seconds is None else round(seconds, 3),
             loss=told["b"]["loss"],
             se=told["b"]["se"],
             percent=difference and difference["percent"],
@@ -177,6 +191,8 @@ def watch(config: Config, ranks: Ranks) -> None:
     dtype = config.eval.dtype or "fp32"
     reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
     scores = RunScores(run, reference, dtype) if ranks.first else None
+    if scores is not None:
+        scores.tell_untold()
     while True:
         step = ranks.broadcast_int(_wait_for_work(run, scores) if scores is not None else 0)
         if step == END:

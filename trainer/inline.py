@@ -48,6 +48,8 @@ class InlineScoring:
             gather_head=self._whole_head if self.direct and sharded else None,
         )
         self.scores = RunScores(RunDir(config.run_dir), self.reference, self.dtype) if ranks.first else None
+        if self.scores is not None:
+            self.scores.tell_untold()
 
     def score(self, step: int, source: str) -> None:
         """Scores the weights after `step` updates, whose snapshot has the fingerprint `source`."""

@@ -90,4 +90,4 @@ def test_state_keeps_what_is_not_said_again(tmp_path: Path) -> None:
     state = run.read_state()
     assert (state["state"], state["step"], state["attempt"], state["exit_code"]) == ("done", 3, 1, 0)
     assert state["heartbeat"] > 0
-    assert os.listdir(tmp_path) == ["state.json"]
+    assert sorted(os.listdir(tmp_path)) == ["events.jsonl", "state.json"]  # the first is locked for a change

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.board import EvalBoard, differences_percent
+from eval.board import EvalBoard, differences_percent, last_shown
 from eval.tables import LossTable
 
 
@@ -89,3 +89,18 @@ def test_a_few_far_samples_do_not_stretch_the_histogram() -> None:
     values = differences_percent(a, b)
     assert len(values) == len(a)
     assert values.max() < 5
+
+
+def test_the_newest_step_shown_is_found_behind_a_record_that_a_kill_has_cut(tmp_path: Path) -> None:
+    assert last_shown(tmp_path) == -1
+    board = EvalBoard(tmp_path)
+    for step in (0, 10, 20):
+        board.add(step, a_table(-0.001 * step, step), None, 1)
+    board.close()
+    assert last_shown(tmp_path) == 20
+    (written,) = tmp_path.glob("events.out.tfevents.*")
+    content = written.read_bytes()
+    written.write_bytes(content[: content.rindex(b"eval/accuracy") + 5])
+    assert last_shown(tmp_path) == 20
+    written.write_bytes(content[: len(content) // 2])
+    assert last_shown(tmp_path) in (0, 10)

@@ -197,7 +197,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     late = [step for step in config.snapshot.at if step > config.steps]
     if late:
         yield f"snapshot.at: {late[0]} is after the last step (steps: {config.steps})"
-    if config.precision == "fp16" and gpu_count() == 0:
+    if config.precision == "fp16" and gpu_count() == 0 and not config.launch.gpus_per_node:
         yield "precision: fp16 needs a GPU and none is visible; use fp32 (or bf16, slow on most CPUs)"
     if config.zero.offload == "cpu" and config.zero.stage == 0:
         yield "zero.offload: cpu needs zero.stage 1, 2 or 3, and zero.stage is 0"
@@ -249,12 +249,26 @@ def resolve(config: Config, *, nproc: int | None = None) -> Config:
     gpus = gpu_count()
     ranks = nproc or config.nproc or gpus or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    out = config.model_copy(
+    out = with_absolute_paths(config)
+    out = out.model_copy(
         update={
             "nproc": ranks,
             "threads_per_rank": config.threads_per_rank or max(1, cores // ranks),
             "precision": config.precision or ("bf16" if gpus else "fp32"),
             "deterministic": config.deterministic if config.deterministic is not None else gpus == 0,
+            "eval": out.eval.model_copy(update={"dtype": config.eval.dtype or ("bf16" if gpus else "fp32")}),
+        }
+    )
+    problems = list(batch_problems(out, ranks))
+    if problems:
+        raise ConfigError(*problems)
+    return out
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` as it means the same from any directory; what hangs on the machine stays open."""
+    return config.model_copy(
+        update={
             "run": config.run.model_copy(update={"dir": config.run_dir.absolute()}),
             "baseline": config.baseline and config.baseline.absolute(),
             "data": config.data.model_copy(
@@ -265,18 +279,9 @@ def resolve(config: Config, *, nproc: int | None = None) -> Config:
                 }
             ),
             "model": config.model.model_copy(update={"path": config.model.path and config.model.path.absolute()}),
-            "eval": config.eval.model_copy(
-                update={
-                    "dtype": config.eval.dtype or ("bf16" if gpus else "fp32"),
-                    "reference": config.reference_dir.absolute(),
-                }
-            ),
+            "eval": config.eval.model_copy(update={"reference": config.reference_dir.absolute()}),
         }
     )
-    problems = list(batch_problems(out, ranks))
-    if problems:
-        raise ConfigError(*problems)
-    return out
 
 
 def _absolute(source: str | list[str]) -> str | list[str]:

@@ -73,6 +73,14 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def jobs(self) -> Path:
+        return self.path / "jobs.jsonl"
+
+    @property
+    def scripts(self) -> Path:
+        return self.path / "jobs"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

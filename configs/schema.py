@@ -128,9 +128,10 @@ class EmaSettings(Settings):
 
 
 class EvalSettings(Settings):
-    placement: Literal["separate", "inline", "none"] = Field(
+    placement: Literal["separate", "het", "inline", "none"] = Field(
         "separate",
-        description="separate: an own rank-group watches the run; inline: the training ranks score",
+        description="separate: an own rank-group (on Slurm an own job) watches the run; het: as a part of one "
+        "heterogeneous job; inline: the training ranks score",
     )
     reference: Path | None = Field(None, description="reference set; default the one beside the training data")
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="default fp32 on CPU, bf16 on GPU")
@@ -139,7 +140,8 @@ class EvalSettings(Settings):
         description="whole on every eval rank, sharded over them, or by what a device holds (placement: separate)",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(1800.0, description="longest wait of eval ranks for one another")
-    nproc: Positive = Field(1, description="ranks of the eval rank-group")
+    nproc: Positive = Field(1, description="ranks of the eval rank-group (a node)")
+    nodes: Positive = Field(1, description="nodes of the eval rank-group, under `vernier launch`")
     threads_per_rank: Positive = Field(1, description="CPU threads of a scoring rank; fixed, since they change bits")
 
 
@@ -158,6 +160,42 @@ class GuardSettings(Settings):
     hang_s: Annotated[float, Field(ge=1)] = Field(
         900.0, description="seconds without a sign of progress after which training ends, naming the rank that hangs"
     )
+
+
+# What Slurm takes for a time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+_SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+
+
+class LaunchSettings(Settings):
+    """A run's jobs, under `vernier launch`. What belongs to a site rather than a run is in its profile."""
+
+    nodes: Positive = Field(1, description="nodes to train on")
+    ranks_per_node: Positive | None = Field(
+        None, description="training ranks a node; default launch.gpus_per_node, else nproc, else 1"
+    )
+    gpus_per_node: Count | None = Field(None, description="GPUs to ask for; default the site's, else none")
+    cpus_per_rank: Positive | None = Field(None, description="default the site's, else threads_per_rank")
+    memory: str | None = Field(None, description="host memory a node, as Slurm takes it (64G; 0: all of it)")
+    time: str = Field("24:00:00", description="time limit of a job, as Slurm takes it: 2-12:00:00, 12:00:00, 90")
+    signal_s: Positive = Field(300, description="seconds before the time limit at which it stops with a checkpoint")
+    requeue_limit: Count = Field(5, description="times in a row that it is queued again without a new checkpoint")
+    preflight: bool = Field(True, description="check the nodes before the ranks start")
+    board: bool = Field(False, description="TensorBoard on the first node, found by `vernier status`")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def time_is_slurms(cls, value: Any) -> Any:
+        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(text, str) or not _SLURM_TIME.fullmatch(text):
+            raise ValueError("should be minutes, hours:minutes:seconds or days-hours:minutes:seconds; quote it")
+        return text
+
+    @field_validator("memory")
+    @classmethod
+    def memory_is_slurms(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+[KMGT]?", value):
+            raise ValueError("should be a number with K, M, G or T behind it, such as 64G")
+        return value
 
 
 class Config(Settings):
@@ -193,6 +231,7 @@ class Config(Settings):
     guards: GuardSettings = GuardSettings()
     ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
+    launch: LaunchSettings = LaunchSettings()
 
     @field_validator("name")
     @classmethod

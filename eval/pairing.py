@@ -26,6 +26,7 @@ NOT_THE_EXPERIMENT = (
     "checkpoint.",
     "data.",
     "eval.",
+    "launch.",
     "name",
     "nproc",
     "reference.",

@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name, step_of
+from configs.scheduler import is_active
 from configs.schema import Config
 from configs.whole import MANIFEST
 from eval.board import EvalBoard, last_shown
@@ -21,7 +22,10 @@ from eval.tables import LossTable, read_table, table_name, write_table
 
 POLL_S = 0.5
 ABANDONED_S = 60.0  # a run with no heartbeat for so long, and no holder of its lock, is not running
+ASK_S = 5.0  # between questions to the scheduler
 END = -1
+
+_asked: dict[str, tuple[float, bool | None]] = {}  # by job: when, and what the scheduler said
 
 
 def table_path(run: RunDir, reference: ReferenceSet, step: int, dtype: str) -> Path:
@@ -34,10 +38,24 @@ def training_is_over(run: RunDir) -> bool:
     state = run.read_state()
     if not state:
         return False
-    if state.get("exit_code") is not None and not state.get("again"):  # else its ranks are about to start again
+    if state.get("state") == "done":
         return True
+    if state.get("exit_code") is not None and not state.get("again"):  # else its ranks are about to start again
+        return not _job_goes_on(state)
     heard = max(run.last_heartbeat(), float(state.get("heartbeat", 0)))
-    return time.time() - heard > ABANDONED_S and not run.is_held()
+    return time.time() - heard > ABANDONED_S and not run.is_held() and not _job_goes_on(state)
+
+
+def _job_goes_on(state: dict[str, Any]) -> bool:
+    """Whether the scheduler still has the training's job: it may be waiting to run again."""
+    job = state.get("job")
+    if not job:
+        return False
+    known = _asked.get(job)
+    if known is None or time.monotonic() - known[0] > ASK_S:
+        known = _asked[job] = (time.monotonic(), is_active(job))
+    # Where it cannot be asked (inside of a container, say), by what the job itself said last.
+    return known[1] if known[1] is not None else state.get("state") in ("pending", "requeued")
 
 
 class RunScores:

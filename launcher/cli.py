@@ -92,6 +92,42 @@ def train(
 
 
 @app.command(
+    epilog=_example(
+        "vernier launch my.yaml --on slurm launch.nodes=4 launch.gpus_per_node=8",
+        "vernier launch my.yaml --on slurm --site my-cluster --dry-run",
+    )
+)
+def launch(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    on: Annotated[str, typer.Option(help="slurm, local, mpi, ssh or skypilot.")] = "slurm",
+    site: Annotated[str | None, typer.Option(help="A site profile, by name or file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, do nothing.")] = False,
+    template: Annotated[Path | None, typer.Option(help="An own job template, or a folder of them.")] = None,
+    exclude_bad: Annotated[
+        bool, typer.Option("--exclude-bad", help="Without the nodes that the last preflight named.")
+    ] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Go on beyond the steps it was started with.")] = False,
+    force_resume: Annotated[
+        bool, typer.Option("--force-resume", help="Go on with settings that may not change; says what that breaks.")
+    ] = False,
+) -> int:
+    """Train on a cluster: plan the jobs, submit them, go on with a run."""
+    from launcher.launch import Launch, run_launch
+
+    how = Launch(
+        on=on,
+        site=site,
+        dry_run=dry_run,
+        template=template,
+        exclude_bad=exclude_bad,
+        extend=extend,
+        force=force_resume,
+    )
+    return run_launch(config, overrides or [], how, _console(out=True))
+
+
+@app.command(
     "eval",
     epilog=_example(
         "vernier eval runs/demo/snapshots/step-00000240 --reference data/demo/reference --nproc 2",

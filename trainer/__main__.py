@@ -1,15 +1,17 @@
-"""`python -m trainer CONFIG [key=value …]`: a rank of a training. torchrun starts several; one alone works as well."""
+"""`python -m trainer CONFIG [key=value …]`: a rank of a training. torchrun, mpirun or srun start several; one alone
+works as well."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from configs.errors import EXIT_FAILED, VernierError
 from configs.load import load_config, resolve
 from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
-from configs.terminal import is_supervised
+from configs.terminal import is_lent, is_supervised
 from trainer import stop
 
 
@@ -24,13 +26,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force-resume", action="store_true", help="go on with settings that may not change")
     asked = parser.parse_args(arguments)
     # torch is imported from here on
-    from eval.ranks import environment_ranks, local_world_size, log_to_file
+    from eval.rank_environment import meet, this_rank
+    from eval.ranks import log_to_file
 
-    rank = environment_ranks()[0]
-    terminal = sys.stderr
+    rank, terminal = 0, sys.stderr
     try:
-        config = resolve(load_config(asked.config, asked.overrides), nproc=local_world_size())
+        rank = this_rank().rank
+        os.environ["LOCAL_WORLD_SIZE"] = str(this_rank().local_world)  # whoever started us has fixed it
+        config = resolve(load_config(asked.config, asked.overrides), nproc=this_rank().local_world)
         terminal = log_to_file(RunDir(config.run_dir).logs / f"rank-{rank}.log")
+        who = meet().line()
+        print(who, flush=True)
+        if rank == 0 and not is_lent(os.environ):  # else `vernier train` has chosen how, and people need not know
+            print(who, file=terminal)
         from trainer.run import run_training
 
         return run_training(config, terminal, extend=asked.extend, force_resume=asked.force_resume)

@@ -15,6 +15,7 @@ from typing import Any
 
 from configs.errors import ConfigError, VernierError
 from configs.rundir import RunDir
+from configs.scheduler import current_job
 
 FRESH_S = 60.0
 PATIENCE_S = 1.0  # whoever asks if a run is held takes the lock for an instant
@@ -194,7 +195,7 @@ def _sign(descriptor: int, attempt: int | None) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": current_job(),
         "attempt": attempt,
     }
     try:

@@ -11,6 +11,7 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
 from configs.load import batch_problems, dump_config, micro_batch
 from configs.rundir import RunDir, step_name
+from configs.scheduler import current_job
 from configs.schema import Config
 from configs.terminal import is_supervised
 from configs.whole import read_json, read_manifest, verify, write_atomic
@@ -159,7 +160,15 @@ def begin_run(run: RunDir, config: Config, attempt: int) -> None:
             ) from None
     if not run.config.is_file():  # else once the checkpoint is found to fit
         write_atomic(run.config, dump_config(config), durable=True)
-    run.write_state("running", attempt=attempt, exit_code=None, failure=None, again=None, steps=config.steps)
+    run.write_state(
+        "running",
+        attempt=attempt,
+        exit_code=None,
+        failure=None,
+        again=None,
+        steps=config.steps,
+        job=current_job(),
+    )
     run.add_event("started", f"attempt {attempt}", rank=0)
 
 

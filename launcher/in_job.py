@@ -1,0 +1,231 @@
+"""What the script of a job asks: may this run begin, and what follows now that its ranks have ended.
+
+It reads and writes the run's own files; the script acts on the exit code, since what talks to the scheduler may not be
+there inside of a container. Exit codes: those of `vernier`, and the ones named here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, VernierError
+from configs.load import load_config
+from configs.rundir import RunDir
+from configs.scheduler import current_job
+from configs.schema import Config
+from launcher.job_log import add_job, read_jobs
+
+AGAIN = 10  # start the ranks again, in this job
+REQUEUE = 11  # queue this job again
+NOTHING = 20  # nothing is left to do
+STARTS_AGAIN = 20  # in one job without a further step (train) or table (eval) between
+DYING_S = 60.0  # for ranks of an earlier start, on a node that was lost, to be given up
+FIRST_PORT, PORTS = 20000, 20000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Answers one question; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.in_job", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in ("begin", "next", "successor", "requeued"):
+        one = verbs.add_parser(verb)
+        one.add_argument("run", type=Path)
+        one.add_argument("component", choices=["train", "eval"])
+        if verb == "next":
+            one.add_argument("--code", type=int, required=True, help="of srun")
+            one.add_argument("--signal", default="", help="that this job has had, if any")
+        if verb == "successor":
+            one.add_argument("job", help="its id")
+    port = verbs.add_parser("port")
+    port.add_argument("job", type=int)
+    member = verbs.add_parser("member")
+    member.add_argument("sweep", type=Path)
+    member.add_argument("index", type=int)
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.verb == "port":
+            print(free_port(asked.job))
+            return EXIT_DONE
+        if asked.verb == "member":
+            from launcher.sweep import member_of
+
+            print(member_of(asked.sweep, asked.index))
+            return EXIT_DONE
+        run = RunDir(asked.run)
+        if asked.verb == "begin":
+            return begin(run, asked.component)
+        if asked.verb == "next":
+            return after_ranks(run, asked.component, asked.code, asked.signal)
+        named = {"job": asked.job, "after": current_job()} if asked.verb == "successor" else {"job": current_job()}
+        add_job(run, asked.verb, component=asked.component, backend="slurm", **named)
+        if asked.verb == "successor" and asked.component == "train":
+            run.write_state(None, job=asked.job)
+        return EXIT_DONE
+    except VernierError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def free_port(job: int) -> int:
+    """A port for the ranks to meet at: by the job's number, so that two jobs on a node do not ask for the same."""
+    for offset in range(PORTS):
+        port = FIRST_PORT + (job + offset) % PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        return port
+    raise VernierError("no port is free on this node")
+
+
+def begin(run: RunDir, component: str) -> int:
+    """Whether the ranks may start; notes that they do.
+
+    Gives 0: start them; NOTHING: the run is finished. Others: it may not be.
+    """
+    config = _config(run, component)
+    lines = read_jobs(run)
+    progress = _progress(run, config, component)
+    before = starts_without_progress(lines, component, progress)
+    if component == "train":
+        from trainer.run import finished
+
+        if finished(run, config):
+            print(f"{run.path} is finished (step {config.steps})")
+            return NOTHING
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    limit = config.launch.requeue_limit
+    if before > limit:
+        told = f"queued again {before} times without a new {'checkpoint' if component == 'train' else 'loss table'}"
+        told += f" (launch.requeue_limit: {limit}); see {run.logs}, then launch it once more"
+        _give_up(run, component, told)
+        return EXIT_FAILED
+    where = {"nodes": os.environ.get("SLURM_JOB_NODELIST"), "restart": int(restart)}
+    job = current_job()
+    if component == "train":
+        from trainer.lock import kept_free
+
+        with kept_free(run, patience_s=DYING_S):
+            run.stop_request.unlink(missing_ok=True)
+            run.write_state("pending", exit_code=None, failure=None, again=None, steps=config.steps, job=job)
+    add_job(run, "started", component=component, backend="slurm", job=job, progress=progress, **where)
+    return EXIT_DONE
+
+
+def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
+    """What follows now that srun has ended with `code`: an exit code of the job, AGAIN or REQUEUE.
+
+    Args:
+        signal: USR1 where the time limit is near, TERM where the job is being ended from outside, else empty.
+    """
+    config = _config(run, component)
+    if component == "eval":
+        return _after_scoring(run, config, code, signal)
+    state = run.read_state()
+    said = state.get("exit_code")
+    why = state.get("again")
+    if why and not signal:
+        return _start_again(run, config, component, str(why))
+    if said is None and signal == "TERM":  # cancelled, preempted, or a node was lost: Slurm itself knows what follows
+        print("the ranks were ended from outside before their last word")
+        return EXIT_FAILED
+    if said is None and signal:
+        said = EXIT_STOPPED  # killed at the time limit, before its checkpoint was whole: the last one is there
+    if said is None:
+        told = f"the training ranks ended without a word (srun: exit code {code})"
+        run.add_event("failed", told)
+        run.record_failure(EXIT_FAILED, None, told)
+        said = EXIT_FAILED
+    failure = run.read_state().get("failure")
+    if failure:
+        rank = failure.get("rank")
+        print(f"error: {'' if rank is None else f'rank {rank}: '}{failure.get('error')}")
+    if said == EXIT_STOPPED and signal == "USR1" and not _stopped_by_hand(run):
+        run.write_state("requeued")
+        told = f"stopped before the time limit with a checkpoint of step {_progress(run, config, component)}"
+        run.add_event("requeued", told, job=current_job())
+        print(f"{told}; queued again")
+        return REQUEUE
+    return int(said)
+
+
+def starts_without_progress(lines: list[dict[str, Any]], component: str, progress: int) -> int:
+    """How often in a row this component was started with what it has now, since it was last launched by hand."""
+    count = 0
+    for line in reversed(lines):
+        if line.get("kind") == "submitted" and component in str(line.get("component")).split("+"):
+            break
+        if line.get("kind") == "started" and line.get("component") == component:
+            if int(line.get("progress", -1)) < progress:
+                break
+            count += 1
+    return count
+
+
+def _after_scoring(run: RunDir, config: Config, code: int, signal: str) -> int:
+    if signal == "USR1":
+        print("the evaluator's time is up; queued again")
+        return REQUEUE
+    if code == EXIT_DONE or signal:
+        return code
+    return _start_again(run, config, "eval", f"the evaluator died (srun: exit code {code})")
+
+
+def _start_again(run: RunDir, config: Config, component: str, why: str) -> int:
+    """AGAIN, unless that has led nowhere too often in this job."""
+    job, progress = current_job(), _progress(run, config, component)
+    if component == "train":
+        progress = int(run.read_state().get("step") or 0)
+    earlier = [
+        line
+        for line in read_jobs(run)
+        if line.get("kind") == "started again" and line.get("component") == component and line.get("job") == job
+    ]
+    if sum(int(line.get("progress", -1)) >= progress for line in earlier) >= STARTS_AGAIN:
+        told = f"started again {STARTS_AGAIN} times without getting further; the last reason: {why}"
+        _give_up(run, component, told)
+        return EXIT_FAILED
+    add_job(run, "started again", component=component, backend="slurm", job=job, progress=progress, why=why)
+    run.add_event("started again" if component == "train" else "evaluator died", f"{why}; it is started again")
+    print(f"starting the ranks again: {why}")
+    time.sleep(min(30.0, 0.5 * 2 ** len(earlier)) if component == "eval" else 0)
+    return AGAIN
+
+
+def _give_up(run: RunDir, component: str, told: str) -> None:
+    print(f"error: {told}")
+    run.add_event("failed" if component == "train" else "evaluator died", told)
+    if component == "train":
+        run.write_state("failed", exit_code=EXIT_FAILED, failure={"rank": None, "error": told, "time": time.time()})
+
+
+def _stopped_by_hand(run: RunDir) -> bool:
+    """Whether somebody asked this very start to stop."""
+    for line in reversed(read_jobs(run)):
+        if line.get("kind") == "started" and line.get("component") == "train":
+            return False
+        if line.get("kind") == "stop asked":
+            return True
+    return False
+
+
+def _config(run: RunDir, component: str) -> Config:
+    return load_config(run.path / f"{component}-config.yaml")
+
+
+def _progress(run: RunDir, config: Config, component: str) -> int:
+    """What no start may lose: the step of the newest checkpoint (-1: none), or how many steps are scored."""
+    if component == "train":
+        return max(run.whole_steps(run.checkpoints), default=-1)
+    return len({path.name.partition("@")[0] for path in run.losses.glob("*/step-*.parquet")})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""`RUN/jobs.jsonl`: every job that was submitted for a run, and what became of it. Lines are only ever added."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from configs.rundir import RunDir, read_jsonl
+from configs.scheduler import SlurmJob, slurm_jobs
+
+
+def add_job(run: RunDir, kind: str, **facts: Any) -> None:
+    """Appends a line: `kind` is submitted, started, requeued, successor, started again, stop asked, …
+
+    One write a line, so that jobs of a run may write side by side.
+    """
+    line = {"time": time.time(), "kind": kind, **facts}
+    descriptor = os.open(run.jobs, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_jobs(run: RunDir) -> list[dict[str, Any]]:
+    """All whole lines, oldest first; none where the run never had a job."""
+    return [line for line in read_jsonl(run.jobs, strict=False) if isinstance(line, dict)]
+
+
+def job_ids(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """Jobs that were submitted, each with what it is for (`train`, `eval`, `train+eval`), oldest first."""
+    kinds = ("submitted", "successor")
+    return {
+        str(line["job"]): str(line.get("component")) for line in lines if line.get("kind") in kinds and "job" in line
+    }
+
+
+def live_jobs(run: RunDir) -> dict[str, SlurmJob] | None:
+    """Jobs of the run that wait or run, by id. None: the scheduler cannot be asked."""
+    found = slurm_jobs(job_ids(read_jobs(run)))
+    return None if found is None else {job: told for job, told in found.items() if told.active}

@@ -1,0 +1,159 @@
+"""Site profiles: what a cluster wants said in every job, in one YAML file, apart from what a run is."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from configs.errors import ConfigError
+from configs.load import parse_yaml
+from configs.schema import Settings
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+
+Line = Annotated[str, Field(max_length=1000)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Queue(Settings):
+    """Where jobs go: keys of sbatch, by sbatch's own names."""
+
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    constraint: Line | None = None
+    reservation: Line | None = None
+    exclude: Line | None = Field(None, description="nodes not to use, such as node[3,7-9]")
+    nodelist: Line | None = Field(None, description="nodes to use")
+    sbatch: list[Line] = Field(default_factory=list, description='further options, such as "--mail-type=FAIL"')
+
+    @field_validator("partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist")
+    @classmethod
+    def value_is_plain(cls, value: str | None) -> str | None:
+        # In a line of #SBATCH, white space and quotes would end the value, and begin what nobody asked for.
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_.,:;@%+=|&*!()\[\]/-]+", value):
+            raise ValueError("has a character that sbatch would misread (white space, quotes, $, #, …)")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def options_are_lines(cls, value: list[str]) -> list[str]:
+        for one in value:
+            if not one.startswith("-") or not one.isprintable():
+                raise ValueError(f'{one!r} should be one option of sbatch, such as "--mail-type=FAIL"')
+        return value
+
+
+class Container(Settings):
+    """What ranks run in."""
+
+    kind: Literal["none", "pyxis", "enroot", "apptainer"] = "none"
+    image: str | None = Field(None, description="pyxis, enroot: an image's name or .sqsh; apptainer: a .sif")
+    mounts: list[str] = Field(default_factory=list, description="folders to see inside: SRC or SRC:DEST[:ro]")
+    options: list[str] = Field(default_factory=list, description="further options of srun, enroot or apptainer exec")
+
+
+class Site(Settings):
+    """A cluster's own settings. Where a run has the same key (launch.gpus_per_node, …) the run's counts."""
+
+    queue: Queue = Queue()
+    eval_queue: Queue | None = Field(None, description="of the evaluation's job; default as `queue`")
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    gpu_type: Line | None = Field(None, description="such as a100")
+    cpus_per_rank: Positive | None = None
+    memory: Line | None = None
+    requeue: bool = Field(True, description="false: the site forbids requeueing; a successor is submitted instead")
+    export: Literal["ALL", "NONE"] = Field("ALL", description="whether a job sees the environment it is submitted in")
+    modules: list[Line] = Field(default_factory=list, description="`module load` each")
+    setup: list[Line] = Field(default_factory=list, description="shell lines at the start of a job, as they are")
+    environment: dict[str, str] = Field(default_factory=dict, description="variables of all ranks")
+    environment_file: Path | None = Field(None, description="a file of NAME=value lines (secrets, say), read by jobs")
+    scratch: str = Field("/tmp", description="folder on each node's own disk; $NAME is read there")
+    python: str | None = Field(None, description="the Python of ranks; default the one that launches")
+    srun: list[Line] = Field(default_factory=list, description="further options of srun")
+    container: Container = Container()
+    template: Path | None = Field(None, description="a folder with own train.sbatch.j2, eval.sbatch.j2, …")
+    login: Line | None = Field(None, description="the login node, as ssh reaches it from outside")
+    ssh_options: list[Line] = Field(default_factory=list, description="of --on ssh, such as -p 2222")
+    accelerators: Line | None = Field(None, description="of --on skypilot, such as H100:8")
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def variables_are_text(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
+            }
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def variables_are_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a variable")
+            if "\0" in text:
+                raise ValueError(f"{name}: has a zero byte")
+            if SECRET.search(name):
+                raise ValueError(
+                    f"{name} looks like a secret, which would stand in a script; set it in the shell that launches "
+                    "(jobs inherit it), or name a file of such lines as environment_file"
+                )
+        return value
+
+
+def site_folder() -> Path:
+    """Where profiles lie by name."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(base) / "vernier" / "sites"
+
+
+def load_site(name: str | None) -> Site:
+    """The profile of that name or file; without one `default.yaml` of the profiles, or nothing special.
+
+    Raises:
+        ConfigError: there is none, or it has a key or value that cannot be.
+    """
+    if name is None:
+        path = site_folder() / "default.yaml"
+        if not path.is_file():
+            return Site()
+    else:
+        path = Path(name)
+        if not path.is_file():
+            path = site_folder() / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in site_folder().glob("*.yaml"))) or "none yet"
+            raise ConfigError(f"--site: {name} is no file, and no profile in {site_folder()} (there: {known})")
+    try:
+        told = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--site: {path} cannot be read: {error}") from None
+    if not isinstance(told, dict):
+        raise ConfigError(f"--site: {path}: expected `key: value` lines, found {type(told).__name__}")
+    try:
+        site = Site.model_validate(told)
+    except ValidationError as error:
+        said = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                said.append(f"--site: {path}: {key}: unknown key; known: {', '.join(Site.model_fields)}")
+            else:
+                message = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+                shown = (
+                    ""
+                    if key.startswith("environment") or isinstance(item["input"], (dict, list))
+                    else f" {item['input']!r}"
+                )
+                said.append(f"--site: {path}: {key}:{shown} {message}")
+        raise ConfigError(*said) from None
+    if site.container.kind != "none" and site.container.image is None:
+        raise ConfigError(f"--site: {path}: container.image: missing; {site.container.kind} needs one")
+    return site

@@ -1,0 +1,175 @@
+"""Slurm: turns a plan into sbatch scripts by the templates of slurm/, and submits them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, VernierError
+from launcher.job_plan import JobPlan
+from launcher.processes import SIGNALS
+
+TEMPLATES = Path(__file__).parent.parent / "slurm"
+SUBMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script to submit. `component`: train, eval, or train+eval for a heterogeneous job."""
+
+    component: str
+    path: Path
+    text: str
+
+
+def render(plan: JobPlan, template: Path | None = None, exclude: tuple[str, ...] = ()) -> list[Script]:
+    """The scripts of a plan; the training's first.
+
+    Args:
+        template: a file in place of the training's template, or a folder with any of train.sbatch.j2, eval.sbatch.j2
+            and het.sbatch.j2 (and parts.j2); what it lacks is Vernier's own.
+        exclude: nodes not to use, besides the site's.
+
+    Raises:
+        ConfigError: something cannot be said in a script, or the template cannot be read.
+    """
+    if plan.het:
+        names = {"train+eval": "het.sbatch"}
+    elif plan.eval is None or plan.members:
+        names = {"train": "train.sbatch"}
+    else:
+        names = {"train": "train.sbatch", "eval": "eval.sbatch"}
+    return [
+        Script(component, plan.run.scripts / name, _rendered(plan, component, name, template, exclude))
+        for component, name in names.items()
+    ]
+
+
+def _rendered(plan: JobPlan, component: str, name: str, template: Path | None, exclude: tuple[str, ...]) -> str:
+    import jinja2
+
+    folders = [TEMPLATES]
+    own = template or plan.site.template
+    if own is not None and own.is_dir():
+        folders.insert(0, own)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # it is a shell script; what is put in goes through `q` or `o`
+    )
+    environment.filters |= {"q": lambda value: shlex.quote(str(value)), "o": in_option}
+    try:
+        if own is not None and own.is_file() and component != "eval":
+            read = environment.from_string(own.read_text(encoding="utf-8"))
+        elif own is not None and not own.exists():
+            raise ConfigError(f"--template: {own} is not there; expected a file or a folder of *.sbatch.j2")
+        else:
+            read = environment.get_template(f"{name}.j2")
+        text = read.render(_facts(plan, component, name, exclude))
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise ConfigError(f"--template: {own or name}:{f' line {line}:' if line else ''} {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--template: {own} cannot be read: {error}") from None
+    return text.lstrip("\n")
+
+
+def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -> dict[str, Any]:
+    """What templates may use."""
+    config, site, run = plan.config, plan.site, plan.run
+    container = site.container
+    for what, path in (("run.dir", run.path), ("the current folder", plan.work_dir), ("data.dir", config.data_dir)):
+        if not str(path).isprintable():
+            raise ConfigError(f"{what}: {str(path)!r} has a line break or control character; no job script can hold it")
+    if not re.fullmatch(r"[A-Za-z0-9_./${}-]+", site.scratch):
+        raise ConfigError(f"--site: scratch: {site.scratch!r} should be a path, with $NAME where a node has its own")
+    main = _excluding(site.queue, exclude)
+    beside = _excluding(site.eval_queue or site.queue, exclude)
+    inside = container.kind != "none"
+    log = run.path / "logs" / f"slurm-{component}-{'%A_%a' if plan.members else '%j'}.out"
+    mounts = [*container.mounts]
+    for path in dict.fromkeys((plan.work_dir, run.path.parent, config.data_dir, config.reference_dir)):
+        mounts.append(f"{path}:{path}")
+    pyxis = ""
+    if container.kind == "pyxis":
+        words = [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
+        words += [f"--container-workdir={plan.work_dir}", *container.options]
+        pyxis = " " + " ".join(shlex.quote(word) for word in words)
+    return {
+        "name": config.name,
+        "train": plan.train,
+        "eval": plan.eval,
+        "queue": beside if component == "eval" else main,
+        "eval_queue": beside,
+        "launch": config.launch,
+        "memory": config.launch.memory or site.memory,
+        "site": site,
+        "container": container,
+        "mounts": mounts,
+        "pyxis": pyxis,
+        "inside": container.kind in ("apptainer", "enroot"),  # a command is put before that of the ranks
+        "work_dir": plan.work_dir,
+        "run_dir": run.path,
+        "log": log,
+        "script": run.scripts / name,
+        "python": sys.executable,
+        "rank_python": site.python or ("python3" if inside else sys.executable),
+        "signals": SIGNALS,
+        "sweep": plan.members > 0,
+        "members": plan.members,
+        "at_once": plan.at_once,
+    }
+
+
+def _excluding(queue: Any, nodes: tuple[str, ...]) -> Any:
+    if not nodes:
+        return queue
+    return queue.model_copy(update={"exclude": ",".join([*([queue.exclude] if queue.exclude else []), *nodes])})
+
+
+def in_option(value: object) -> str:
+    """A path as a line of #SBATCH takes it: in quotes, with % (which begins a pattern) only where we mean it."""
+    text = str(value)
+    folder, separator, last = text.rpartition("/")
+    text = folder.replace("%", "%%") + separator + last
+    if re.fullmatch(r"[A-Za-z0-9_./%+=:@,-]+", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def submit(script: Script, *options: str) -> str:
+    """Submits a script; gives the job's id.
+
+    Raises:
+        ConfigError: there is no sbatch here, or it refuses; says what it said.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError("--on: slurm: sbatch is not on this machine's PATH; launch from a login node of the cluster")
+    command = ["sbatch", "--parsable", *options, str(script.path)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SUBMIT_S, check=False, env=submit_environment()
+        )
+    except subprocess.TimeoutExpired:
+        raise VernierError(f"sbatch has not answered for {SUBMIT_S:.0f} s; see squeue whether it has the job") from None
+    if done.returncode != 0:
+        said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
+        raise ConfigError(f"{script.path}: refused by sbatch: {said}")
+    return done.stdout.strip().split(";")[0]
+
+
+def submit_environment() -> dict[str, str]:
+    """What jobs inherit: ours, without what a job that we may be in ourselves was given."""
+    ours = ("SLURM_", "SBATCH_", "SRUN_", "PMI", "OMPI_")
+    keep = ("SLURM_CONF",)
+    return {k: v for k, v in os.environ.items() if k in keep or not k.startswith(ours)}

@@ -95,6 +95,8 @@ def train(
     epilog=_example(
         "vernier launch my.yaml --on slurm launch.nodes=4 launch.gpus_per_node=8",
         "vernier launch my.yaml --on slurm --site my-cluster --dry-run",
+        "vernier launch my.yaml --on slurm --sweep optimizer.lr=1e-4,3e-4,1e-3 --seeds 3",
+        "vernier launch my.yaml --on ssh --hosts a,b launch.nodes=2",
     )
 )
 def launch(
@@ -107,13 +109,22 @@ def launch(
     exclude_bad: Annotated[
         bool, typer.Option("--exclude-bad", help="Without the nodes that the last preflight named.")
     ] = False,
+    only: Annotated[str | None, typer.Option(help="train or eval: submit that job alone.")] = None,
+    hosts: Annotated[str | None, typer.Option(help="Of mpi and ssh: names with commas between, or a file.")] = None,
+    runs: Annotated[str | None, typer.Option(help="Of skypilot: a bucket or volume that outlives the nodes.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value; may be given several times.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of a sweep: so many seeds of each.")] = 1,
+    sweep_dir: Annotated[Path | None, typer.Option(help="Where a sweep goes; default RUN-sweep.")] = None,
+    at_once: Annotated[int, typer.Option(min=0, help="Of a sweep: runs side by side; 0: all.")] = 0,
     extend: Annotated[bool, typer.Option("--extend", help="Go on beyond the steps it was started with.")] = False,
     force_resume: Annotated[
         bool, typer.Option("--force-resume", help="Go on with settings that may not change; says what that breaks.")
     ] = False,
 ) -> int:
     """Train on a cluster: plan the jobs, submit them, go on with a run."""
-    from launcher.launch import Launch, run_launch
+    from launcher.launch import Launch, SweepAsked, run_launch
 
     how = Launch(
         on=on,
@@ -123,8 +134,14 @@ def launch(
         exclude_bad=exclude_bad,
         extend=extend,
         force=force_resume,
+        only=only,
+        hosts=hosts,
+        runs=runs,
     )
-    return run_launch(config, overrides or [], how, _console(out=True))
+    asked = SweepAsked(tuple(sweep or ()), seeds, sweep_dir, at_once) if sweep or seeds > 1 else None
+    if asked is None and (sweep_dir is not None or at_once):
+        raise ConfigError("--sweep-dir and --at-once go with --sweep or --seeds")
+    return run_launch(config, overrides or [], how, asked, _console(out=True))
 
 
 @app.command(
@@ -266,6 +283,46 @@ def plan(config: ConfigArgument, overrides: OverridesArgument = None, json_out: 
     from launcher.plan import run_plan
 
     return run_plan(config, overrides or [], json_out=json_out, console=_console(out=True))
+
+
+@app.command(epilog=_example("vernier logs my-run", "vernier logs runs/demo --rank 3 --follow"))
+def logs(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or the name of a known run.")],
+    rank: Annotated[int | None, typer.Option(min=0, help="Default: the first that failed, else 0.")] = None,
+    evaluator: Annotated[bool, typer.Option("--eval", help="Of the eval rank-group.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="Of the job's script.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    lines: Annotated[int, typer.Option(min=1, help="How many to begin with.")] = 50,
+) -> int:
+    """Show a rank's log: the first that failed, else rank 0."""
+    from launcher.logs import Wanted, run_logs
+
+    if job and (rank is not None or evaluator):
+        raise ConfigError("--job is a log of its own; leave --rank and --eval out")
+    wanted = Wanted(rank=rank, evaluator=evaluator, job=job)
+    return run_logs(run, wanted, follow=follow, console=_console(out=True), lines=lines)
+
+
+@app.command(epilog=_example("vernier stop my-run", "vernier stop runs/demo --now"))
+def stop(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or the name of a known run.")],
+    now: Annotated[bool, typer.Option("--now", help="With little patience for a checkpoint.")] = False,
+) -> int:
+    """Stop a run with a checkpoint, wherever it runs."""
+    from launcher.stop import run_stop
+
+    return run_stop(run, now=now, console=_console(out=True))
+
+
+@app.command(epilog=_example("vernier doctor", "vernier doctor runs/demo"))
+def doctor(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Also what its last preflight found.")] = None,
+    json_out: JsonOption = False,
+) -> int:
+    """Check this machine, each thing by doing it: versions, devices, collectives, folders, limits."""
+    from launcher.doctor import run_doctor
+
+    return run_doctor(run, json_out=json_out, console=_console(out=True))
 
 
 @app.command(epilog=_example("vernier status", "vernier status runs/demo --events"))

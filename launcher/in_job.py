@@ -110,9 +110,13 @@ def begin(run: RunDir, component: str) -> int:
     where = {"nodes": os.environ.get("SLURM_JOB_NODELIST"), "restart": int(restart)}
     job = current_job()
     if component == "train":
-        from trainer.lock import kept_free
+        from trainer.lock import check_free, kept_free
 
-        with kept_free(run, patience_s=DYING_S):
+        deadline = time.monotonic() + DYING_S
+        while run.is_held() and time.monotonic() < deadline:  # ranks of an earlier start, still dying
+            time.sleep(1.0)
+        check_free(run, print)  # waits for a holder on another node, which may be the one that was lost
+        with kept_free(run):
             run.stop_request.unlink(missing_ok=True)
             run.write_state("pending", exit_code=None, failure=None, again=None, steps=config.steps, job=job)
     add_job(run, "started", component=component, backend="slurm", job=job, progress=progress, **where)
@@ -139,9 +143,12 @@ def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
     if said is None and signal:
         said = EXIT_STOPPED  # killed at the time limit, before its checkpoint was whole: the last one is there
     if said is None:
+        from trainer.lock import kept_free
+
         told = f"the training ranks ended without a word (srun: exit code {code})"
-        run.add_event("failed", told)
-        run.record_failure(EXIT_FAILED, None, told)
+        with kept_free(run, patience_s=DYING_S):  # else the state is that of another trainer
+            run.add_event("failed", told)
+            run.record_failure(EXIT_FAILED, None, told)
         said = EXIT_FAILED
     failure = run.read_state().get("failure")
     if failure:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +11,12 @@ from rich.console import Console
 
 from configs.errors import EXIT_DONE, ConfigError, DataError
 from configs.load import dump_config, resolve
-from configs.rundir import RunDir
+from configs.rundir import RunDir, step_name
+from configs.terminal import that_may_go
 from configs.whole import read_json, write_atomic
-from launcher.job_log import add_job, live_jobs
+from launcher.job_log import add_job, job_ids, live_jobs, read_jobs
 from launcher.job_plan import JobPlan, make_plan
+from launcher.known_runs import remember
 from launcher.sites import Site, load_site
 from launcher.slurm import Script, render, submit
 
@@ -30,15 +34,73 @@ class Launch:
     exclude_bad: bool = False
     extend: bool = False
     force: bool = False
+    only: str | None = None  # a component
+    hosts: str | None = None  # of mpi and ssh
+    runs: str | None = None  # of skypilot: where the run outlives the nodes
 
 
-def run_launch(source: str, overrides: list[str], how: Launch, console: Console) -> int:
-    """Launches a run by the backend that was asked for; gives the exit code."""
+@dataclass(frozen=True)
+class SweepAsked:
+    """A sweep, as it was asked for."""
+
+    axes: tuple[str, ...]  # key=v1,v2
+    seeds: int = 1
+    dir: Path | None = None
+    at_once: int = 0
+
+
+def run_launch(source: str, overrides: list[str], how: Launch, sweep: SweepAsked | None, console: Console) -> int:
+    """Launches a run, or a sweep of runs, by the backend that was asked for; gives the exit code."""
     if how.on not in BACKENDS:
         raise ConfigError(f"--on: {how.on!r} is not known; expected one of {', '.join(BACKENDS)}")
     flags = (*(("--extend",) if how.extend else ()), *(("--force-resume",) if how.force else ()))
-    plan = make_plan(source, overrides, load_site(how.site), flags)
+    if how.only not in (None, "train", "eval"):
+        raise ConfigError(f"--only: {how.only!r} is not known; expected train or eval")
+    only_slurm = {"--template": how.template, "--exclude-bad": how.exclude_bad, "--only": how.only}
+    wrong = [name for name, value in only_slurm.items() if value]
+    if wrong and how.on != "slurm":
+        raise ConfigError(f"{wrong[0]}: goes with --on slurm, not with --on {how.on}")
+    site = load_site(how.site)
+    if sweep is not None:
+        return _launch_sweep(source, overrides, how, sweep, site, console)
+    if how.on != "slurm":
+        from launcher.backends import run_elsewhere
+        from launcher.train import Resume
+
+        resume = Resume(extend=how.extend, force=how.force)
+        return run_elsewhere(
+            how.on,
+            source,
+            overrides,
+            site,
+            resume,
+            hosts=how.hosts,
+            runs=how.runs,
+            dry_run=how.dry_run,
+            console=Console(file=that_may_go(sys.stderr), highlight=False, soft_wrap=True),
+        )
+    plan = make_plan(source, overrides, site, flags)
     return on_slurm(plan, how, console)
+
+
+def _launch_sweep(
+    source: str, overrides: list[str], how: Launch, sweep: SweepAsked, site: Site, console: Console
+) -> int:
+    if how.on == "slurm":
+        from launcher.launch_sweep import launch_sweep
+
+        return launch_sweep(source, overrides, sweep, site, how, console)
+    if how.on != "local":
+        raise ConfigError(f"--sweep: goes with --on slurm and --on local, not with --on {how.on}")
+    from launcher.sweep import run_local
+    from launcher.sweep_members import members
+
+    found = members(source, overrides, sweep.axes, sweep.seeds, sweep_dir=sweep.dir)
+    if how.dry_run:
+        for member in found.members:
+            print(f"{found.run(member).path}: {member.words}, seed {member.seed}")
+        return EXIT_DONE
+    return run_local(found, console=Console(file=that_may_go(sys.stderr), highlight=False, soft_wrap=True))
 
 
 def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
@@ -46,31 +108,52 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     run = plan.run
     excluded = bad_nodes(run) if how.exclude_bad else ()
     scripts = render(plan, how.template, excluded)
+    if how.only is not None:
+        scripts = [script for script in scripts if script.component == how.only]
+        if not scripts:
+            raise ConfigError(
+                f"--only: {how.only} is no job of its own with eval.placement: {plan.config.eval.placement}"
+            )
     if how.dry_run:
         for script in scripts:
             print(f"# ---- {script.path}\n{script.text}", end="")
         return EXIT_DONE
-    _check(plan, how)
+    if how.only != "eval":
+        _check(plan, how)
     from trainer.lock import sole_starter
     from trainer.run import finished
 
-    config = resolve(plan.config)
     with sole_starter(run):
-        if finished(run, config):
-            console.print(f"{run.path} is finished (step {config.steps})", markup=False)
+        wanted = {script.component for script in scripts}
+        if finished(run, resolve(plan.config)) and "eval" in wanted and _unscored(plan):
+            scripts = [script for script in scripts if script.component == "eval"]
+        elif finished(run, resolve(plan.config)):
+            console.print(f"{run.path} is finished (step {plan.config.steps})", markup=False)
             return EXIT_DONE
-        check_no_job(run)
+        live = check_no_job(run, {script.component for script in scripts})
         _write(plan, scripts)
-        train = _submitted(run, scripts[0], plan.site)
-        run.write_state("pending", exit_code=None, failure=None, again=None, steps=config.steps, job=train)
-        told = [f"{scripts[0].component}: job {train}, {scripts[0].path}"]
-        if len(scripts) > 1:
-            job = _submitted(run, scripts[1], plan.site, f"--dependency=after:{train}", "--kill-on-invalid-dep=yes")
-            told.append(f"{scripts[1].component}: job {job}, {scripts[1].path}")
-    for line in told:
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(f"vernier status {run.path}: how it stands; vernier logs, vernier stop", markup=False, soft_wrap=True)
+        remember(run.path)
+        for script in scripts:
+            options = []
+            if script.component == "eval" and live:
+                options = [f"--dependency=after:{live}", "--kill-on-invalid-dep=yes"]
+            job = _submitted(run, script, plan.site, *options)
+            if script.component != "eval":
+                live = job
+                state = {"exit_code": None, "failure": None, "again": None, "steps": plan.config.steps}
+                run.write_state("pending", **state, job=job)
+            console.print(f"{script.component}: job {job}, {script.path}", markup=False, soft_wrap=True)
+    console.print(f"how it stands: vernier status {shlex.quote(str(run.path))}", markup=False, soft_wrap=True)
     return EXIT_DONE
+
+
+def _unscored(plan: JobPlan) -> int:
+    """Snapshots of the run without a loss table."""
+    run = plan.run
+    facts = read_json(plan.config.reference_dir / "reference.json")
+    folder = run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
+    scored = {path.name.partition("@")[0] for path in folder.glob("step-*.parquet")}
+    return sum(step_name(step) not in scored for step in run.whole_steps(run.snapshots))
 
 
 def _check(plan: JobPlan, how: Launch) -> None:
@@ -82,18 +165,22 @@ def _check(plan: JobPlan, how: Launch) -> None:
     check_run(resolve(plan.config), extend=how.extend, force=how.force)
 
 
-def check_no_job(run: RunDir) -> None:
-    """Refuses a run that has a job.
+def check_no_job(run: RunDir, components: set[str]) -> str | None:
+    """Refuses a run that has a job for any of these components already; gives its training's job, if there is one.
 
     Raises:
-        ConfigError: names the job, and what it does.
+        ConfigError: names the job, and what it does; or nobody can tell.
     """
     live = live_jobs(run)
     if live is None:
         raise ConfigError("--on: slurm: squeue does not answer, so that nobody knows whether the run has a job already")
-    if live:
-        named = ", ".join(f"job {job.job} ({job.state.lower()})" for job in live.values())
+    kinds = job_ids(read_jobs(run))
+    wanted = {part for component in components for part in component.split("+")}
+    same = [job for job in live.values() if wanted & set(kinds[job.job].split("+"))]
+    if same:
+        named = ", ".join(f"job {job.job} ({kinds[job.job]}, {job.state.lower()})" for job in same)
         raise ConfigError(f"run.dir: {run.path} has {named}; vernier stop ends it, or use another run.dir")
+    return next((job for job in live if "train" in kinds[job].split("+")), None)
 
 
 def bad_nodes(run: RunDir) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from testbed import Cluster, running_cluster
 
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny.yaml"
@@ -94,3 +95,9 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("tiny") / "run"
     vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}")
     return run
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The testbed, up for all tests of a session that want it."""
+    yield from running_cluster(tmp_path_factory.mktemp("slurm"))

@@ -1,4 +1,4 @@
-"""What tests on clusters share: a real Slurm of four nodes on this machine, and questions to it."""
+"""A real Slurm of four nodes on this machine, and questions to it. Tests take it as the fixture `cluster`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+ROOT = Path(__file__).parent.parent
 UP, DOWN = ROOT / "slurm/testbed/up.sh", ROOT / "slurm/testbed/down.sh"
 NEEDED = ("slurmctld", "slurmd", "munged")
 
@@ -62,13 +62,11 @@ class Cluster:
         self.wait(lambda: node in self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split(), 60)
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The testbed, for all tests of a session; SLURM_CONF is set while it is up."""
+def running_cluster(place: Path) -> Iterator[Cluster]:
+    """A testbed in a folder, while it is wanted; SLURM_CONF is set as long as it is up."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if (missing or os.getuid() != 0) and not os.environ.get("REQUIRE_CLUSTER"):
         pytest.skip(f"no Slurm here: {', '.join(missing)} missing" if missing else "slurmd needs root")
-    place = tmp_path_factory.mktemp("slurm")
     environment = {**os.environ, "VERNIER_TESTBED_PORT": str(_free_ports(5))}
     done = subprocess.run(
         ["bash", UP, place], capture_output=True, text=True, timeout=120, check=False, env=environment

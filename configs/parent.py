@@ -23,11 +23,23 @@ def die_with_parent() -> None:
     """`kill_with_parent`, and a watch besides. To be called first of all: a parent may die while torch is imported."""
     parent = os.getppid()
     kill_with_parent()
-    orphaned = parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ  # torchrun was gone before we looked
+    # What started us was gone before we looked; but in a container it may itself be process 1.
+    started = "TORCHELASTIC_RUN_ID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+    orphaned = parent == 1 and started and not _is_ours(parent)
     if orphaned or os.getppid() != parent:
         os._exit(1)
     # The signal is tied to the parent's *thread* and is Linux only; a slow watch covers the rest.
     threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process is one that starts ranks."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            command = file.read()
+    except OSError:
+        return False
+    return any(word in command for word in (b"torch.distributed.run", b"torchrun", b"mpirun", b"orted", b"prted"))
 
 
 def end_at_once(code: int) -> NoReturn:

@@ -9,8 +9,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 PATIENCE_S = 15.0
@@ -55,8 +55,9 @@ def slurm_jobs(jobs: Iterable[str]) -> dict[str, SlurmJob] | None:
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--states=all", "--json"]
+    environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # else lists of an array's tasks are cut short
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
         told = json.loads(done.stdout)["jobs"] if done.returncode == 0 else None
     except (subprocess.TimeoutExpired, OSError, ValueError, KeyError, TypeError):
         return None
@@ -64,9 +65,9 @@ def slurm_jobs(jobs: Iterable[str]) -> dict[str, SlurmJob] | None:
         return None
     found = {}
     for one in told:
-        job = _job(one)
-        if job.job in wanted:
-            found[job.job] = job
+        for job in _jobs(one):
+            if job.job in wanted:
+                found[job.job] = job
     return found
 
 
@@ -83,6 +84,20 @@ def _number(value: Any) -> int:
     if isinstance(value, dict):
         value = value.get("number", 0)
     return value if isinstance(value, int) else 0
+
+
+def _jobs(told: dict[str, Any]) -> Iterator[SlurmJob]:
+    """A job; of an array's tasks that still wait, which are one entry, each."""
+    job = _job(told)
+    array, waiting = _number(told.get("array_job_id")), str(told.get("array_task_string") or "")
+    if not array or not waiting:
+        yield job
+        return
+    for part in filter(None, waiting.partition("%")[0].split(",")):  # such as 0,3-9:2%4
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        for task in range(int(first), int(last or first) + 1, int(step or 1)):
+            yield replace(job, job=f"{array}_{task}")
 
 
 def _job(told: dict[str, Any]) -> SlurmJob:

@@ -11,7 +11,7 @@ import os
 from contextlib import suppress
 from typing import TextIO, cast
 
-_VARIABLE = "VERNIER_TERMINAL"
+VARIABLE = "VERNIER_TERMINAL"
 
 
 class _Patient(io.TextIOBase):
@@ -45,21 +45,21 @@ def that_may_go(stream: TextIO) -> TextIO:
 
 def lend_terminal(environment: dict[str, str]) -> None:
     """Tells processes started with `environment` that their stdin is a terminal (or log) to write to."""
-    environment[_VARIABLE] = "stdin"
+    environment[VARIABLE] = "stdin"
 
 
 def is_lent(environment: dict[str, str]) -> bool:
     """Whether processes started with `environment` take their stdin for a terminal to write to."""
-    return environment.get(_VARIABLE) == "stdin"
+    return environment.get(VARIABLE) == "stdin"
 
 
 def is_supervised() -> bool:
     """Whether a `vernier` started this process and watches over it."""
-    return _VARIABLE in os.environ
+    return VARIABLE in os.environ
 
 
 def lent_terminal() -> TextIO | None:
     """The stream that the `vernier` which started this process has lent it, if any."""
-    if os.environ.get(_VARIABLE) != "stdin":
+    if os.environ.get(VARIABLE) != "stdin":
         return None
     return that_may_go(os.fdopen(os.dup(0), "w", buffering=1, encoding="utf-8", errors="replace"))

@@ -51,12 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
     die_with_parent()
     asked = parse(sys.argv[1:] if arguments is None else arguments)
     # torch is imported from here on, once the command line is known to be good
-    from eval.ranks import environment_ranks, log_to_file
+    from eval.rank_environment import this_rank
+    from eval.ranks import log_to_file
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for training; the evaluator ends when told or done
-    rank = environment_ranks()[0]
-    console = sys.stderr
+    rank, console = 0, sys.stderr
     try:
+        rank = this_rank().rank
         if asked.config is not None:
             config = resolve(load_config(asked.config, asked.overrides))
             console = log_to_file(RunDir(config.run_dir).logs / f"eval-rank-{rank}.log")
@@ -85,10 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def watch_run(config: Any) -> None:
     """Watches one run to its end."""
+    from eval.rank_environment import meet
     from eval.ranks import join, leave
     from eval.watch import watch
 
     ranks = join(config.eval.threads_per_rank, timeout_s=config.eval.timeout_s)
+    if ranks.mpi is None:
+        print(meet().line(), flush=True)
     watch(config, ranks)
     leave()
 
@@ -99,10 +103,13 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
 
     from eval.models import check_fits, check_model
     from eval.once import Scoring, score_models
+    from eval.rank_environment import meet
     from eval.ranks import StoppedByAnotherRank, join, leave
     from eval.reference import load_reference
 
     ranks = join(asked.threads)
+    if ranks.mpi is None and (asked.log_dir or ranks.first):
+        print(meet().line(), file=sys.stdout if asked.log_dir else console, flush=True)
     check = not asked.checked and ranks.local_rank == 0  # the files, once on each machine
     problem: VernierError | None = None
     try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import VernierError
+from configs.relay import marked_terminal
 from configs.terminal import lent_terminal, that_may_go
+from eval.rank_environment import environment_ranks, load_mpi, local_world_size, meet, this_rank
 
 WORDS = 512  # bytes that a rank may use to say what it found
 
@@ -110,31 +111,6 @@ class Ranks:
         return next(((rank, one) for rank, one in enumerate(heard) if one), (-1, ""))
 
 
-# How a launcher tells a process its rank, the world, and its rank on its machine; the first that is set counts.
-LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI's mpirun
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH's and Intel's
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; the second is not set in a batch script itself
-)
-
-
-def environment_ranks() -> tuple[int, int, int]:
-    """(rank, world, local rank) as torchrun, mpirun or srun tell them; a process started alone is rank 0 of 1."""
-    for rank, world, local in LAUNCHERS:
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world]), int(os.environ.get(local, "0"))
-    return 0, 1, 0
-
-
-def local_world_size() -> int:
-    """Ranks on this machine, where the launcher tells; else all."""
-    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return environment_ranks()[1]
-
-
 def set_threads(threads: int) -> None:
     """Fixes the CPU threads of this rank: a sum cut over other threads has other last bits."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -159,7 +135,7 @@ def seed_everything(seed: int) -> None:
 def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
     """Joins the process group that the environment describes: NCCL on GPUs, gloo on CPU.
 
-    Where no address is given (mpirun), MPI finds it; where torch has no collectives, MPI joins tables itself.
+    Where torch has no collectives, MPI joins tables itself. Who the others are: see `eval.rank_environment`.
 
     Args:
         threads: CPU threads of this rank.
@@ -171,20 +147,16 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
     rank, world, local_rank = environment_ranks()
     set_threads(threads)
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    number = _gpu(rank, local_rank) if on_gpu else local_rank
+    device = torch.device("cuda", number) if on_gpu else torch.device("cpu")
     if on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise VernierError(
-                f"rank {rank} wants GPU {local_rank}, this machine has {torch.cuda.device_count()}; start fewer ranks"
-            )
         torch.cuda.set_device(device)
     if not dist.is_available() or os.environ.get("VERNIER_JOIN") == "mpi":
-        communicator = _mpi(world).COMM_WORLD
+        communicator = load_mpi().COMM_WORLD
         return Ranks(communicator.rank, communicator.size, local_rank, device, None, communicator)
-    if world > 1 and "MASTER_ADDR" not in os.environ:
-        _find_address(rank, world)
-    for name, number in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", local_rank)):
-        os.environ.setdefault(name, str(number))  # DeepSpeed asks for them also where one process is all
+    meet()
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", number)):
+        os.environ[name] = str(value)  # DeepSpeed asks for them also where one process is all
     backend = "nccl" if on_gpu else "gloo"
     try:
         if world == 1 and "MASTER_ADDR" not in os.environ:
@@ -198,34 +170,14 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
     return Ranks(rank, world, local_rank, device, control)
 
 
-def _mpi(world: int) -> Any:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise VernierError(
-            f"{world} ranks were started without MASTER_ADDR and MASTER_PORT, and MPI cannot find them ({said}); "
-            "set both, or install it: pip install 'vernier-lm[mpi]'"
-        ) from None
-    return MPI
-
-
-def _find_address(rank: int, world: int) -> None:
-    """Sets MASTER_ADDR and MASTER_PORT to a free port of rank 0's machine, told by MPI."""
-    communicator = _mpi(world).COMM_WORLD
-    if communicator.size != world:
-        raise VernierError(
-            f"rank {rank}: the launcher says {world} ranks, MPI {communicator.size}; "
-            "is mpi4py built for the MPI whose mpirun started it?"
-        )
-    hosts = communicator.allgather(socket.gethostname())
-    address = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(hosts[0])
-    port = 0
-    if communicator.rank == 0:
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = communicator.bcast((address, str(port)), root=0)
+def _gpu(rank: int, local_rank: int) -> int:
+    """Which of the GPUs that this process sees is its own."""
+    seen = torch.cuda.device_count()
+    if seen == 1 and this_rank().by == "srun":  # --gpus-per-task: every rank sees its own, and none but it
+        return 0
+    if local_rank >= seen:
+        raise VernierError(f"rank {rank} wants GPU {local_rank}, this machine has {seen}; start fewer ranks")
+    return local_rank
 
 
 def leave() -> None:
@@ -241,7 +193,7 @@ def log_to_file(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    console = lent_terminal()
+    console = lent_terminal() or marked_terminal()
     if console is None:
         console = that_may_go(os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace"))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

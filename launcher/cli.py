@@ -290,15 +290,15 @@ def logs(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or the name of a known run.")],
     rank: Annotated[int | None, typer.Option(min=0, help="Default: the first that failed, else 0.")] = None,
     evaluator: Annotated[bool, typer.Option("--eval", help="Of the eval rank-group.")] = False,
-    job: Annotated[bool, typer.Option("--job", help="Of the job's script.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="Of the job's script (with --eval: of its own).")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
     lines: Annotated[int, typer.Option(min=1, help="How many to begin with.")] = 50,
 ) -> int:
     """Show a rank's log: the first that failed, else rank 0."""
     from launcher.logs import Wanted, run_logs
 
-    if job and (rank is not None or evaluator):
-        raise ConfigError("--job is a log of its own; leave --rank and --eval out")
+    if job and rank is not None:
+        raise ConfigError("--job is a log of its own; leave --rank out")
     wanted = Wanted(rank=rank, evaluator=evaluator, job=job)
     return run_logs(run, wanted, follow=follow, console=_console(out=True), lines=lines)
 
@@ -316,10 +316,10 @@ def stop(
 
 @app.command(epilog=_example("vernier doctor", "vernier doctor runs/demo"))
 def doctor(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Also what its last preflight found.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run: its folder, its last preflight.")] = None,
     json_out: JsonOption = False,
 ) -> int:
-    """Check this machine, each thing by doing it: versions, devices, collectives, folders, limits."""
+    """Try whether this machine can train and score, and say what to do where it cannot."""
     from launcher.doctor import run_doctor
 
     return run_doctor(run, json_out=json_out, console=_console(out=True))

@@ -85,6 +85,12 @@ def run_compare(
     wanted = _gate(gate)
     margin_percent = parse_margin("0%" if margin is None else margin)
     _check(targets, more, gated=wanted is not None, with_margin=margin is not None)
+    from launcher.sweep_table import compare_sweep
+
+    gated = ["--gate"] * (gate is not None) + ["--margin"] * (margin is not None)
+    swept = compare_sweep(targets, [*sorted(more.given()), *gated], json_out=json_out, console=console)
+    if swept is not None:
+        return swept
     power_percent = None if more.power is None else _parse_power(more.power)
     by = _parse_by(more.by)
     if more.training:

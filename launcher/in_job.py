@@ -19,6 +19,7 @@ from configs.load import load_config
 from configs.rundir import RunDir
 from configs.scheduler import current_job
 from configs.schema import Config
+from launcher.job_facts import jobs_of
 from launcher.job_log import add_job, read_jobs
 
 AGAIN = 10  # start the ranks again, in this job
@@ -26,7 +27,7 @@ REQUEUE = 11  # queue this job again
 NOTHING = 20  # nothing is left to do
 STARTS_AGAIN = 20  # in one job without a further step (train) or table (eval) between
 DYING_S = 60.0  # for ranks of an earlier start, on a node that was lost, to be given up
-FIRST_PORT, PORTS = 20000, 20000
+FIRST_PORT, PORTS = 20000, 12000  # below what Linux gives to outgoing connections
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,6 +101,11 @@ def begin(run: RunDir, component: str) -> int:
         if finished(run, config):
             print(f"{run.path} is finished (step {config.steps})")
             return NOTHING
+        if jobs_of(lines, {}).stop_asked:  # while this job was waiting, or being queued again
+            print(f"{run.path} was asked to stop: vernier launch goes on with it")
+            run.stop_request.unlink(missing_ok=True)
+            run.write_state("stopping", exit_code=EXIT_STOPPED)
+            return NOTHING
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     limit = config.launch.requeue_limit
     if before > limit:
@@ -158,7 +164,7 @@ def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
         run.write_state("requeued")
         told = f"stopped before the time limit with a checkpoint of step {_progress(run, config, component)}"
         run.add_event("requeued", told, job=current_job())
-        print(f"{told}; queued again")
+        print(f"{told}; another turn follows")
         return REQUEUE
     return int(said)
 
@@ -178,7 +184,7 @@ def starts_without_progress(lines: list[dict[str, Any]], component: str, progres
 
 def _after_scoring(run: RunDir, config: Config, code: int, signal: str) -> int:
     if signal == "USR1":
-        print("the evaluator's time is up; queued again")
+        print("the evaluator's time is up; another turn follows")
         return REQUEUE
     if code == EXIT_DONE or signal:
         return code

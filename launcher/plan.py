@@ -1,6 +1,7 @@
-"""`vernier plan`: what a training would take, reckoned before anything is started: tokens, memory, host memory, disk.
+"""`vernier plan`: what a training would take, reckoned before anything is started: memory, time, host memory, disk.
 
-The arithmetic is in configs.host_memory and configs.memory; here it is asked, held against this machine, and told.
+The arithmetic is in configs (training_memory, step_time, host_memory, memory); what the model itself says is found by
+launcher.plan_activations. Here it is asked and held against what there is; launcher.plan_words tells it.
 """
 
 from __future__ import annotations
@@ -8,66 +9,118 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from configs.devices import gpu_count
-from configs.errors import EXIT_DONE, DataError
+from configs.errors import EXIT_DONE, ConfigError, DataError
 from configs.host_memory import (
     FP32,
     SavingCopy,
-    TrainingState,
     checkpoint_bytes,
     checkpoints_kept,
     saving_copy,
     snapshot_bytes,
     snapshots_kept,
-    training_state,
 )
-from configs.load import load_config, micro_batch, resolve
+from configs.load import batch_problems, load_config, micro_batch, resolve
 from configs.memory import gib
+from configs.step_time import GB, Links, Work
+from configs.training_memory import HOST_FIXED, Job, RankMemory, Tensors, host_beside_gpu, rank_memory
 from configs.whole import read_json
-from launcher.plan_model import Model, find_model
-from launcher.verdict_words import new_table, print_table, say
+from launcher.plan_model import Model, find_model, model_size, work_of
+from launcher.plan_scaling import Row, Sizes, largest_micro, row, scaling, usable
+from launcher.plan_speed import Speed, find_speed, gpu_memory, read_size
 
 if TYPE_CHECKING:
     from configs.schema import Config
 
 
+LINKS = {True: (200.0, 50.0), False: (2.0, 1.25)}  # GB/s, on GPUs (NVLink, 400 Gbit/s) and on CPU (gloo, 10 Gbit/s)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user may know better than this machine does."""
+
+    flops: float | None = None  # operations/s that a rank attains; None: found out
+    memory: str | None = None  # of the device of a rank, such as 80GiB; None: what there is here
+    bandwidth: float | None = None  # GB/s of a rank to the others of its node, one way; None: as in LINKS
+    node_bandwidth: float | None = None  # GB/s of a whole node to others, one way
+    latency_us: float = 5.0  # of one hop between ranks
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a training would take. Memory is in bytes a rank unless it says otherwise."""
+    """What a training would take. Memory is in bytes, of a rank unless it says otherwise."""
 
     config: Config
     model: Model
-    on_gpu: bool
+    ranks: int  # of the whole world
+    ranks_here: int  # of one machine
+    sizes: Sizes
+    work: Work
+    links: Links
+    speed: Speed | None  # None: it is for GPUs, and there is none here to try
+    device_bytes: int | None  # what a rank has: its GPU, or its part of this machine's memory; None: not known
     windows: int | None  # prepared for training; None where the data is not prepared
-    state: TrainingState
     saving: SavingCopy
     machine_bytes: int  # memory of this machine
     free_disk_bytes: int  # where run.dir is to be
 
     @property
-    def ranks(self) -> int:
-        return self.config.nproc or 1
+    def on_gpu(self) -> bool:
+        return self.sizes.on_gpu
 
     @property
     def average(self) -> bool:
         return self.config.ema.decay is not None
 
+    @cached_property
+    def job(self) -> Job:
+        return self.sizes.job(ranks=self.ranks)
+
+    @cached_property
+    def memory(self) -> RankMemory:
+        return rank_memory(self.job)
+
+    @cached_property
+    def here(self) -> Row:
+        flops = None if self.speed is None else self.speed.flops
+        return row(self.sizes, self.work, self.links, flops, ranks=self.ranks, stage=self.config.zero.stage)
+
+    @cached_property
+    def table(self) -> tuple[list[Row], list[int]]:
+        flops = None if self.speed is None else self.speed.flops
+        return scaling(self.sizes, self.work, self.links, flops, also=self.ranks)
+
+    @cached_property
+    def largest_micro(self) -> int | None:
+        """The most windows at once that a rank holds; None: not one, or what it has or needs is not known."""
+        if self.device_bytes is None:
+            return None
+        return largest_micro(self.sizes, ranks=self.ranks, device=self.device_bytes)
+
+    @property
+    def activations_known(self) -> bool:
+        return self.sizes.model is not None and self.sizes.model.known(self.here.micro)
+
     @property
     def host_bytes(self) -> int:
-        """Host memory that all ranks of this machine take at most, as far as it is reckoned."""
-        own = self.state.host if self.on_gpu else self.state.device + self.state.host
-        return max(self.starting_bytes, self.ranks * (own + self.saving.most))
+        """Host memory that all ranks of this machine take at most."""
+        if self.on_gpu:
+            return self.ranks_here * (host_beside_gpu(self.job) + HOST_FIXED)
+        return self.ranks_here * self.memory.total
 
     @property
     def starting_bytes(self) -> int:
-        """Host memory of all ranks while they start: each builds the whole model in fp32, before it is cut."""
-        return self.ranks * FP32 * self.model.parameters
+        """Host memory of all ranks of a machine while they start: each builds the whole model in fp32, then cuts it."""
+        return self.ranks_here * (FP32 * self.model.parameters if self.on_gpu else self.memory.start)
 
     @property
     def checkpoint(self) -> int:
@@ -95,51 +148,91 @@ class Plan:
         return self.checkpoints * self.checkpoint + self.snapshots * self.snapshot
 
 
-def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Console) -> int:
+def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Console, given: Given | None = None) -> int:
     """Reckons what a config would take, and prints it.
 
     Raises:
         ConfigError: the settings are wrong, or the model's size cannot be told from them.
     """
-    plan = make_plan(resolve(load_config(source, overrides)))
+    config = load_config(source, overrides)
+    if config.precision is None and config.launch.gpus_per_node:  # as it will be where the ranks are
+        config = config.model_copy(update={"precision": "bf16"})
+    plan = make_plan(resolve(config), given or Given())
     if json_out:
+        from launcher.plan_words import to_json
+
         json.dump(to_json(plan), sys.stdout, indent=2)
         print()
     else:
-        _print(plan, console)
+        from launcher.plan_words import print_plan
+
+        print_plan(plan, console)
     return EXIT_DONE
 
 
-def make_plan(config: Config) -> Plan:
-    """The plan of a resolved config, on this machine."""
+def make_plan(config: Config, given: Given = Given()) -> Plan:
+    """The plan of a resolved config, on this machine or, with `launch.nodes`, on machines like it.
+
+    Raises:
+        ConfigError: the batch cannot be cut over the ranks, or what was given makes no sense.
+    """
+    ranks, ranks_here = _world(config)
+    problems = list(batch_problems(config, ranks))
+    for name, value in (("--bandwidth", given.bandwidth), ("--node-bandwidth", given.node_bandwidth)):
+        if value is not None and not 0 < value < float("inf"):
+            problems.append(f"{name}: {value}; expected GB/s above 0")
+    if not 0 <= given.latency_us < float("inf"):
+        problems.append(f"--latency: {given.latency_us}; expected microseconds, 0 or more")
+    if problems:
+        raise ConfigError(*problems)
     data = _data_facts(config)
     model = find_model(config, data)
+    on_gpu = gpu_count() > 0 or bool(config.launch.gpus_per_node)
+    found = model_size(model, config, on_gpu=on_gpu)
+    tensors = Tensors(model.parameters, 0) if found is None else found.tensors
+    if found is not None:
+        found.activations(micro_batch(config, ranks))  # what is asked about is run, other micro-batches may be reckoned
+    machine = machine_memory()
+    device = read_size(given.memory, "--memory") if given.memory is not None else None
+    if device is None:
+        device = gpu_memory() if on_gpu else machine // ranks_here
+    work = work_of(model, config.sequence_length)
+    whole = _saving(config, model.parameters, ranks=1)
+    first = whole.snapshot + whole.average  # of step 0, in the same place ever after
+    during = whole.most if config.checkpoint.every < config.steps else first
     return Plan(
         config=config,
         model=model,
-        on_gpu=gpu_count() > 0,
+        ranks=ranks,
+        ranks_here=ranks_here,
+        sizes=Sizes(config, tensors, found, on_gpu, (during, whole.most)),
+        work=work,
+        links=Links(
+            ranks_here,
+            (given.bandwidth or LINKS[on_gpu][0]) * GB,
+            (given.node_bandwidth or LINKS[on_gpu][1]) * GB,
+            given.latency_us * 1e-6,
+        ),
+        speed=find_speed(config, work, given.flops, on_gpu=on_gpu),
+        device_bytes=device,
         windows=None if data is None else max(0, (int(data["train"]["tokens"]) - 1) // config.sequence_length),
-        state=_state(config, model.parameters),
-        saving=_saving(config, model.parameters),
-        machine_bytes=machine_memory(),
+        saving=_saving(config, model.parameters, ranks=ranks),
+        machine_bytes=machine,
         free_disk_bytes=shutil.disk_usage(_existing(config.run_dir)).free,
     )
 
 
-def _state(config: Config, parameters: int) -> TrainingState:
-    return training_state(
-        parameters,
-        precision=config.precision or "fp32",
-        stage=config.zero.stage,
-        ranks=config.nproc or 1,
-        offload=config.zero.offload == "cpu",
-        average=config.ema.decay is not None,
-    )
+def _world(config: Config) -> tuple[int, int]:
+    """(all ranks, those of one machine)."""
+    launch, here = config.launch, config.nproc or 1
+    if launch.nodes > 1 or launch.ranks_per_node or launch.gpus_per_node:
+        here = launch.ranks_per_node or launch.gpus_per_node or here
+    return launch.nodes * here, here
 
 
-def _saving(config: Config, parameters: int) -> SavingCopy:
+def _saving(config: Config, parameters: int, *, ranks: int) -> SavingCopy:
     average = config.ema.decay is not None
-    return saving_copy(parameters, dtype=snapshot_dtype(config), ranks=config.nproc or 1, average=average)
+    return saving_copy(parameters, dtype=snapshot_dtype(config), ranks=ranks, average=average)
 
 
 def snapshot_dtype(config: Config) -> str:
@@ -175,10 +268,18 @@ def _existing(path: Path) -> Path:
 def warnings(plan: Plan) -> list[str]:
     """What does not fit, a line each, with the settings that would change it."""
     out = []
-    if plan.host_bytes > plan.machine_bytes:
+    device = plan.device_bytes
+    if plan.on_gpu and device is not None and plan.memory.total > usable(device):
         out.append(
-            f"memory: {gib(plan.host_bytes)} are more than this machine's {gib(plan.machine_bytes)}; {_advice(plan)}"
+            f"memory: {gib(plan.memory.total)} a rank are more than {gib(usable(device))}, nine tenths of its GPU's "
+            f"{gib(device)}; {_advice(plan)}"
         )
+    asked = not plan.on_gpu and device is not None and device * plan.ranks_here != plan.machine_bytes
+    room = device * plan.ranks_here if asked and device is not None else plan.machine_bytes
+    # With --memory on CPU the ranks have that; a machine's own memory is held against what all of them take.
+    if plan.host_bytes > room and not (plan.on_gpu and plan.config.launch.gpus_per_node and gpu_count() == 0):
+        has = f"the {gib(room)} that they have" if asked else f"this machine's {gib(plan.machine_bytes)}"
+        out.append(f"memory: {gib(plan.host_bytes)} are more than {has}; {_advice(plan, host=True)}")
     if plan.disk_bytes > plan.free_disk_bytes:
         fewer = ["checkpoint.keep"] if plan.config.checkpoint.keep > 1 else []
         fewer += ["snapshot.keep" if plan.config.snapshot.keep is None else "a smaller snapshot.keep"]
@@ -189,150 +290,59 @@ def warnings(plan: Plan) -> list[str]:
     return out
 
 
-def _advice(plan: Plan) -> str:
-    """Settings of this machine's share, each with what memory would be with it alone, least first."""
-    config, found = plan.config, []
-    zero = config.zero
-    tries: list[tuple[str, dict[str, Any]]] = []
-    if zero.offload == "cpu" and plan.on_gpu:
-        tries.append(("zero.offload=none", {"zero": zero.model_copy(update={"offload": "none"})}))
-    if zero.stage < 3 and plan.ranks > 1 and not plan.on_gpu:
-        tries.append(("zero.stage=3", {"zero": zero.model_copy(update={"stage": 3})}))
-    if snapshot_dtype(config) == "fp32":
-        tries.append(("snapshot.dtype=bf16", {"snapshot": config.snapshot.model_copy(update={"dtype": "bf16"})}))
-    if plan.average:
-        tries.append(("ema.decay=null", {"ema": config.ema.model_copy(update={"decay": None})}))
-    if plan.ranks > 1 and not plan.on_gpu and zero.stage < 3:
-        tries.append(("nproc=1", {"nproc": 1}))
-    for name, change in tries:
-        changed = config.model_copy(update=change)
-        count = plan.model.parameters
-        other = replace(plan, config=changed, state=_state(changed, count), saving=_saving(changed, count))
-        if other.host_bytes < plan.host_bytes:
-            found.append((other.host_bytes, name))
+def _advice(plan: Plan, *, host: bool = False) -> str:
+    """Settings, each with what memory would be with it alone, least first.
+
+    Args:
+        host: of host memory, which all ranks of a machine share; else of a rank's GPU.
+    """
+
+    def needed(one: Plan) -> int:
+        return one.host_bytes if host else one.memory.total
+
+    found = []
+    for name, change in _tries(plan):
+        size = needed(changed(plan, change))
+        if size < needed(plan):
+            found.append((size, name))
     found.sort()
     said = [f"{name} needs {gib(size)}" for size, name in found]
-    return "; ".join([*said, "over more machines each has its part of it"])
+    more = "over more machines each has its part of it" if host else "more ranks have less each"
+    return "; ".join([*said, more])
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON: counts, and bytes."""
-    config, state, saving = plan.config, plan.state, plan.saving
-    micro = micro_batch(config, plan.ranks)
-    tokens = config.batch.global_ * config.sequence_length
-    return {
-        "model": plan.model.name,
-        "parameters": plan.model.parameters,
-        "notes": list(plan.model.notes),
-        "ranks": plan.ranks,
-        "micro": micro,
-        "accumulation": config.batch.global_ // (plan.ranks * micro),
-        "batch": config.batch.global_,
-        "sequence_length": config.sequence_length,
-        "tokens_a_step": tokens,
-        "steps": config.steps,
-        "tokens": tokens * config.steps,
-        "windows": plan.windows,
-        "precision": config.precision,
-        "zero_stage": config.zero.stage,
-        "memory_a_rank": {
-            "weights": state.weights,
-            "gradients": state.gradients,
-            "optimizer": state.optimizer,
-            "average": state.average,
-            "device": state.device,
-            "host": state.host,
-        },
-        "saving_a_rank": {
-            "background": config.checkpoint.background,
-            "checkpoint": saving.checkpoint,
-            "snapshot": saving.snapshot,
-            "average": saving.average,
-            "most": saving.most,
-        },
-        "machine": {
-            "needed": plan.host_bytes,
-            "starting": plan.starting_bytes,
-            "memory": plan.machine_bytes,
-            "gpus": gpu_count(),
-        },
-        "disk": {
-            "checkpoint": plan.checkpoint,
-            "checkpoints": plan.checkpoints,
-            "snapshot": plan.snapshot,
-            "snapshots": plan.snapshots,
-            "needed": plan.disk_bytes,
-            "free": plan.free_disk_bytes,
-        },
-        "warnings": warnings(plan),
-    }
+def _tries(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    config, zero = plan.config, plan.config.zero
+    if plan.here.micro > 1:
+        smaller = max(m for m in range(1, plan.here.micro) if config.batch.global_ // plan.ranks % m == 0)
+        yield f"batch.micro={smaller}", {"batch": config.batch.model_copy(update={"micro": smaller})}
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
+    if zero.offload == "cpu" and plan.on_gpu:
+        yield "zero.offload=none", {"zero": zero.model_copy(update={"offload": "none"})}
+    if zero.offload == "none" and plan.on_gpu and zero.stage:
+        yield "zero.offload=cpu", {"zero": zero.model_copy(update={"offload": "cpu"})}
+    if zero.stage < 3 and plan.ranks > 1:
+        yield "zero.stage=3", {"zero": zero.model_copy(update={"stage": 3})}
+    if snapshot_dtype(config) == "fp32":
+        yield "snapshot.dtype=bf16", {"snapshot": config.snapshot.model_copy(update={"dtype": "bf16"})}
+    if plan.average:
+        yield "ema.decay=null", {"ema": config.ema.model_copy(update={"decay": None})}
+    if plan.ranks == plan.ranks_here > 1 and not plan.on_gpu and zero.stage < 3:
+        yield "nproc=1", {"nproc": 1}
 
 
-def _print(plan: Plan, console: Console) -> None:
-    config, said = plan.config, to_json(plan)
-    saving = plan.saving
-    ranks = "1 rank" if plan.ranks == 1 else f"{plan.ranks} ranks"
-    say(console, f"model     {plan.model.name}, {plan.model.parameters:,} parameters")
-    for note in plan.model.notes:
-        say(console, f"          {note}", "yellow")
-    say(console, f"batch     {ranks} × {said['micro']} × {said['accumulation']} = {said['batch']:,} windows a step")
-    say(
-        console,
-        f"tokens    {said['tokens_a_step']:,} a step; {said['steps']:,} steps: {said['tokens']:,}{_passes(plan)}",
-    )
-    place = "of the GPU" if plan.on_gpu else "of this machine, there is no GPU"
-    say(console, f"memory    a rank, {config.precision}, ZeRO-{config.zero.stage} ({place})")
-    _print_memory(plan, console)
-    say(console, "          without activations, logits and DeepSpeed's buffers")
-    how = "written in the background" if config.checkpoint.background else "training waits until they are written"
-    parts = {"checkpoint": saving.checkpoint, "snapshot": saving.snapshot, "snapshot of the average": saving.average}
-    copies = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    say(console, f"saving    copies in host memory, a rank: {gib(saving.most)} ({copies}), {how}")
-    what = "training and copies"
-    if plan.on_gpu:
-        what = "offloaded state and copies" if plan.state.host else "copies"
-    if plan.host_bytes == plan.starting_bytes:
-        what = "at the start, when each rank builds the whole model in fp32"
-    say(
-        console,
-        f"machine   {ranks} {'takes' if plan.ranks == 1 else 'take'} {gib(plan.host_bytes)} of host memory in all "
-        f"({what}); this machine has {gib(plan.machine_bytes)}",
-    )
-    say(
-        console,
-        f"disk      a checkpoint {gib(plan.checkpoint)}, a snapshot {gib(plan.snapshot)}"
-        f"{' with that of the average' if plan.average else ''}; at most {_count(plan.checkpoints, 'checkpoint')} and "
-        f"{_count(plan.snapshots, 'snapshot')} at a time: {gib(plan.disk_bytes)}; free: {gib(plan.free_disk_bytes)}",
-    )
-    for line in said["warnings"]:
-        say(console, f"does not fit: {line}", "red")
-
-
-def _passes(plan: Plan) -> str:
-    if not plan.windows:
-        return ""
-    passes = plan.config.steps * plan.config.batch.global_ / plan.windows
-    return f", {passes:.3g} passes over the {plan.windows:,} windows that are prepared"
-
-
-def _print_memory(plan: Plan, console: Console) -> None:
-    state = plan.state
-    table = new_table()
-    table.add_column("         ")
-    for heading in ("weights", "gradients", "optimizer", *(["average"] if plan.average else []), "together"):
-        table.add_column(heading, justify="right")
-    moved = state.on_host and plan.on_gpu
-    average = [state.average] if plan.average else []
-    if moved:
-        table.add_row("on the GPU", gib(state.weights), "", "", *("" for _ in average), gib(state.device))
-        table.add_row(
-            "in host memory", "", gib(state.gradients), gib(state.optimizer), *map(gib, average), gib(state.host)
-        )
-    else:
-        sizes = [state.weights, state.gradients, state.optimizer, *average]
-        table.add_row("", *map(gib, sizes), gib(sum(sizes)))
-    print_table(table, console)
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def changed(plan: Plan, change: dict[str, Any]) -> Plan:
+    """The plan of the same model and machine with other settings."""
+    config = plan.config.model_copy(update=change)
+    ranks, here = _world(config)
+    found = plan.sizes.model
+    if "gradient_checkpointing" in change:
+        found = model_size(plan.model, config, on_gpu=plan.on_gpu)
+    if found is not None:
+        found.activations(micro_batch(config, ranks))
+    whole = _saving(config, plan.model.parameters, ranks=1)
+    during = whole.most if config.checkpoint.every < config.steps else whole.snapshot + whole.average
+    sizes = Sizes(config, plan.sizes.tensors, found, plan.on_gpu, (during, whole.most))
+    saving = _saving(config, plan.model.parameters, ranks=ranks)
+    return replace(plan, config=config, ranks=ranks, ranks_here=here, sizes=sizes, saving=saving)

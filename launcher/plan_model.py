@@ -1,15 +1,16 @@
-"""How many parameters the model of a config has: by its sizes where they are known, else as transformers builds it."""
+"""The model of a config, as far as a plan goes: its parameters, its activations, what a token computes."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
 from configs.memory import model_shapes
+from configs.step_time import Work
 from configs.whole import read_json
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class Model:
     name: str
     parameters: int
     notes: tuple[str, ...]
+    described: dict[str, Any] = field(default_factory=dict, repr=False)  # its Hugging Face config, as written
+    hf: Any = field(default=None, repr=False)  # the same as transformers has it; None: it has no such type
 
 
 def find_model(config: Config, data: dict[str, Any] | None) -> Model:
@@ -52,7 +55,8 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
         if count is None:
             count = _stored_parameters(home)
             notes.append("counted as stored in its safetensors files")
-        return Model(str(described.get("model_type") or settings.path.name), count, tuple(notes))
+        name = str(described.get("model_type") or settings.path.name)
+        return Model(name, count, tuple(notes), described, _hf_of(home))
     facts = data
     if facts is None:
         facts = {"vocab_size": _expected_vocabulary(config), "eos_id": 0}
@@ -64,8 +68,56 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
     from trainer.model import hf_config  # torch comes with it; a model's defaults are known to transformers alone
 
     hf = hf_config(settings, facts)
-    count = _counted(hf.to_dict())
-    return Model(str(settings.type), _built_parameters(hf) if count is None else count, tuple(notes))
+    described = hf.to_dict()
+    count = _counted(described)
+    return Model(str(settings.type), _built_parameters(hf) if count is None else count, tuple(notes), described, hf)
+
+
+def work_of(model: Model, sequence_length: int) -> Work:
+    """What a token of this model computes; layers and heads that its config does not name count for nothing."""
+    text = model.described.get("text_config")
+    values: dict[str, Any] = text if isinstance(text, dict) else model.described
+
+    def first(*names: str) -> int:
+        return next((int(values[name]) for name in names if isinstance(values.get(name), int)), 0)
+
+    layers, hidden = first("num_hidden_layers", "n_layer"), first("hidden_size", "n_embd")
+    heads = first("num_attention_heads", "n_head")
+    attention = heads * values["head_dim"] if isinstance(values.get("head_dim"), int) else hidden
+    experts, chosen = first("num_local_experts", "num_experts", "n_routed_experts"), first("num_experts_per_tok")
+    idle = 0
+    if experts > chosen > 0:  # a gated MLP has three matrices
+        idle = layers * (experts - chosen) * 3 * hidden * first("moe_intermediate_size", "intermediate_size")
+    return Work(max(0, model.parameters - idle), layers, attention, sequence_length)
+
+
+def model_size(model: Model, config: Config, *, on_gpu: bool) -> Any:
+    """The model's `ModelSize`, which finds its activations; None where transformers has no such type."""
+    if model.hf is None:
+        return None
+    from launcher.plan_activations import ModelSize  # torch comes with it
+
+    try:
+        whole = model_shapes(model.described).whole_logits
+    except ConfigError:
+        whole = False
+    return ModelSize(
+        model.hf,
+        sequence_length=config.sequence_length,
+        precision=config.precision or "fp32",
+        checkpointing=config.gradient_checkpointing,
+        whole_logits=whole,
+        on_gpu=on_gpu,
+    )
+
+
+def _hf_of(home: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError):
+        return None
 
 
 def _expected_vocabulary(config: Config) -> int:

@@ -1,21 +1,124 @@
-"""Rank-groups as child processes: torchrun on this machine's loopback, in its own session, dying with `vernier`."""
+"""Rank-groups as child processes: started by torchrun or mpirun, in a session of their own, dying with `vernier`."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from configs.errors import ConfigError
 from configs.parent import kill_with_parent
+from configs.relay import ask_for_marks
+from configs.schema import Config
 from configs.terminal import is_lent, lend_terminal
 
 TERM_GRACE_S = 5.0
 SAVE_PATIENCE_S = 600  # for ranks asked to stop: the save in flight, a step, a checkpoint, each with its fsync
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without its handler the last two kill torchrun itself
+HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # ssh and mpirun would take a dash in front for an option
+# Who this process is, if it is itself a rank of something (a notebook's pod, say): not for ranks that it starts.
+OWN_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+# What other machines' ranks are given of this environment.
+CARRIED = re.compile(
+    r"(NCCL|GLOO|UCX|FI|OMP|HF|TORCH|VERNIER|DS)_.*|(CUBLAS_WORKSPACE_CONFIG|PYTHONUNBUFFERED|TOKENIZERS_PARALLELISM)"
+)
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY", re.IGNORECASE)
+OURS_HERE = ("VERNIER_SSH_OPTIONS", "VERNIER_TERMINAL")  # about this machine and this terminal
+
+
+class Started(Protocol):
+    """A rank-group that was started: a process, or one on each machine."""
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Starter(Protocol):
+    """Starts a run's rank-groups. Both methods give the process, whose output goes to files in `logs`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def training_log(self) -> str:
+        """File in `logs` with the training's output; with `marked`, what ranks say to people is in it."""
+        ...
+
+    @property
+    def marked(self) -> bool: ...
+    @property
+    def far(self) -> bool:
+        """Whether ranks may be on other machines."""
+        ...
+
+    def train(self, arguments: list[str], logs: Path) -> Started: ...
+    def score(self, arguments: list[str], logs: Path) -> Started: ...
+
+
+@dataclass(frozen=True)
+class Torchrun:
+    """torchrun on this machine's loopback."""
+
+    nproc: int
+    threads: int
+    eval_nproc: int
+    eval_threads: int
+    name: str = "torchrun"
+    training_log: str = "torchrun.log"
+    marked: bool = False
+    far: bool = False
+
+    def train(self, arguments: list[str], logs: Path) -> Started:
+        command, environment = torchrun(
+            "trainer", arguments, nproc=self.nproc, threads=self.threads, patience_s=SAVE_PATIENCE_S
+        )
+        return start(command, environment, logs / self.training_log)
+
+    def score(self, arguments: list[str], logs: Path) -> Started:
+        command, environment = torchrun("eval", arguments, nproc=self.eval_nproc, threads=self.eval_threads)
+        return start(command, environment, logs / "eval-torchrun.log")
+
+
+@dataclass(frozen=True)
+class Mpirun:
+    """mpirun, on this machine or on `hosts`. `nproc`: ranks a host."""
+
+    nproc: int
+    threads: int
+    eval_nproc: int
+    eval_threads: int
+    hosts: tuple[str, ...] = ()
+    eval_hosts: tuple[str, ...] = ()
+    name: str = "mpirun"
+    training_log: str = "mpirun.log"
+    marked: bool = True
+
+    @property
+    def far(self) -> bool:
+        return bool(self.hosts)
+
+    def train(self, arguments: list[str], logs: Path) -> Started:
+        command, environment = mpirun(
+            "trainer", arguments, nproc=self.nproc, threads=self.threads, hosts=self.hosts, marked=True
+        )
+        return start(command, environment, logs / self.training_log)
+
+    def score(self, arguments: list[str], logs: Path) -> Started:
+        command, environment = mpirun(
+            "eval", arguments, nproc=self.eval_nproc, threads=self.eval_threads, hosts=self.eval_hosts
+        )
+        return start(command, environment, logs / "eval-mpirun.log")
 
 
 def torchrun(
@@ -34,52 +137,153 @@ def torchrun(
         *("--module", module),
         *arguments,
     ]
-    environment = _environment(threads)
+    environment = rank_environment(threads)
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     lend_terminal(environment)
     return command, environment
 
 
-def mpirun(module: str, arguments: list[str], *, nproc: int, threads: int) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that starts `nproc` ranks of `python -m module` on this machine by MPI.
+def mpirun(
+    module: str, arguments: list[str], *, nproc: int, threads: int, hosts: tuple[str, ...] = (), marked: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) that starts `nproc` ranks of `python -m module` on this machine by MPI, or on each host.
+
+    Args:
+        marked: have ranks mark what they say to people (see `configs.relay`).
 
     Raises:
         ConfigError: there is no mpirun.
     """
     if shutil.which("mpirun") is None:
-        raise ConfigError("--by: mpirun is not on this machine's PATH; install Open MPI or MPICH, or use torchrun")
-    command = ["mpirun", "-n", str(nproc), sys.executable, "-m", module, *arguments]
-    environment = _environment(threads)
+        raise ConfigError("mpirun is not on this machine's PATH; install Open MPI or MPICH, or use torchrun")
+    environment = rank_environment(threads)
+    if "RANK" in environment:
+        for name in OWN_RANK:
+            environment.pop(name, None)
+    if marked:
+        ask_for_marks(environment)
+    else:
+        environment.pop("VERNIER_TERMINAL", None)
     environment.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")  # more ranks than cores is the user's choice
     environment.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    return command, environment
+    for name in ("OMPI_MCA_hwloc_base_binding_policy", "PRTE_MCA_hwloc_default_binding_policy"):
+        environment.setdefault(name, "none")  # else each rank has one core, whatever its threads
+    environment.setdefault("I_MPI_PIN", "0")
+    # It would look for GPUs by way of X displays, and wait for an answer for ever from display 6, whose port, 6006, is
+    # TensorBoard's.
+    environment.setdefault("HWLOC_COMPONENTS", "-gl")
+    if hosts:
+        where = _over_hosts(hosts, nproc, environment)
+    else:
+        where = ["-n", str(nproc)]
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return ["mpirun", *where, sys.executable, "-m", module, *arguments], environment
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """What every rank-group on this machine is started with."""
-    environment = {
+def _over_hosts(hosts: tuple[str, ...], each: int, environment: dict[str, str]) -> list[str]:
+    """mpirun's options for so many ranks on each host, with our part of the environment."""
+    total = ["-n", str(each * len(hosts))]
+    if _is_hydra():
+        return [*total, "-ppn", str(each), "-hosts", ",".join(hosts), "-genvall"]
+    environment["PRTE_MCA_rmaps_default_mapping_policy"] = f"ppr:{each}:node:oversubscribe"
+    words = [*total, "--host", ",".join(f"{host}:{each}" for host in hosts), "--map-by", f"ppr:{each}:node"]
+    for name in [*carried(environment), *(["VERNIER_TERMINAL"] if "VERNIER_TERMINAL" in environment else [])]:
+        words += ["-x", name]  # its value goes over mpirun's own connection, and stands in no command line
+    return words
+
+
+def _is_hydra() -> bool:
+    """Whether mpirun is MPICH's or Intel's rather than Open MPI's."""
+    done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=30, check=False)
+    return bool(re.search(r"HYDRA|Intel\(R\) MPI", done.stdout + done.stderr))
+
+
+def carried(environment: Mapping[str, str]) -> list[str]:
+    """Names of the variables that ranks on other machines are given, none of which looks like a secret."""
+    names = (name for name in environment if CARRIED.fullmatch(name) and not SECRET.search(name))
+    return sorted(name for name in names if name not in OURS_HERE)
+
+
+def rank_environment(threads: int) -> dict[str, str]:
+    """What every rank-group is started with."""
+    return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return environment
 
 
-def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def read_hosts(given: str) -> tuple[str, ...]:
+    """The hosts of `--hosts`: names with commas between, or a file with one a line, as mpirun takes it.
+
+    Slots (`a slots=4`, `a:4`) are passed over: how many ranks a host has is a setting.
+
+    Raises:
+        ConfigError: no host, a name that cannot be one, or one twice.
+    """
+    path = Path(given)
+    if path.is_file():
+        rows = [line.partition("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [row[0] for row in rows if row]
+    else:
+        names = [name.strip() for name in given.split(",") if name.strip()]
+    hosts = tuple(name.partition(":")[0] for name in names)
+    if not hosts:
+        raise ConfigError(f"--hosts: {given!r} names no host; expected a,b,c or a file with one host a line")
+    for host in hosts:
+        if not HOST.fullmatch(host):
+            raise ConfigError(f"--hosts: {host!r} is no host (nor a file that is there); expected a,b,c or a file")
+        if hosts.count(host) > 1:
+            raise ConfigError(f"--hosts: {host} is there twice; ranks a host are launch.ranks_per_node")
+    return hosts
+
+
+def divided(hosts: tuple[str, ...], config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(hosts to train on, hosts to score on): the first `launch.nodes`, then `eval.nodes` of those left, else the first
+    again.
+
+    Raises:
+        ConfigError: there are not so many, or more than anybody asked for.
+    """
+    nodes, eval_nodes = config.launch.nodes, config.eval.nodes
+    evaluator = config.eval.placement in ("separate", "het")
+    used = nodes + (eval_nodes if evaluator else 0)
+    if len(hosts) < nodes:
+        raise ConfigError(f"--hosts: {len(hosts)} are given, launch.nodes is {nodes}")
+    if len(hosts) > used and "nodes" not in config.launch.model_fields_set:
+        raise ConfigError(f"launch.nodes: say how many of the {len(hosts)} hosts train; it is {nodes} unless set")
+    left = hosts[nodes:]
+    if not evaluator:
+        return hosts[:nodes], ()
+    if not left and eval_nodes == 1:
+        return hosts[:nodes], hosts[:1]
+    if len(left) < eval_nodes:
+        raise ConfigError(
+            f"--hosts: {len(hosts)} are given, launch.nodes + eval.nodes are {used}; "
+            "give so many, or eval.placement=inline"
+        )
+    return hosts[:nodes], left[:eval_nodes]
+
+
+def start(command: list[str], environment: dict[str, str], log: Path, *, held: bool = False) -> subprocess.Popen[bytes]:
     """Starts a rank-group with its output appended to `log`.
 
     In a session of its own, so that Ctrl-C reaches `vernier` alone, which then asks for an orderly stop; and killed by
     the kernel if `vernier` dies without a word.
+
+    Args:
+        held: its stdin is a pipe, which ends when `vernier` does.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     output: IO[bytes]
+    # Lent to the ranks, see configs.terminal; mpirun would read from it.
+    stdin = sys.stderr if is_lent(environment) else subprocess.DEVNULL
     with open(log, "ab") as output:
         return subprocess.Popen(
             command,
             env=environment,
-            # Lent to the ranks, see configs.terminal; mpirun would read from it.
-            stdin=sys.stderr if is_lent(environment) else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if held else stdin,
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -87,7 +291,7 @@ def start(command: list[str], environment: dict[str, str], log: Path) -> subproc
         )
 
 
-def end(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> None:
+def end(process: Started, grace_s: float = TERM_GRACE_S) -> None:
     """Ends a rank-group: SIGTERM to torchrun, and SIGKILL if it does not go. Its ranks die with it."""
     if process.poll() is not None:
         return
@@ -97,6 +301,14 @@ def end(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> None
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def ask_to_stop(starter: Starter, process: Started, *, interrupt: bool) -> None:
+    """Has the ranks stop with a checkpoint by a signal, where no file can be written."""
+    if starter.name == "mpirun":  # it hands these on as they are; at SIGTERM it kills its ranks a second later
+        process.send_signal(signal.SIGUSR1)
+    else:
+        process.send_signal(signal.SIGINT if interrupt else signal.SIGTERM)
 
 
 def last_lines(log: Path, count: int = 15) -> str:

@@ -1,6 +1,7 @@
 """How a run stands, read from its directory alone: quickly, without torch, and however long the run is.
 
-Nothing is written, no process is asked; the only lock that is tried is let go of at once.
+Nothing is written, no process is asked (what a scheduler says is handed in); the only lock that is tried is let go of
+at once.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ import yaml
 from configs.errors import DataError
 from configs.rundir import RunDir, is_locked, step_name, step_of
 from configs.whole import read_json
+from launcher.board import live_board
+from launcher.job_facts import UNKNOWN, RunJobs, Told, is_active, jobs_of, standing_in_queue
+from launcher.job_log import read_jobs
+from launcher.known_runs import is_run
 from trainer.lock import FRESH_S, holder
 
 BAND = 50  # steps
 DYING_S = 15.0  # for whoever watches over a run to write its end down
 CHUNK = 1 << 16
+WITH_CHECKPOINT = "stopped with a checkpoint"
 EVENTS_BYTES = 16 << 20  # of events.jsonl, from its end: what a run has to tell fits many times
 GUARDS = (
     "skipped",
@@ -78,6 +84,9 @@ class RunFacts:
     adapted: dict[str, Any] | None = None
     guards: dict[str, int] = field(default_factory=dict)
     quarantined: list[str] = field(default_factory=list)
+    jobs: list[dict[str, Any]] = field(default_factory=list)  # component, job, state, reason, nodes, restarts, …
+    requeues: int = 0
+    board: dict[str, Any] | None = None  # TensorBoard inside the job, where that runs: host, port, url, ssh, …
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,18 +103,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def find_run(path: Path) -> RunDir:
-    """The run at `path`, which may not have got as far as writing its config. Raises DataError where there is none."""
-    run = RunDir(path)
-    if not run.config.is_file() and not run.state.is_file():
-        raise DataError(f"{path}: not a run directory (it has neither config.yaml nor state.json)")
-    return run
-
-
 def all_runs(below: Path = Path("runs")) -> list[RunDir]:
     """The runs in a folder, by name."""
-    places = {path.parent for name in ("config.yaml", "state.json") for path in below.glob(f"*/{name}")}
-    return [RunDir(path) for path in sorted(places)]
+    if not below.is_dir():
+        return []
+    return [RunDir(path) for path in sorted(below.iterdir()) if not path.name.startswith(".") and is_run(path)]
 
 
 def tail_lines(path: Path, *, count: int | None = None, most_bytes: int | None = None) -> list[dict[str, Any]]:
@@ -149,21 +151,31 @@ def read_events(run: RunDir) -> list[dict[str, Any]]:
     return tail_lines(run.events, most_bytes=EVENTS_BYTES)
 
 
-def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None) -> RunFacts:
-    """How a run stands now."""
+def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told = None) -> RunFacts:
+    """How a run stands now.
+
+    Args:
+        events: as `read_events` gives them, where they are at hand.
+        told: what the scheduler says of its jobs (`job_facts.ask_scheduler`).
+    """
     events = read_events(run) if events is None else events
     now, state, lock = time.time(), run.read_state(), holder(run)
     settings, notes = _settings(run)
     heard = max(run.last_heartbeat(), float(state.get("heartbeat") or 0))
     host = lock.get("host") or state.get("host")
-    alive = _alive(run, state, elsewhere=host not in (None, socket.gethostname()), silent_s=now - heard)
-    word, words, why = _standing(run, state, alive=alive, silent_s=now - heard)
-    lines = tail_lines(run.metrics, count=BAND)
-    step = int(lines[-1]["step"] if lines else state.get("step") or 0)
+    jobs = jobs_of(read_jobs(run), told)
+    held = run.is_held() or is_locked(run.starter)
+    alive = held or _heard_lately(state, jobs, elsewhere=host not in (None, socket.gethostname()), silent_s=now - heard)
+    word, words, why = _standing(state, jobs, alive=alive, held=held, silent_s=now - heard)
+    steps_made = tail_lines(run.metrics, count=BAND)
+    step = int(steps_made[-1]["step"] if steps_made else state.get("step") or 0)
     steps = state.get("steps") or settings.get("steps")
-    speed = _speed(lines)
+    speed = _speed(steps_made)
     whole = run.whole_steps(run.checkpoints)
     scored, loss, se, waiting = _scores(run, settings, events)
+    to_lose = max(0, step - whole[-1]) if whole else step
+    if words == WITH_CHECKPOINT and (to_lose or not whole):
+        words = "stopped before a checkpoint of its last steps" if whole else "stopped before its first checkpoint"
     if word == "running":
         notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]
     return RunFacts(
@@ -174,29 +186,32 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None) -> RunFact
         step=step,
         steps=steps,
         percent=100 * step / steps if steps else None,
-        **_band(lines),
-        lr=lines[-1].get("lr") if lines else None,
+        **_band(steps_made),
+        lr=steps_made[-1].get("lr") if steps_made else None,
         tokens_per_s=speed[0],
         step_s=speed[1],
         seconds_left=speed[1] * (steps - step) if word == "running" and steps and speed[1] else None,
         host=host,
         pid=lock.get("pid"),
-        job=lock.get("job"),
+        job=lock.get("job") or state.get("job"),
         attempt=lock.get("attempt") or state.get("attempt"),
         started=_last_time(events, "started"),
         ended=_ended(word, state, events, heard),
         silent_s=now - heard if heard else None,
         checkpoint=whole[-1] if whole else None,
-        steps_to_lose=max(0, step - whole[-1]) if whole else step,
+        steps_to_lose=to_lose,
         scored=scored,
         reference_loss=loss,
         reference_se=se,
         waiting=waiting,
         why=why,
-        exit_code=state.get("exit_code"),
+        exit_code=None if word in ("pending", "running", "requeued") else state.get("exit_code"),
         adapted=_adapted(run, notes),
         guards={kind: n for kind in GUARDS if (n := sum(event.get("kind") == kind for event in events))},
         quarantined=sorted(p.name for p in run.quarantine.iterdir()) if run.quarantine.is_dir() else [],
+        jobs=jobs.jobs,
+        requeues=jobs.requeues,
+        board=live_board(run, told, jobs.login),
         notes=notes,
     )
 
@@ -220,19 +235,39 @@ def _settings(run: RunDir) -> tuple[dict[str, Any], list[str]]:
     return (found, []) if isinstance(found, dict) else ({}, [f"{path.name} cannot be read"])
 
 
-def _alive(run: RunDir, state: dict[str, Any], *, elsewhere: bool, silent_s: float) -> bool:
-    """Whether somebody trains: the lock's holder, or one whose heart beats where locks cannot be seen."""
-    # A `vernier train` holds the second: the first is taken once the ranks are there.
-    if run.is_held() or is_locked(run.starter):
+def _heard_lately(state: dict[str, Any], jobs: RunJobs, *, elsewhere: bool, silent_s: float) -> bool:
+    """Whether somebody is likely to train whose lock cannot be seen from here, or who is about to take it."""
+    job = jobs.train if _ours(state, jobs) else None
+    if job is not None and is_active(job):
         return True
+    if job is not None and job["state"] != UNKNOWN:  # it has ended, and all its processes with it
+        return silent_s < DYING_S
     starting = state.get("state") == "pending"
     return silent_s < (FRESH_S if elsewhere or starting else DYING_S)
 
 
-def _standing(run: RunDir, state: dict[str, Any], *, alive: bool, silent_s: float) -> tuple[str, str, str | None]:
+def _ours(state: dict[str, Any], jobs: RunJobs) -> bool:
+    """Whether training's newest job is the one that the run's state was written in, or has yet to write it."""
+    job = jobs.train
+    return job is not None and (str(state.get("job")) == job["job"] or _is_younger(state, jobs))
+
+
+def _is_younger(state: dict[str, Any], jobs: RunJobs) -> bool:
+    """Whether training's newest job was submitted after the run's state was written."""
+    return jobs.submitted > float(state.get("heartbeat") or 0)
+
+
+def _standing(
+    state: dict[str, Any], jobs: RunJobs, *, alive: bool, held: bool, silent_s: float
+) -> tuple[str, str, str | None]:
     """(state, in words, why it has ended)."""
     word = str(state.get("state") or "not started")
     failure, code, again = state.get("failure"), state.get("exit_code"), state.get("again")
+    by_job = standing_in_queue(
+        word, jobs, alive=alive, held=held, ours=_ours(state, jobs), fresh=_is_younger(state, jobs)
+    )
+    if by_job is not None:
+        return by_job
     if word in ("running", "pending") and not alive:
         where = "" if word == "running" else " while it started"
         why = f"no sign of life for {duration(silent_s)}, and nobody holds its lock; the same command goes on"
@@ -242,7 +277,7 @@ def _standing(run: RunDir, state: dict[str, Any], *, alive: bool, silent_s: floa
     if word == "stopping" and again:
         return "starting again", "starting again" if alive else "waits to be started again", str(again)
     if word == "stopping" and code is not None:
-        return "stopped", "stopped with a checkpoint", "it was asked to stop" + (" by Ctrl-C" if code == 130 else "")
+        return "stopped", WITH_CHECKPOINT, "it was asked to stop" + (" by Ctrl-C" if code == 130 else "")
     if word == "failed" and isinstance(failure, dict):
         rank = failure.get("rank")
         return word, word, f"{'' if rank is None else f'rank {rank}: '}{failure.get('error')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,8 @@ from configs.schema import Settings
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+# What job scripts set themselves.
+OURS = frozenset("RUN PYTHON RANK_PYTHON TMPDIR MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE".split())  # noqa: SIM905
 
 Line = Annotated[str, Field(max_length=1000)]
 Positive = Annotated[int, Field(ge=1)]
@@ -53,7 +56,7 @@ class Container(Settings):
     """What ranks run in."""
 
     kind: Literal["none", "pyxis", "enroot", "apptainer"] = "none"
-    image: str | None = Field(None, description="pyxis, enroot: an image's name or .sqsh; apptainer: a .sif")
+    image: Line | None = Field(None, description="pyxis, enroot: an image's name or .sqsh; apptainer: a .sif")
     mounts: list[str] = Field(default_factory=list, description="folders to see inside: SRC or SRC:DEST[:ro]")
     options: list[str] = Field(default_factory=list, description="further options of srun, enroot or apptainer exec")
 
@@ -65,23 +68,37 @@ class Site(Settings):
     eval_queue: Queue | None = Field(None, description="of the evaluation's job; default as `queue`")
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
-    gpu_type: Line | None = Field(None, description="such as a100")
+    gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(None, description="such as a100")
     cpus_per_rank: Positive | None = None
-    memory: Line | None = None
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = Field(
+        None, description="host memory a node, as Slurm takes it (64G; 0: all of it)"
+    )
     requeue: bool = Field(True, description="false: the site forbids requeueing; a successor is submitted instead")
     export: Literal["ALL", "NONE"] = Field("ALL", description="whether a job sees the environment it is submitted in")
     modules: list[Line] = Field(default_factory=list, description="`module load` each")
     setup: list[Line] = Field(default_factory=list, description="shell lines at the start of a job, as they are")
-    environment: dict[str, str] = Field(default_factory=dict, description="variables of all ranks")
-    environment_file: Path | None = Field(None, description="a file of NAME=value lines (secrets, say), read by jobs")
+    environment: dict[str, str] = Field(default_factory=dict, description="variables of all ranks, to the letter")
+    environment_file: Path | None = Field(
+        None, description="a file of NAME=value lines, to the letter, read by jobs: the place for secrets"
+    )
     scratch: str = Field("/tmp", description="folder on each node's own disk; $NAME is read there")
     python: str | None = Field(None, description="the Python of ranks; default the one that launches")
     srun: list[Line] = Field(default_factory=list, description="further options of srun")
     container: Container = Container()
-    template: Path | None = Field(None, description="a folder with own train.sbatch.j2, eval.sbatch.j2, …")
-    login: Line | None = Field(None, description="the login node, as ssh reaches it from outside")
+    template: Path | None = Field(None, description="own train.sbatch.j2, or a folder with it, eval.sbatch.j2, …")
+    login: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*$")] | None = Field(
+        None, description="the login node, as ssh reaches it from outside"
+    )
     ssh_options: list[Line] = Field(default_factory=list, description="of --on ssh, such as -p 2222")
     accelerators: Line | None = Field(None, description="of --on skypilot, such as H100:8")
+
+    @field_validator("scratch")
+    @classmethod
+    def scratch_is_a_path(cls, value: str) -> str:
+        # It stands in double quotes, where a node may fill in a variable, and nothing else means anything.
+        if not re.fullmatch(r"(?=[/$])([A-Za-z0-9_./-]|\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*\})+", value, re.ASCII):
+            raise ValueError("should be a path of letters, digits and _ . - /, with $NAME where a node has its own")
+        return value
 
     @field_validator("environment", mode="before")
     @classmethod
@@ -100,6 +117,10 @@ class Site(Settings):
                 raise ValueError(f"{name!r} is no name of a variable")
             if "\0" in text:
                 raise ValueError(f"{name}: has a zero byte")
+            if name in OURS or name.startswith("SLURM_"):
+                raise ValueError(
+                    f"{name} is set in every job{'; scratch names its folder' if name == 'TMPDIR' else ''}"
+                )
             if SECRET.search(name):
                 raise ValueError(
                     f"{name} looks like a secret, which would stand in a script; set it in the shell that launches "
@@ -140,20 +161,28 @@ def load_site(name: str | None) -> Site:
     try:
         site = Site.model_validate(told)
     except ValidationError as error:
-        said = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                said.append(f"--site: {path}: {key}: unknown key; known: {', '.join(Site.model_fields)}")
-            else:
-                message = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-                shown = (
-                    ""
-                    if key.startswith("environment") or isinstance(item["input"], (dict, list))
-                    else f" {item['input']!r}"
-                )
-                said.append(f"--site: {path}: {key}:{shown} {message}")
-        raise ConfigError(*said) from None
+        raise ConfigError(*(f"--site: {path}: {problem}" for problem in _problems(error))) from None
     if site.container.kind != "none" and site.container.image is None:
         raise ConfigError(f"--site: {path}: container.image: missing; {site.container.kind} needs one")
-    return site
+    beside = {
+        key: path.absolute().parent / value.expanduser()
+        for key, value in (("environment_file", site.environment_file), ("template", site.template))
+        if value is not None
+    }
+    return site.model_copy(update=beside)
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    sections: dict[str, type[Settings]] = {"queue": Queue, "eval_queue": Queue, "container": Container}
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = sections.get(str(item["loc"][0]), Site).model_fields
+            yield f"{key}: unknown key; known: {', '.join(known)}"
+        elif key.startswith("environment."):  # what is told may be a secret
+            yield f"{key}: should be text or a number; put it in quotes"
+        else:
+            said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+            said = said.replace("String should", "should")
+            hidden = key == "environment" or isinstance(item["input"], (dict, list))
+            yield f"{key}:{'' if hidden else ' ' + repr(item['input'])} {said}"

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def render(plan: JobPlan, template: Path | None = None, exclude: tuple[str, ...]
     """The scripts of a plan; the training's first.
 
     Args:
-        template: a file in place of the training's template, or a folder with any of train.sbatch.j2, eval.sbatch.j2
-            and het.sbatch.j2 (and parts.j2); what it lacks is Vernier's own.
+        template: a file in place of the training's template (of a heterogeneous job, of its), or a folder with any of
+            train.sbatch.j2, eval.sbatch.j2, het.sbatch.j2 and parts.j2; what it lacks is Vernier's own.
         exclude: nodes not to use, besides the site's.
 
     Raises:
@@ -57,8 +58,11 @@ def _rendered(plan: JobPlan, component: str, name: str, template: Path | None, e
 
     folders = [TEMPLATES]
     own = template or plan.site.template
+    file = own if own is not None and own.is_file() and component != "eval" else None
     if own is not None and own.is_dir():
         folders.insert(0, own)
+    elif own is not None and not own.exists():
+        raise ConfigError(f"--template: {own} is not there; expected a file or a folder of *.sbatch.j2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
         undefined=jinja2.StrictUndefined,
@@ -68,31 +72,42 @@ def _rendered(plan: JobPlan, component: str, name: str, template: Path | None, e
         autoescape=False,  # it is a shell script; what is put in goes through `q` or `o`
     )
     environment.filters |= {"q": lambda value: shlex.quote(str(value)), "o": in_option}
+    facts = _facts(plan, component, name, exclude)
+    asked = str(file or f"{name}.j2")
     try:
-        if own is not None and own.is_file() and component != "eval":
-            read = environment.from_string(own.read_text(encoding="utf-8"))
-        elif own is not None and not own.exists():
-            raise ConfigError(f"--template: {own} is not there; expected a file or a folder of *.sbatch.j2")
-        else:
-            read = environment.get_template(f"{name}.j2")
-        text = read.render(_facts(plan, component, name, exclude))
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", None)
-        raise ConfigError(f"--template: {own or name}:{f' line {line}:' if line else ''} {error}") from None
+        source = file.read_text(encoding="utf-8") if file is not None else None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--template: {own} cannot be read: {error}") from None
+        raise ConfigError(f"--template: {asked} cannot be read: {error}") from None
+    try:
+        if source is not None:
+            code = environment.compile(source, asked, asked)
+            read = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        else:
+            read = environment.get_template(asked)
+        text = read.render(facts)
+    except Exception as error:  # a template is a program, and may fail like one
+        where, line = _place(error, asked, folders)
+        said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"--template: {where}{f', line {line}' if line else ''}: {' '.join(said.split())}") from None
     return text.lstrip("\n")
+
+
+def _place(error: Exception, asked: str, folders: list[Path]) -> tuple[str, int | None]:
+    """Which template failed, and in which line: the innermost one that the error came through."""
+    line = getattr(error, "lineno", None)  # of a syntax error
+    if line is not None:
+        return str(getattr(error, "filename", None) or asked), line
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename == asked or Path(frame.filename).parent in folders:
+            return frame.filename, frame.lineno
+    return asked, None
 
 
 def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -> dict[str, Any]:
     """What templates may use."""
     config, site, run = plan.config, plan.site, plan.run
     container = site.container
-    for what, path in (("run.dir", run.path), ("the current folder", plan.work_dir), ("data.dir", config.data_dir)):
-        if not str(path).isprintable():
-            raise ConfigError(f"{what}: {str(path)!r} has a line break or control character; no job script can hold it")
-    if not re.fullmatch(r"[A-Za-z0-9_./${}-]+", site.scratch):
-        raise ConfigError(f"--site: scratch: {site.scratch!r} should be a path, with $NAME where a node has its own")
+    _refuse_unsayable(plan)
     main = _excluding(site.queue, exclude)
     beside = _excluding(site.eval_queue or site.queue, exclude)
     inside = container.kind != "none"
@@ -100,11 +115,6 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
     mounts = [*container.mounts]
     for path in dict.fromkeys((plan.work_dir, run.path.parent, config.data_dir, config.reference_dir)):
         mounts.append(f"{path}:{path}")
-    pyxis = ""
-    if container.kind == "pyxis":
-        words = [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
-        words += [f"--container-workdir={plan.work_dir}", *container.options]
-        pyxis = " " + " ".join(shlex.quote(word) for word in words)
     return {
         "name": config.name,
         "train": plan.train,
@@ -116,9 +126,9 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
         "site": site,
         "container": container,
         "mounts": mounts,
-        "pyxis": pyxis,
         "inside": container.kind in ("apptainer", "enroot"),  # a command is put before that of the ranks
         "work_dir": plan.work_dir,
+        "jobs_dir": run.scripts,
         "run_dir": run.path,
         "log": log,
         "script": run.scripts / name,
@@ -129,6 +139,40 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
         "members": plan.members,
         "at_once": plan.at_once,
     }
+
+
+def _refuse_unsayable(plan: JobPlan) -> None:
+    """Refuses names that no script, or not this one's, can hold.
+
+    Raises:
+        ConfigError: says which.
+    """
+    config, site = plan.config, plan.site
+    paths = {
+        "run.dir": plan.run.path,
+        "the current folder": plan.work_dir,
+        "data.dir": config.data_dir,
+        "eval.reference": config.reference_dir,
+    }
+    problems = []
+    for what, path in paths.items():
+        if not str(path).isprintable():
+            problems.append(f"{what}: {str(path)!r} has a line break or control character; no job script can hold it")
+        elif site.container.kind != "none" and re.search(r"""[\s,:;"'\\#$]""", str(path)):
+            problems.append(
+                f"{what}: {str(path)!r} has white space, quotes or one of , : ; # $ \\, which {site.container.kind} "
+                "cannot mount; use another path"
+            )
+    if "\\" in str(plan.run.path):
+        problems.append(f"run.dir: {str(plan.run.path)!r} has a backslash, which Slurm drops from a log's name")
+    if site.container.kind == "enroot":
+        problems += [
+            f"--site: environment.{name}: has a line break, which enroot does not hand on"
+            for name, value in site.environment.items()
+            if "\n" in value
+        ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _excluding(queue: Any, nodes: tuple[str, ...]) -> Any:

@@ -14,7 +14,9 @@ from rich.text import Text
 from configs.errors import EXIT_DONE, DataError
 from configs.rundir import RunDir
 from launcher.event_table import SHOWN, event_rows, print_events, printable
-from launcher.run_facts import RunFacts, all_runs, duration, facts_of, find_run, finite, read_events
+from launcher.job_facts import UNKNOWN, Told, ask_scheduler, described
+from launcher.known_runs import find, known, remember
+from launcher.run_facts import RunFacts, all_runs, duration, facts_of, finite, read_events
 from launcher.verdict_words import new_table, plus_minus, print_table, say
 
 STYLES = {
@@ -24,27 +26,30 @@ STYLES = {
     "died": "red",
     "stopped": "yellow",
     "starting again": "yellow",
+    "requeued": "yellow",
 }
 NAMED = 10  # positions passed over, quarantined checkpoints: so many by name
 LABEL = 15  # width of the column of labels
 
 
 def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bool, console: Console) -> int:
-    """Prints how runs stand (all of `runs/` where none is named), or what happened in them.
+    """Prints how runs stand, or what happened in them. Where none is named: all of `runs/` here, else all known ones.
 
     Raises:
         DataError: what was named is no run directory, or there is no run.
     """
-    chosen = [find_run(path) for path in runs] or all_runs()
+    chosen = [find(path) for path in runs] or all_runs() or [RunDir(path) for path in known()]
     if not chosen:
-        raise DataError("status: no runs under runs/; name one: vernier status RUN")
-    found = []
+        raise DataError("status: no runs under runs/, and none is known; name one: vernier status RUN")
     for run in chosen:
-        found.append(_facts(run))
+        remember(run.path)
+    scheduler = ask_scheduler(chosen)
+    found = [_facts(run, scheduler) for run in chosen]
     if json_out:
         content = [{**facts.to_json(), **({"events": finite(told)} if events else {})} for facts, told in found]
         print(json.dumps(content if len(content) > 1 else content[0], indent=2, allow_nan=False))
-    elif events:
+        return EXIT_DONE
+    if events:
         for facts, told in found:
             if len(found) > 1:
                 say(console, f"\n{facts.name}", "bold")
@@ -53,22 +58,29 @@ def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bo
         _print_table([facts for facts, _ in found], console)
     else:
         _print_block(found[0][0], console)
+    if scheduler is None:
+        say(
+            console,
+            "Slurm cannot be asked (no squeue here, or no answer): this is what the runs' own files say",
+            "yellow",
+        )
     return EXIT_DONE
 
 
-def _facts(run: RunDir) -> tuple[RunFacts, list[dict[str, Any]]]:
+def _facts(run: RunDir, scheduler: Told) -> tuple[RunFacts, list[dict[str, Any]]]:
     """(how a run stands, its events); a file that is not as we write it must not hide the other runs."""
     told: list[dict[str, Any]] = []
     try:
         told = [event for event in read_events(run) if isinstance(event.get("detail"), dict)]
-        return facts_of(run, told), told
+        return facts_of(run, told, scheduler), told
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         said = f"cannot be read: {type(error).__name__}: {error}"
         return RunFacts(str(run.path), run.path.name, "unreadable", said), told
 
 
 def _print_block(facts: RunFacts, console: Console) -> None:
-    console.print(Text.assemble((facts.name, "bold"), "  ", (facts.words, _style(facts))), soft_wrap=True)
+    words = printable(facts.words)
+    console.print(Text.assemble((facts.name, "bold"), "  ", (words, _style(facts))), soft_wrap=True)
     for label, said in _lines(facts):
         style = "yellow" if label in ("adapted", "guards", "quarantined", "note") else "none"
         say(console, f"  {label:{LABEL}}{printable(said)}", style)
@@ -92,6 +104,13 @@ def _lines(facts: RunFacts) -> Iterator[tuple[str, str]]:
     if facts.tokens_per_s is not None and facts.step_s is not None:
         yield "speed", f"{facts.tokens_per_s:,.0f} tokens/s, {facts.step_s:.3g} s a step"
     yield "process", _process(facts)
+    for job in facts.jobs:
+        yield "job", described(job)
+    if facts.requeues:
+        yield "queued again", "once" if facts.requeues == 1 else f"{facts.requeues} times"
+    if facts.board is not None:
+        yield "board", f"{facts.board['url']} on {facts.board['host']}, from your own machine through"
+        yield "", facts.board["ssh"]
     yield "checkpoint", _checkpoint(facts)
     yield "scored", _scored(facts)
     if facts.adapted:
@@ -193,18 +212,20 @@ def clock(when: float) -> str:
 
 def _print_table(found: list[RunFacts], console: Console) -> None:
     table = new_table()
-    remarks = [_remarks(facts) for facts in found]
+    names = [facts.name for facts in found]
+    remarks = [_remarks(facts, ambiguous=names.count(facts.name) > 1) for facts in found]
     headings = ["run", "state", "step", "%", "loss, last\n50 ± SE", "tokens/s", "left", "check-\npoint", "scored"]
-    headings += ["reference\nloss ± SE", "waiting", *([""] if any(remarks) else [])]
+    in_jobs = any(facts.jobs for facts in found)
+    headings += ["reference\nloss ± SE", "waiting", *(["jobs"] if in_jobs else []), *([""] if any(remarks) else [])]
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("run", "state", "") else "right")
+        table.add_column(heading, justify="left" if heading in ("run", "state", "jobs", "") else "right")
     for facts, remark in zip(found, remarks, strict=True):
         band = ""
         if facts.loss_mean is not None and facts.loss_se is not None:
             band = " ± ".join(plus_minus(facts.loss_mean, facts.loss_se, signed=False))
         table.add_row(
             Text(facts.name),
-            Text(facts.words, _style(facts)),
+            Text(printable(facts.words), _style(facts)),
             f"{facts.step:,}" if facts.steps is None else f"{facts.step:,}/{facts.steps:,}",
             "" if facts.percent is None else f"{facts.percent:.1f}",
             band,
@@ -214,15 +235,26 @@ def _print_table(found: list[RunFacts], console: Console) -> None:
             "–" if facts.scored is None else f"{facts.scored:,}",
             _reference_loss(facts),
             "" if facts.waiting is None else f"{facts.waiting:,}",
+            *([Text(_short(facts))] if in_jobs else []),
             *([Text(remark)] if any(remarks) else []),
         )
     print_table(table, console)
 
 
-def _remarks(facts: RunFacts) -> str:
-    """What is unusual about a run, short."""
-    said = [] if facts.why is None or facts.state == "stopped" else [printable(facts.why)]
+def _short(facts: RunFacts) -> str:
+    """A run's jobs in a cell: `12 RUNNING, 13 PENDING`."""
+    return ", ".join(
+        printable(f"{job['job']} {'?' if job['state'] == UNKNOWN else job['state']}") for job in facts.jobs
+    )
+
+
+def _remarks(facts: RunFacts, *, ambiguous: bool) -> str:
+    """What is unusual about a run, short; where it lies, if another has its name."""
+    said = [printable(facts.run)] if ambiguous else []
+    said += [] if facts.why is None or facts.state == "stopped" else [printable(facts.why)]
     said += [f"{kind} ×{count}" for kind, count in facts.guards.items()]
+    said += [f"queued again ×{facts.requeues}"] if facts.requeues else []
+    said += ["TensorBoard runs"] if facts.board is not None else []
     said += ["adapted"] if facts.adapted else []
     said += [f"{len(facts.quarantined)} quarantined"] if facts.quarantined else []
     line = "; ".join([*said, *facts.notes])

@@ -1,7 +1,7 @@
-"""`vernier train`: starts the training ranks and the eval rank-group here, watches over both, ends with the truth.
+"""`vernier train`: starts the training ranks and the eval rank-group, watches over both, ends with the truth.
 
-The evaluator is restarted when it dies and never ends training. The exit code is what `state.json` says, since torchrun
-turns every rank's code into 1.
+By torchrun here, by mpirun, or (`launcher.ssh`) by torchrun on other machines. The evaluator is restarted when it dies
+and never ends training. The exit code is what `state.json` says, since torchrun turns every rank's code into 1.
 """
 
 from __future__ import annotations
@@ -10,27 +10,40 @@ import math
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, VernierError
-from configs.load import dump_config, load_config, resolve
-from configs.rundir import RunDir, step_name
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
+from configs.load import batch_problems, dump_config, load_config, resolve
+from configs.relay import Relay
+from configs.rundir import RunDir
+from configs.scheduler import current_job
 from configs.schema import Config
-from configs.whole import read_json, write_atomic
-from launcher.processes import SAVE_PATIENCE_S, end, last_lines, start, torchrun
-from trainer.lock import check_free, kept_free, sole_starter
+from configs.whole import write_atomic
+from launcher.eval_group import EvalGroup
+from launcher.job_log import job_ids, live_jobs, read_jobs
+from launcher.known_runs import remember
+from launcher.processes import (
+    SAVE_PATIENCE_S,
+    Mpirun,
+    Started,
+    Starter,
+    Torchrun,
+    ask_to_stop,
+    divided,
+    last_lines,
+)
+from trainer.lock import FRESH_S, check_free, kept_free, sole_starter
 from trainer.stop import ONE_WISH_S
 
 POLL_S = 0.2
-EVAL_RESTARTS = 5  # without a newly scored snapshot between
 DYING_S = 30.0  # for the kernel to take down a killed rank with all its memory, and with it the lock
 HANGING_S = 15.0  # for ranks to end after the run's last word; one that hangs in a collective never does
 STATE_S = 1.0
@@ -69,9 +82,60 @@ class Resume:
     force: bool = False  # go on with settings that may not change
 
 
-def run_train(source: str, overrides: list[str], how: Resume, *, wait: bool, console: Console) -> int:
-    """Trains here to the end, or goes on with what is there; gives the exit code."""
-    config = resolve(load_config(source, overrides))
+def run_train(
+    source: str,
+    overrides: list[str],
+    how: Resume,
+    *,
+    wait: bool,
+    console: Console,
+    starter: str = "torchrun",
+    hosts: tuple[str, ...] = (),
+) -> int:
+    """Trains here to the end, or goes on with what is there; gives the exit code.
+
+    Args:
+        starter: torchrun or mpirun.
+        hosts: machines for mpirun (see `launcher.processes.read_hosts`); none: this one.
+    """
+    config = load_config(source, overrides)
+    if starter == "mpirun":
+        config, mpirun = with_mpirun(config, hosts)
+        return supervise(config, config, mpirun, how, wait=wait, console=console)
+    config = resolve(config)
+    nproc, threads = config.nproc or 1, config.threads_per_rank or 1
+    by = Torchrun(nproc, threads, config.eval.nproc, config.eval.threads_per_rank)
+    return supervise(config, config, by, how, wait=wait, console=console)
+
+
+def with_mpirun(config: Config, hosts: tuple[str, ...]) -> tuple[Config, Mpirun]:
+    """The settings as mpirun's ranks will have them, and what starts them.
+
+    Raises:
+        ConfigError: there is no mpirun, or hosts and settings do not add up.
+    """
+    if shutil.which("mpirun") is None:
+        raise ConfigError("--on: mpi: mpirun is not on this machine's PATH; install Open MPI or MPICH, or use local")
+    asked = config.launch
+    each = asked.ranks_per_node or asked.gpus_per_node or config.nproc
+    if not hosts and max(asked.nodes, config.eval.nodes) > 1:
+        raise ConfigError("--on: mpi: name the machines of launch.nodes and eval.nodes: --hosts a,b,c or --hosts FILE")
+    train, score = divided(hosts, config) if hosts else ((), ())
+    config = resolve(config, nproc=each)
+    nproc, threads = config.nproc or 1, config.threads_per_rank or 1
+    problems = list(batch_problems(config, asked.nodes * nproc))
+    if problems:
+        raise ConfigError(*problems)
+    return config, Mpirun(nproc, threads, config.eval.nproc, config.eval.threads_per_rank, train, score)
+
+
+def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, wait: bool, console: Console) -> int:
+    """Has a starter train to the end, or go on with what is there; gives the exit code.
+
+    Args:
+        config: resolved for this machine: what is checked before ranks start.
+        given: what the ranks are given. The same, unless they are on machines of another kind.
+    """
     run = RunDir(config.run_dir)
     from trainer.run import check_run, finished
 
@@ -79,19 +143,22 @@ def run_train(source: str, overrides: list[str], how: Resume, *, wait: bool, con
         console.print(line, markup=False)
 
     check_free(run, tell)
+    _check_jobs(run)
     check_run(config, extend=how.extend, fresh=how.fresh, force=how.force)
     if how.fresh and run.path.exists():
         _move_away(run, tell)
-    group = EvalGroup(config, run, console) if config.eval.placement == "separate" else None
+    evaluator = config.eval.placement in ("separate", "het")
+    group = EvalGroup(given, run, console, starter) if evaluator else None
     interrupts = Interrupts()
     interrupts.listen()
+    remember(run.path)
     with sole_starter(run):  # until the last score: two evaluators would write every table twice
         if finished(run, config):
             tell(f"{run.path} is finished (step {config.steps})")
             code = EXIT_DONE
         else:
             _explain_extension(config, run, how.extend, console)
-            code = _train(config, run, group, interrupts, how, console)
+            code = _train(given, run, group, interrupts, how, starter, console)
         if code == EXIT_DONE and group is not None:
             code = _wait_for_scores(group, run, interrupts, wait=wait, console=console)
         if group is not None:
@@ -99,6 +166,22 @@ def run_train(source: str, overrides: list[str], how: Resume, *, wait: bool, con
     if code == EXIT_DONE and config.eval.placement != "none":
         _print_scores(run, console)
     return code
+
+
+def _check_jobs(run: RunDir) -> None:
+    """Refuses a run that a scheduler will train, or does. Where it cannot be asked, the run's lock has to do.
+
+    Raises:
+        ConfigError: names the job.
+    """
+    live = live_jobs(run) or {}
+    kinds = job_ids(read_jobs(run))
+    for job in live.values():
+        if "train" in kinds[job.job].split("+") and job.job != current_job():
+            raise ConfigError(
+                f"run.dir: {run.path} has job {job.job} ({job.state.lower()}); vernier stop ends it, "
+                "or use another run.dir"
+            )
 
 
 def _move_away(run: RunDir, tell: Callable[[str], None]) -> None:
@@ -118,92 +201,32 @@ def _explain_extension(config: Config, run: RunDir, extend: bool, console: Conso
         )
 
 
-class EvalGroup:
-    """The eval rank-group of a run: started, restarted when it dies, ended."""
-
-    def __init__(self, config: Config, run: RunDir, console: Console) -> None:
-        self.config, self.run, self.console = config, run, console
-        self.process: subprocess.Popen[bytes] | None = None
-        self.deaths, self.next_start = 0, 0.0
-        self.scored_at_death = -1
-        self.given_up = False
-
-    def start(self) -> None:
-        settings = self.config.eval
-        given = self.run.path / "eval-config.yaml"
-        if self.process is None:  # written once: its restart must not need room on the disk
-            write_atomic(given, dump_config(self.config))
-        command, environment = torchrun("eval", [str(given)], nproc=settings.nproc, threads=settings.threads_per_rank)
-        self.process = start(command, environment, self.run.logs / "eval-torchrun.log")
-
-    def tables(self) -> set[str]:
-        """Names of the steps that are scored, on this reference set and in this dtype."""
-        facts = read_json(self.config.reference_dir / "reference.json")
-        folder = self.run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
-        return {p.name.partition("@")[0] for p in folder.glob(f"step-*.{self.config.eval.dtype}.parquet")}
-
-    def unscored(self) -> int:
-        """Snapshots without a table."""
-        scored = self.tables()
-        return sum(step_name(s) not in scored for s in self.run.whole_steps(self.run.snapshots))
-
-    def look_after(self, *, training: bool) -> bool:
-        """Restarts the group if it died, or ended before training did; gives whether it is (or will be) running."""
-        if self.process is None or self.given_up:
-            return False
-        code = self.process.poll()
-        if code is None:
-            return True
-        if code == 0 and (not training or self.run.read_state().get("exit_code") is not None):
-            return False
-        if code == 0:  # it saw the last word of ranks that have been started again since
-            self.next_start = -1.0
-        if self.next_start == 0.0:
-            self._note_death(code)
-        if not self.given_up and time.monotonic() >= self.next_start:
-            self.next_start = 0.0
-            try:
-                self.start()
-            except OSError:  # no room for its log, say; it ends no training
-                self.next_start = time.monotonic() + 30.0
-        return not self.given_up
-
-    def _note_death(self, code: int) -> None:
-        try:
-            scored = len(self.tables())
-        except VernierError:  # the reference set cannot be read at this moment
-            scored = self.scored_at_death
-        progress = scored > self.scored_at_death
-        self.scored_at_death = scored
-        self.deaths = 1 if progress else self.deaths + 1
-        if self.deaths > EVAL_RESTARTS:
-            self.given_up = True
-            told = f"the evaluator died {self.deaths} times without scoring anything; training goes on without it"
-        else:
-            self.next_start = time.monotonic() + min(30.0, 0.5 * 2**self.deaths)
-            told = f"the evaluator died (torchrun's exit code {code}); it is started again"
-        self.run.add_event("evaluator died", told, exit_code=code)
-        self.console.print(f"{told}; see {self.run.logs / 'eval-rank-0.log'}", markup=False)
-
-    def end(self) -> None:
-        if self.process is not None:
-            end(self.process)
-
-
 def _train(
-    config: Config, run: RunDir, group: EvalGroup | None, interrupts: Interrupts, how: Resume, console: Console
+    config: Config,
+    run: RunDir,
+    group: EvalGroup | None,
+    interrupts: Interrupts,
+    how: Resume,
+    starter: Starter,
+    console: Console,
 ) -> int:
     """Runs the training ranks, again and again where the run's state asks for it; gives the exit code."""
     run.stop_request.unlink(missing_ok=True)
     furthest, without_progress = -1, 0
+    relay = Relay(run.logs / starter.training_log) if starter.marked else None
+
+    def tell_new() -> None:
+        for line in relay.new_lines() if relay is not None else ():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     while True:
-        trainer = _start_ranks(config, run, how)
+        trainer = _start_ranks(config, run, how, starter)
         if group is not None and group.process is None:
             group.start()
-        killed = _watch(trainer, run, group, interrupts, console)
+        killed = _watch(trainer, run, group, interrupts, starter, tell_new, console)
         why = run.read_state().get("again")
         if not why:
-            return _outcome(run, trainer.returncode, killed, interrupts, console)
+            return _outcome(run, trainer.returncode or 0, killed, interrupts, starter, console)
         if interrupts.count:
             console.print(f"stopped ({why}); the same command goes on", markup=False)
             return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
@@ -218,21 +241,41 @@ def _train(
         console.print(f"starting the ranks again: {why}", markup=False)
 
 
-def _start_ranks(config: Config, run: RunDir, how: Resume) -> subprocess.Popen[bytes]:
+def _start_ranks(config: Config, run: RunDir, how: Resume, starter: Starter) -> Started:
     given = run.path / "train-config.yaml"  # config.yaml itself is the trainer's to write, once it holds the lock
-    with kept_free(run, patience_s=DYING_S):  # rank 0 of an earlier start may still be dying
-        run.write_state("pending", exit_code=None, failure=None, again=None, steps=config.steps)
+    with _once_free(run, starter):  # rank 0 of an earlier start may still be dying
+        state = {"exit_code": None, "failure": None, "again": None, "steps": config.steps}
+        run.write_state("pending", **state, job=current_job())
         write_atomic(given, dump_config(config))
     flags = [*(["--extend"] if how.extend else []), *(["--force-resume"] if how.force else [])]
-    nproc, threads = config.nproc or 1, config.threads_per_rank or 1
-    command, environment = torchrun(
-        "trainer", [*flags, str(given)], nproc=nproc, threads=threads, patience_s=SAVE_PATIENCE_S
-    )
-    return start(command, environment, run.logs / "torchrun.log")
+    return starter.train([*flags, str(given)], run.logs)
+
+
+@contextmanager
+def _once_free(run: RunDir, starter: Starter) -> Iterator[None]:
+    """Keeps trainers out, once ranks that were killed have let go: on another machine that is when they fall silent."""
+    deadline = time.monotonic() + FRESH_S + DYING_S
+    while True:
+        with ExitStack() as kept:
+            try:
+                kept.enter_context(kept_free(run, patience_s=DYING_S))
+            except ConfigError:
+                if not starter.far or time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+                continue
+            yield
+            return
 
 
 def _watch(
-    trainer: subprocess.Popen[bytes], run: RunDir, group: EvalGroup | None, interrupts: Interrupts, console: Console
+    trainer: Started,
+    run: RunDir,
+    group: EvalGroup | None,
+    interrupts: Interrupts,
+    starter: Starter,
+    tell_new: Callable[[], None],
+    console: Console,
 ) -> str:
     """Waits until the ranks have ended: asks them to stop when the user does, kills those that hang.
 
@@ -242,13 +285,14 @@ def _watch(
     looked, ended, killed = 0.0, math.inf, ""
     while trainer.poll() is None:
         now = time.monotonic()
+        tell_new()
         if interrupts.count > told:
             told = interrupts.count
             if told == 1:
                 try:
                     write_atomic(run.stop_request, "interrupt" if interrupts.by_ctrl_c else "stop")
-                except OSError:  # a full disk; torchrun hands the signal on
-                    trainer.send_signal(signal.SIGINT if interrupts.by_ctrl_c else signal.SIGTERM)
+                except OSError:  # a full disk; the ranks are handed the signal
+                    ask_to_stop(starter, trainer, interrupt=interrupts.by_ctrl_c)
                 deadline, why = now + SAVE_PATIENCE_S, f"{SAVE_PATIENCE_S} s after they were asked to stop"
                 console.print("stopping after this step, with a checkpoint (again: at once)", markup=False)
             else:
@@ -266,22 +310,25 @@ def _watch(
         if group is not None and not told:  # whoever signals every process of a job hits the evaluator too
             group.look_after(training=True)
         time.sleep(POLL_S)
+    tell_new()
     return killed
 
 
-def _outcome(run: RunDir, returncode: int, killed: str, interrupts: Interrupts, console: Console) -> int:
+def _outcome(
+    run: RunDir, returncode: int, killed: str, interrupts: Interrupts, starter: Starter, console: Console
+) -> int:
     state = run.read_state()
     code = state.get("exit_code")
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
         how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
-        with kept_free(run, patience_s=DYING_S):  # held by another trainer, which was quicker: the state is its own
-            told = f"the training ranks ended without a word (torchrun: {how})"
+        with _once_free(run, starter):  # held by another trainer, which was quicker: the state is its own
+            told = f"the training ranks ended without a word ({starter.name}: {how})"
             if killed:
                 told = f"the training ranks were killed {killed}, before their checkpoint was whole"
             _fail(run, code, told, console)
         if code == EXIT_FAILED and returncode > 0:
-            console.print(last_lines(run.logs / "torchrun.log"), markup=False)
+            console.print(last_lines(run.logs / starter.training_log), markup=False)
         return int(code)
     failure = state.get("failure")
     if failure:

@@ -75,8 +75,10 @@ def ask(url: str):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quiet_environment() -> None:
-    """Tests see the same machine whatever the shell around them has set."""
+def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests see the same machine whatever the shell around them has set, and leave nothing in its home."""
+    for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
 

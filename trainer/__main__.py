@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         terminal = log_to_file(RunDir(config.run_dir).logs / f"rank-{rank}.log")
         who = meet().line()
         print(who, flush=True)
-        if rank == 0 and not is_lent(os.environ):  # else `vernier train` has chosen how, and people need not know
+        if rank == 0 and not is_lent(dict(os.environ)):  # else `vernier train` has chosen how, and people need not know
             print(who, file=terminal)
         from trainer.run import run_training
 

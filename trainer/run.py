@@ -354,7 +354,7 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: in
     if not isinstance(error, VernierError):
         said = f"{type(error).__name__}: {said.splitlines()[0]}"
         if "by peer" in said:  # gloo's words for a rank that was killed; it could not say so itself
-            said = f"another rank has ended without a word, see logs/torchrun.log ({said})"
+            said = f"another rank has ended without a word, see logs/ ({said})"
         traceback.print_exc()
     code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
     state = run.read_state()

@@ -1,7 +1,9 @@
 """A rank-group that mpirun starts finds itself by MPI and makes the very tables that torchrun's does."""
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +53,29 @@ def test_mpi_itself_joins_tables_where_torch_cannot(tiny_run: Path, tiny_data: P
     command = ["mpirun", "-n", "2", sys.executable, "-m", "eval", "--reference", str(tiny_data / "reference")]
     command += ["--models", str(tiny_run / "snapshots" / "step-00000020"), "--tables", str(table)]
     environment = {**os.environ, **LOOPBACK, "VERNIER_JOIN": "mpi", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
+    environment["HWLOC_COMPONENTS"] = "-gl"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     from eval.tables import read_table
 
     assert (read_table(table).loss == read_table(table_of(tiny_run, 20)).loss).all()
+
+
+def test_vernier_eval_joins_tables_by_mpi_alone(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = tiny_run / "snapshots" / "step-00000020"
+    options = ["--reference", tiny_data / "reference", "--nproc", 2, "--by", "mpirun", "--out", tmp_path]
+    vernier("eval", model, *options, env={**os.environ, **LOOPBACK, "VERNIER_JOIN": "mpi"})
+    (table,) = tmp_path.glob("*.parquet")
+    assert table.read_bytes() == table_of(tiny_run, 20).read_bytes()
+
+
+def test_a_tensorboard_on_its_port_does_not_keep_mpirun_waiting() -> None:
+    from launcher.processes import mpirun
+
+    with socket.socket() as board:  # hwloc takes port 6006 for X display 6, and waits for it to speak
+        with contextlib.suppress(OSError):  # one is there already
+            board.bind(("127.0.0.1", 6006))
+            board.listen()
+        command, environment = mpirun("json.tool", ["--help"], nproc=1, threads=1)
+        done = subprocess.run(command, env={**environment, **LOOPBACK}, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import statistics
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import TINY, vernier
+from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from configs.errors import ConfigError
 from configs.host_memory import (
@@ -20,13 +26,25 @@ from configs.host_memory import (
     training_state,
 )
 from configs.load import load_config, resolve
+from configs.memory import MARGIN
 from configs.rundir import RunDir, step_name
-from launcher.plan import machine_memory, make_plan, warnings
+from configs.schema import Config
+from configs.training_memory import HOST_FIXED
+from launcher.plan import Given, Plan, machine_memory, make_plan, warnings
 from launcher.plan_model import find_model
+from launcher.plan_speed import read_size
+from launcher.plan_words import print_plan, to_json
 
 
-def planned(*overrides: object, config: str = TINY) -> dict:
-    return dict(json.loads(vernier("plan", config, *overrides, "--json").stdout))
+def planned(*overrides: str) -> dict[str, Any]:
+    config = resolve(load_config(TINY, list(overrides)))
+    return dict(json.loads(json.dumps(to_json(make_plan(config, Given(flops=1e12))))))
+
+
+def told_of(*overrides: str) -> str:
+    console = Console(file=io.StringIO(), soft_wrap=True, width=200)
+    print_plan(make_plan(resolve(load_config(TINY, list(overrides))), Given(flops=1e12)), console)
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def stored(directory: Path) -> int:
@@ -113,7 +131,8 @@ def test_before_data_is_prepared_the_vocabulary_is_that_of_the_settings(tmp_path
     assert "2 ranks × 4 × 2 = 16 windows a step" in told
     assert "1,024 a step; 20 steps: 20,480\n" in told
     assert "written in the background" in told
-    found = planned(f"data.dir={tmp_path / 'none'}", "model.vocab_size=600", "checkpoint.background=false")
+    asked = [f"data.dir={tmp_path / 'none'}", "model.vocab_size=600", "checkpoint.background=false"]
+    found = json.loads(vernier("plan", TINY, *asked, "--json").stdout)
     assert found["notes"] == []
     assert found["saving_a_rank"]["background"] is False
 
@@ -139,8 +158,8 @@ def test_a_model_by_path_is_counted_from_its_files(tiny_run: Path, tiny_data: Pa
 
 
 def test_what_does_not_fit_is_said_with_the_settings_that_change_it(tiny_data: Path) -> None:
-    large = ["model.hidden_size=16384", "model.num_hidden_layers=400", "model.intermediate_size=65536"]
-    told = vernier("plan", TINY, f"data.dir={tiny_data}", *large, "ema.decay=0.9").stdout
+    large = ["model.hidden_size=16384", "model.num_hidden_layers=4", "model.intermediate_size=65536"]
+    told = told_of(f"data.dir={tiny_data}", *large, "ema.decay=0.9")
     memory, disk = (line for line in told.splitlines() if line.startswith("does not fit: "))
     assert "are more than this machine's" in memory
     for setting in ("zero.stage=3 needs", "snapshot.dtype=bf16 needs", "ema.decay=null needs"):
@@ -168,3 +187,147 @@ def test_sizes_of_what_is_saved() -> None:
     assert checkpoint_bytes(10) == 120
     assert checkpoint_bytes(10, average=True) == 160
     assert snapshot_bytes(10, "bf16") == 20
+
+
+def config_of(data: Path, *overrides: str) -> Config:
+    return resolve(load_config(TINY, [f"data.dir={data}", *overrides]))
+
+
+def plan_of(data: Path, *overrides: str, **given: Any) -> Plan:
+    return make_plan(config_of(data, *overrides), Given(**({"flops": 1e12} | given)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["precision=bf16", "model.num_key_value_heads=4"],
+        ["precision=amp", "gradient_checkpointing=true"],
+    ],
+    ids=["fp32", "bf16", "amp, checkpointed"],
+)
+def test_activations_are_what_a_real_forward_pass_keeps(tiny_data: Path, settings: list[str]) -> None:
+    config = config_of(tiny_data, *settings)
+    plan = make_plan(config, Given(flops=1e12))
+    assert plan.activations_known
+    found = plan.job.activations
+    model = AutoModelForCausalLM.from_config(
+        plan.model.hf, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(plan.here.micro, config.sequence_length, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "amp"),
+    ):
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    # Beside what is saved there are the output, the ids, positions, and under amp the weights' 16-bit copies.
+    assert sum(kept.values()) == pytest.approx(found.layers, rel=0.1, abs=3 * hidden.nbytes)
+    logits = ids.numel() * model.config.vocab_size * 4
+    assert 2 * logits <= found.logits <= 5 * logits
+
+
+def test_a_rank_holds_its_parts_and_the_fixed_overhead_is_a_row_of_its_own(tiny_data: Path) -> None:
+    found = planned(f"data.dir={tiny_data}")
+    peak = found["peak_a_rank"]
+    assert peak["own"] == sum(peak["parts"].values()) + peak["at_work"]
+    assert peak["total"] == peak["own"] + peak["fixed"]
+    assert peak["fixed"] == HOST_FIXED
+    assert found["machine"]["needed"] == 2 * peak["total"]
+    assert peak["fits"] is True
+    told = told_of(f"data.dir={tiny_data}")
+    for part in ("weights", "activations", "logits", "fixed", "together"):
+        assert sum(line.split()[:1] == [part] for line in told.splitlines()) == 1
+
+
+def test_checkpointing_keeps_less_and_a_larger_micro_batch_more(tiny_data: Path) -> None:
+    plain, again = (plan_of(tiny_data, f"gradient_checkpointing={on}").job.activations for on in ("false", "true"))
+    assert again.layers < plain.layers / 2
+    one, four = (plan_of(tiny_data, f"batch.micro={micro}").job.activations for micro in (1, 4))
+    assert four.layers == pytest.approx(4 * one.layers, rel=0.1)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(tiny_data: Path) -> None:
+    wide = ["batch.global=256", "sequence_length=64"]
+    needed = {micro: plan_of(tiny_data, *wide, f"batch.micro={micro}").memory.total for micro in (8, 16, 32)}
+    assert needed[8] < needed[16] < needed[32]
+    room = int((needed[16] + needed[32]) / 2 / (1 - MARGIN))
+    assert plan_of(tiny_data, *wide, memory=f"{room}B").largest_micro == 16
+    nothing = plan_of(tiny_data, *wide, memory="1MiB")
+    assert nothing.largest_micro is None
+    assert "are more than the 2.0 MiB that they have; " in warnings(nothing)[0]
+    assert "gradient_checkpointing=true needs" in warnings(nothing)[0]
+    assert warnings(plan_of(tiny_data, *wide, memory="64GiB")) == []
+
+
+def test_scaling_goes_over_stages_and_ranks_that_divide_the_batch(tiny_data: Path) -> None:
+    found = planned(f"data.dir={tiny_data}", "batch.global=1024")
+    assert found["scaling_left_out"] == []
+    rows = {(row["ranks"], row["zero_stage"]): row for row in found["scaling"]}
+    assert sorted(rows) == [(2**power, stage) for power in range(11) for stage in range(4)]
+    assert rows[2, 2]["total"] == found["peak_a_rank"]["total"]
+    assert rows[2, 2]["step_s"] == found["time"]["step_s"]
+    assert rows[1024, 3]["nodes"] == 512
+    assert all(row["ranks"] * row["micro"] * row["accumulation"] == 1024 for row in rows.values())
+    for stage in range(4):
+        held = [rows[2**power, stage]["own"] for power in range(11)]
+        assert held == sorted(held, reverse=True)
+    few = planned(f"data.dir={tiny_data}", "batch.global=24")
+    assert few["scaling_left_out"] == [16, 32, 64, 128, 256, 512, 1024]
+
+
+def test_several_nodes_are_the_world_that_is_planned_for(tiny_data: Path) -> None:
+    plan = plan_of(tiny_data, "launch.nodes=2", "launch.ranks_per_node=4")
+    assert (plan.ranks, plan.ranks_here, plan.here.nodes) == (8, 4, 2)
+    assert plan.host_bytes == 4 * plan.memory.total
+    with pytest.raises(ConfigError, match=r"batch\.global: 16 is not divisible by 12 ranks"):
+        plan_of(tiny_data, "launch.nodes=3", "launch.ranks_per_node=4")
+    on_gpus = plan_of(tiny_data, "launch.gpus_per_node=2", "launch.nodes=2", "precision=bf16", memory="80GiB")
+    assert on_gpus.on_gpu
+    assert on_gpus.memory.at_work == 0
+
+
+def test_time_is_from_what_is_given_or_from_what_the_run_has_measured(tiny_run: Path, tiny_data: Path) -> None:
+    plan = plan_of(tiny_data, flops=1e9)
+    assert plan.here.time is not None
+    a_token = 6 * plan.model.parameters + 12 * 2 * 48 * 64  # two layers, four heads of 12
+    assert plan.work.flops_a_token == a_token
+    assert plan.here.time.compute_s == pytest.approx(16 * 64 * a_token / 2 / 1e9)
+    measured = make_plan(config_of(tiny_data, f"run.dir={tiny_run}"))
+    assert measured.speed is not None
+    assert measured.here.time is not None
+    assert measured.speed.source.startswith("from 19 steps of ")
+    lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()][1:]
+    rate = statistics.median(line["tokens_per_s"] for line in lines)
+    assert measured.here.time.compute_s == pytest.approx(16 * 64 / rate)
+    tried = make_plan(config_of(tiny_data))
+    assert tried.speed is not None
+    assert "of what a multiplication does here on 1 CPU threads" in tried.speed.source
+
+
+def test_what_is_given_wrongly_is_refused(tiny_data: Path) -> None:
+    assert [read_size(text, "--memory") for text in ("80GiB", "1.5k", "2MB", "7", "4 G")] == [
+        80 << 30,
+        1500,
+        2_000_000,
+        7,
+        4_000_000_000,
+    ]
+    for wrong in ("lots", "", "-1G", "3XB"):
+        with pytest.raises(ConfigError, match=r"--memory: .* expected a size such as 80GiB"):
+            plan_of(tiny_data, memory=wrong)
+    with pytest.raises(ConfigError, match=r"--flops: -1\.0; expected"):
+        plan_of(tiny_data, flops=-1.0)
+    with pytest.raises(ConfigError, match=r"--bandwidth: 0\.0; expected GB/s"):
+        plan_of(tiny_data, bandwidth=0.0)

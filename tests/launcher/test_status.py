@@ -21,9 +21,17 @@ from conftest import ROOT, losses, table_of, vernier
 
 from configs.errors import DataError
 from configs.rundir import RunDir
+from configs.scheduler import SlurmJob
 from eval.tables import read_mean_loss
 from launcher.event_table import event_rows
+from launcher.job_log import add_job
 from launcher.run_facts import all_runs, duration, facts_of, tail_lines
+
+
+@pytest.fixture(autouse=True)
+def own_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of this machine's runs, and nothing is left for it to know."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 @pytest.fixture
@@ -125,6 +133,9 @@ def test_why_it_has_ended_is_said(run: RunDir) -> None:
     told = vernier("status", run.path).stdout
     assert told.startswith("run  stopped with a checkpoint\n")
     assert "it was asked to stop; exit code 75" in told
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 21, "loss": 4.0}\n')
+    assert facts_of(run).words == "stopped before a checkpoint of its last steps"
     set_state(run, state="stopping", exit_code=75, again="micro-batches of 2", heard=300)
     assert facts_of(run).words == "waits to be started again"
     assert facts_of(run).why == "micro-batches of 2"
@@ -132,6 +143,85 @@ def test_why_it_has_ended_is_said(run: RunDir) -> None:
     set_state(run, state="failed", exit_code=1, failure=failure)
     told = vernier("status", run.path).stdout
     assert "rank 1: RuntimeError: \\x1b[31mno; exit code 1" in told
+
+
+def in_slurm(state: str, job: str = "12", reason: str = "", restarts: int = 0, nodes: str = "") -> dict[str, SlurmJob]:
+    """What Slurm says of one job."""
+    return {job: SlurmJob(job, "tiny", state, reason, 0, restarts, nodes)}
+
+
+def test_a_run_that_waits_in_the_queue_says_so_and_has_not_died(run: RunDir) -> None:
+    set_state(run, state="running", exit_code=None, steps=1000, heard=300)
+    add_job(run, "submitted", component="train", backend="slurm", job="12")
+    waiting = facts_of(run, told=in_slurm("PENDING", reason="Resources"))
+    assert (waiting.state, waiting.words, waiting.why) == ("pending", "waiting in the queue: (Resources)", None)
+    add_job(run, "started", component="train", backend="slurm", job="12")
+    set_state(run, state="requeued", exit_code=75, job="12", heard=3000)
+    add_job(run, "requeued", component="train", backend="slurm", job="12")
+    again = facts_of(run, told=in_slurm("PENDING", reason="BeginTime", restarts=1))
+    assert (again.state, again.words, again.requeues) == ("requeued", "waiting in the queue: (BeginTime)", 1)
+    assert (again.exit_code, again.ended) == (None, None)
+    # A node was lost: Slurm queues the job again, and nobody could write that down.
+    set_state(run, state="running", exit_code=None, job="12", heard=3000)
+    assert facts_of(run, told=in_slurm("PENDING", reason="BeginTime", restarts=2)).requeues == 2
+
+
+def test_a_job_that_runs_has_not_died_however_long_it_takes_to_start(run: RunDir) -> None:
+    set_state(run, state="pending", exit_code=None, job="12", heard=3000)
+    add_job(run, "submitted", component="train", backend="slurm", job="12")
+    facts = facts_of(run, told=in_slurm("RUNNING", nodes="node[1-2]"))
+    assert (facts.state, facts.words) == ("pending", "starting in job 12 (RUNNING)")
+    line = json.loads(run.jobs.read_text())
+    run.jobs.write_text(json.dumps({**line, "time": time.time() - 9000}) + "\n")
+    set_state(run, state="running", exit_code=None, job="12", heard=3000)
+    facts = facts_of(run, told=in_slurm("RUNNING", nodes="node[1-2]"))
+    assert (facts.state, facts.words) == ("running", "running, but silent for 50 min")
+
+
+def test_a_run_whose_job_is_gone_has_died(run: RunDir) -> None:
+    add_job(run, "submitted", component="train", backend="slurm", job="12")
+    set_state(run, state="running", exit_code=None, job="12", heard=30)
+    run.lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "job": "12"}))
+    set_state(run, heard=30)
+    for told, how in (
+        ({}, "Slurm does not know it any more"),
+        (in_slurm("NODE_FAIL", reason="NodeDown"), "(NodeDown)"),
+    ):
+        facts = facts_of(run, told=told)
+        assert (facts.state, facts.words) == ("died", "died")
+        assert how in (facts.why or "")
+    assert facts_of(run, told=None).state == "running"  # nobody knows of the job, and 30 s is no long silence
+    set_state(run, state="requeued", exit_code=75, job="12", heard=300)
+    assert facts_of(run, told=in_slurm("CANCELLED")).words == "died in the queue"
+    with held(run):  # it trains here by now, outside of any job
+        set_state(run, state="running", exit_code=None)
+        assert facts_of(run, told={}).words == "running"
+
+
+def test_both_jobs_are_told_as_one_run(run: RunDir) -> None:
+    add_job(run, "submitted", component="train", backend="slurm", job="8")
+    add_job(run, "submitted", component="train", backend="slurm", job="12")
+    add_job(run, "submitted", component="eval", backend="slurm", job="13")
+    told = in_slurm("RUNNING", nodes="node[1-2]", restarts=1) | in_slurm("PENDING", "13", reason="Priority")
+    found = [(j["component"], j["job"], j["state"], j["reason"], j["nodes"]) for j in facts_of(run, told=told).jobs]
+    assert found == [("train", "12", "RUNNING", "", "node[1-2]"), ("eval", "13", "PENDING", "Priority", "")]
+    assert json.loads(json.dumps(facts_of(run, told=told).to_json()))["jobs"][0]["restarts"] == 1
+
+
+def test_a_scheduler_that_cannot_be_asked_is_said_and_the_run_is_told_of(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "no-slurm.conf"))
+    add_job(run, "submitted", component="train", backend="slurm", job="12")
+    set_state(run, state="requeued", exit_code=75, job="12", heard=300)
+    told = vernier("status", run.path).stdout
+    assert told.startswith("run  requeued; job 12 was submitted\n")
+    assert "train 12: Slurm cannot be asked" in told
+    assert told.endswith("Slurm cannot be asked (no squeue here, or no answer): this is what the runs' own files say\n")
+    found = json.loads(vernier("status", run.path, "--json").stdout)
+    assert (found["state"], found["jobs"][0]["state"]) == ("requeued", "unknown")
+    table = vernier("status", run.path, run.path).stdout
+    assert "12 ?" in table
 
 
 def test_adaptations_guards_quarantine_and_what_waits_are_told(run: RunDir) -> None:

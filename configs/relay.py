@@ -1,0 +1,65 @@
+"""What ranks say to people where no terminal can be lent to them (behind mpirun, on other machines): lines with a mark
+in the log that catches all their output, which `vernier` passes on."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO, cast
+
+from configs.terminal import VARIABLE
+
+MARK = "vernier> "
+
+
+class _Marked(io.TextIOBase):
+    """Writes whole lines, each with the mark before it. What cannot be said is left unsaid."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.rest = descriptor, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        if lines:
+            with suppress(OSError):  # one write, so that no other rank's line gets into it
+                os.write(self.descriptor, "".join(f"{MARK}{line}\n" for line in lines).encode(errors="replace"))
+        return len(text)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+
+def ask_for_marks(environment: dict[str, str]) -> None:
+    """Tells processes started with `environment` to mark what they say to people."""
+    environment[VARIABLE] = "marked"
+
+
+def marked_terminal() -> TextIO | None:
+    """The stream to talk to people on, where `vernier` has asked for marks; it goes where stderr does now."""
+    if os.environ.get(VARIABLE) != "marked":
+        return None
+    return cast(TextIO, _Marked(os.dup(2)))
+
+
+class Relay:
+    """Reads what is new in a log, and gives the lines that are for people."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.offset = log.stat().st_size if log.is_file() else 0
+
+    def new_lines(self) -> list[str]:
+        """Marked lines that have come to be whole since the last look, without their mark."""
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(self.offset)
+                new = file.read()
+        except OSError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        lines = whole.decode(errors="replace").splitlines()
+        return [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]

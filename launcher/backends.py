@@ -1,0 +1,113 @@
+"""`vernier launch` by what is not a scheduler: here by torchrun or mpirun, on hosts by ssh, as a SkyPilot task file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.errors import EXIT_DONE, ConfigError
+from configs.load import load_config
+from launcher.job_plan import JobPlan, make_plan
+from launcher.processes import mpirun, read_hosts, torchrun
+from launcher.sites import Site
+from launcher.train import Resume, run_train, with_mpirun
+
+
+def run_elsewhere(
+    on: str,
+    source: str,
+    overrides: list[str],
+    site: Site,
+    how: Resume,
+    *,
+    hosts: str | None = None,
+    runs: str | None = None,
+    dry_run: bool = False,
+    console: Console,
+) -> int:
+    """Launches by `local`, `mpi`, `ssh` or `skypilot`; gives the exit code.
+
+    Args:
+        hosts: of mpi and ssh: names with commas between, or a file of them.
+        runs: of skypilot: a bucket or volume for the run.
+
+    Raises:
+        ConfigError: settings or hosts are wrong.
+    """
+    if hosts is not None and on not in ("mpi", "ssh"):
+        raise ConfigError(f"--hosts: goes with --on mpi and --on ssh, not with --on {on}")
+    named = read_hosts(hosts) if hosts is not None else ()
+    if on == "skypilot":
+        return write_task(_plan(source, overrides, site, how), runs, dry_run=dry_run, console=console)
+    if on == "ssh":
+        from launcher.ssh import run_ssh, show_ssh
+
+        plan = _plan(source, overrides, site, how)
+        if dry_run:
+            print("\n".join(show_ssh(plan, named)))
+            return EXIT_DONE
+        return run_ssh(plan, named, how, wait=True, console=console)
+    os.environ.update(site.environment)  # ranks here inherit it
+    if dry_run:
+        print("\n".join(_commands_here(on, source, overrides, named, how)))
+        return EXIT_DONE
+    starter = "mpirun" if on == "mpi" else "torchrun"
+    return run_train(source, overrides, how, wait=True, console=console, starter=starter, hosts=named)
+
+
+def write_task(plan: JobPlan, runs: str | None, *, dry_run: bool, console: Console) -> int:
+    """Writes the task file into RUN/jobs/, and says how to use it; with `dry_run` prints it, and does nothing else."""
+    from configs.whole import write_atomic
+    from launcher.skypilot import render_task, secret_names
+
+    text = render_task(plan, runs=runs)
+    if dry_run:
+        print(text, end="")
+        return EXIT_DONE
+    path = plan.run.scripts / "task.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+    words = "".join(f" --secret {name}" for name in secret_names())
+    console.print(f"sky launch{words} {shlex.quote(_shown(path))}", markup=False, soft_wrap=True)
+    return EXIT_DONE
+
+
+def _plan(source: str, overrides: list[str], site: Site, how: Resume) -> JobPlan:
+    if how.fresh:
+        raise ConfigError("--fresh: is for vernier train")
+    flags = (*(("--extend",) if how.extend else ()), *(("--force-resume",) if how.force else ()))
+    return make_plan(source, overrides, site, flags)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _commands_here(on: str, source: str, overrides: list[str], hosts: tuple[str, ...], how: Resume) -> list[str]:
+    """What would be started on this machine, a line a rank-group."""
+    from configs.load import resolve
+    from configs.rundir import RunDir
+
+    config = load_config(source, overrides)
+    flags = [*(["--extend"] if how.extend else []), *(["--force-resume"] if how.force else [])]
+    beside = config.eval.placement in ("separate", "het")
+    if on == "mpi":
+        config, by = with_mpirun(config, hosts)
+        train = [*flags, str(RunDir(config.run_dir).path / "train-config.yaml")]
+        score = [str(RunDir(config.run_dir).path / "eval-config.yaml")]
+        commands = [mpirun("trainer", train, nproc=by.nproc, threads=by.threads, hosts=by.hosts, marked=True)[0]]
+        if beside:
+            more = mpirun("eval", score, nproc=by.eval_nproc, threads=by.eval_threads, hosts=by.eval_hosts)
+            commands.append(more[0])
+    else:
+        config = resolve(config)
+        train = [*flags, str(RunDir(config.run_dir).path / "train-config.yaml")]
+        score = [str(RunDir(config.run_dir).path / "eval-config.yaml")]
+        threads = config.threads_per_rank or 1
+        commands = [torchrun("trainer", train, nproc=config.nproc or 1, threads=threads)[0]]
+        if beside:
+            commands.append(torchrun("eval", score, nproc=config.eval.nproc, threads=config.eval.threads_per_rank)[0])
+    return [shlex.join(command) for command in commands]

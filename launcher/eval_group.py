@@ -1,0 +1,88 @@
+"""The eval rank-group of a run beside its training: started, started again when it dies, ended."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from configs.errors import VernierError
+from configs.load import dump_config
+from configs.rundir import RunDir, step_name
+from configs.schema import Config
+from configs.whole import read_json, write_atomic
+from launcher.processes import Started, Starter, end
+
+EVAL_RESTARTS = 5  # without a newly scored snapshot between
+
+
+class EvalGroup:
+    """The eval rank-group of a run: started, restarted when it dies, ended."""
+
+    def __init__(self, config: Config, run: RunDir, console: Console, starter: Starter) -> None:
+        self.config, self.run, self.console, self.starter = config, run, console, starter
+        self.process: Started | None = None
+        self.deaths, self.next_start = 0, 0.0
+        self.scored_at_death = -1
+        self.given_up = False
+
+    def start(self) -> None:
+        given = self.run.path / "eval-config.yaml"
+        if self.process is None:  # written once: its restart must not need room on the disk
+            write_atomic(given, dump_config(self.config))
+        self.process = self.starter.score([str(given)], self.run.logs)
+
+    def tables(self) -> set[str]:
+        """Names of the steps that are scored, on this reference set and in this dtype."""
+        facts = read_json(self.config.reference_dir / "reference.json")
+        folder = self.run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
+        dtype = self.config.eval.dtype or "*"  # on other machines it is theirs to settle
+        found = (path.name for path in folder.glob(f"step-*.{dtype}.parquet"))
+        return {name.partition("@")[0] for name in found if not name.endswith(".partial.parquet")}
+
+    def unscored(self) -> int:
+        """Snapshots without a table."""
+        scored = self.tables()
+        return sum(step_name(s) not in scored for s in self.run.whole_steps(self.run.snapshots))
+
+    def look_after(self, *, training: bool) -> bool:
+        """Restarts the group if it died, or ended before training did; gives whether it is (or will be) running."""
+        if self.process is None or self.given_up:
+            return False
+        code = self.process.poll()
+        if code is None:
+            return True
+        if code == 0 and (not training or self.run.read_state().get("exit_code") is not None):
+            return False
+        if code == 0:  # it saw the last word of ranks that have been started again since
+            self.next_start = -1.0
+        if self.next_start == 0.0:
+            self._note_death(code)
+        if not self.given_up and time.monotonic() >= self.next_start:
+            self.next_start = 0.0
+            try:
+                self.start()
+            except OSError:  # no room for its log, say; it ends no training
+                self.next_start = time.monotonic() + 30.0
+        return not self.given_up
+
+    def _note_death(self, code: int) -> None:
+        try:
+            scored = len(self.tables())
+        except VernierError:  # the reference set cannot be read at this moment
+            scored = self.scored_at_death
+        progress = scored > self.scored_at_death
+        self.scored_at_death = scored
+        self.deaths = 1 if progress else self.deaths + 1
+        if self.deaths > EVAL_RESTARTS:
+            self.given_up = True
+            told = f"the evaluator died {self.deaths} times without scoring anything; training goes on without it"
+        else:
+            self.next_start = time.monotonic() + min(30.0, 0.5 * 2**self.deaths)
+            told = f"the evaluator died ({self.starter.name}'s exit code {code}); it is started again"
+        self.run.add_event("evaluator died", told, exit_code=code)
+        self.console.print(f"{told}; see {self.run.logs / 'eval-rank-0.log'}", markup=False)
+
+    def end(self) -> None:
+        if self.process is not None:
+            end(self.process)

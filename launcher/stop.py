@@ -1,0 +1,297 @@
+"""`vernier stop`: asks a run for a checkpoint and a clean end, wherever it runs, and waits for its last word.
+
+With less patience its jobs are cancelled, or the process here that has it is signalled: killed anywhere, a run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError, DataError, VernierError
+from configs.rundir import RunDir, is_locked
+from configs.whole import read_json, write_atomic
+from launcher.event_table import printable
+from launcher.job_facts import UNKNOWN, WAITING, Told, ask_scheduler, described, is_active
+from launcher.job_log import add_job
+from launcher.known_runs import find
+from launcher.processes import SAVE_PATIENCE_S
+from launcher.run_facts import RunFacts, duration, facts_of
+from launcher.verdict_words import say
+from trainer.lock import kept_free
+from trainer.stop import ONE_WISH_S
+
+PATIENCE_S = SAVE_PATIENCE_S + 60.0
+NOW_S = 5.0  # for a step and its checkpoint, where patience is short
+JOB_DYING_S = 150.0  # Slurm waits KillWait (30 s unless a site says otherwise) between its signals, then clears up
+RANKS_DYING_S = 60.0
+LOOK_S, ASK_S, REMIND_S = 1.0, 5.0, 30.0
+WORKING = ("running", "pending", "requeued", "stopping")
+
+
+@dataclass
+class Watch:
+    """A run that is to stop, as it is seen from here."""
+
+    run: RunDir
+    console: Console
+    told: Told = None
+    asked: float = -1e9
+    said: str = ""
+    reminded: float = field(default_factory=time.monotonic)
+
+    def look(self, *, anew: bool = False) -> RunFacts:
+        """How the run stands; the scheduler is asked now and then."""
+        now = time.monotonic()
+        if anew or now - self.asked >= ASK_S:
+            self.told, self.asked = ask_scheduler([self.run]), now
+        try:
+            return facts_of(self.run, told=self.told)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{self.run.path}: cannot be read ({type(error).__name__}: {error})") from None
+
+    def tell(self, line: str, style: str = "none") -> None:
+        """Says a line, once."""
+        if line != self.said:
+            say(self.console, printable(line), style)
+            self.said, self.reminded = line, time.monotonic()
+
+    def wait(self, over: Callable[[RunFacts], bool], patience_s: float, line: str) -> RunFacts | None:
+        """How the run stands once it is `over`; None where that takes too long. Says what it waits for."""
+        deadline = time.monotonic() + patience_s
+        self.tell(line)
+        while True:
+            facts = self.look()
+            if over(facts):
+                return facts
+            if time.monotonic() > deadline:
+                return None
+            if time.monotonic() - self.reminded > REMIND_S:
+                self.said = ""
+                heard = "" if facts.silent_s is None else f", last heard of {duration(facts.silent_s)} ago"
+                self.tell(f"still waiting: {facts.words}, step {facts.step:,}{heard}")
+            time.sleep(LOOK_S)
+
+
+def run_stop(named: Path, *, now: bool, console: Console) -> int:
+    """Stops a run; gives 0 where it has stopped or was not running, 1 where it did not stop in time.
+
+    Args:
+        now: with little patience for a checkpoint.
+
+    Raises:
+        ConfigError: there is no such run, or what runs it cannot be reached from here.
+    """
+    run = find(named)
+    watch = Watch(run, console)
+    facts = watch.look(anew=True)
+    name = facts.name
+    if not at_work(run, facts):
+        return _not_running(watch, facts, now=now)
+    try:
+        _ask(run, now=now)
+        if watch.told is None:
+            watch.tell("Slurm cannot be asked: a job that waits stays in the queue, and ends as soon as it starts")
+        cancel([job["job"] for job in facts.jobs if job["state"] in WAITING], pending=True)
+        done = watch.wait(
+            lambda facts: _over(run, facts),
+            NOW_S if now else PATIENCE_S,
+            f"{name}: {_waits_for(facts)}",
+        )
+        if done is None and now:
+            done = _end(watch)
+    except KeyboardInterrupt:
+        watch.tell(f"not waiting any longer; {name} stops by itself, and `vernier status` says when it has")
+        return EXIT_INTERRUPTED
+    if done is None:
+        facts = watch.look(anew=True)
+        hint = "; --now ends it without its checkpoint" if not now else ""
+        watch.tell(f"{name} has not stopped yet: {facts.words}, step {facts.step:,}{hint}", "red")
+        return EXIT_FAILED
+    run.stop_request.unlink(missing_ok=True)
+    _say_end(watch, done)
+    return EXIT_FAILED if done.state in ("failed", "died") and not now else EXIT_DONE
+
+
+def at_work(run: RunDir, facts: RunFacts) -> bool:
+    """Whether there is something to stop: ranks that train, or a job that is to."""
+    return facts.state in WORKING or run.is_held() or _restarts(facts)
+
+
+def _restarts(facts: RunFacts) -> bool:
+    return facts.words == "starting again"
+
+
+def _active(facts: RunFacts, component: str = "") -> list[dict[str, Any]]:
+    return [job for job in facts.jobs if is_active(job) and component in job["component"]]
+
+
+def _over(run: RunDir, facts: RunFacts) -> bool:
+    """Whether the run has said its last word; says it for one that has nobody left to."""
+    if _restarts(facts) or run.is_held():
+        return False
+    if not run.stop_request.is_file() and facts.state in WORKING:
+        _write_stop(run)  # a start that came between has cleared it away
+    train = next((job for job in facts.jobs if "train" in job["component"]), None)
+    unsaid = run.read_state().get("exit_code") is None and not is_locked(run.starter)
+    if unsaid and train is not None and train["state"] != UNKNOWN and not is_active(train):
+        return _say_last_word(run, facts)
+    return facts.state not in WORKING
+
+
+def _say_last_word(run: RunDir, facts: RunFacts) -> bool:
+    """Writes that a run is stopped whose job has gone without doing so: taken out of the queue, or killed."""
+    try:
+        with kept_free(run):
+            run.write_state("stopping", exit_code=EXIT_STOPPED, again=None, failure=None)
+            run.add_event("stopped", f"at step {facts.step}, by the end of its job", step=facts.step)
+    except ConfigError:  # a trainer has it, or a heart on a node that was lost may yet beat
+        return False
+    except VernierError:  # no room on the disk: `status` knows by the job
+        return True
+    return True
+
+
+def _ask(run: RunDir, *, now: bool) -> None:
+    try:
+        if run.jobs.is_file():  # first, since the job's script reads it once the ranks have ended
+            add_job(run, "stop asked", host=socket.gethostname(), now=now)
+        _write_stop(run)
+    except OSError as error:
+        if not now:
+            raise ConfigError(f"{run.stop_request}: cannot be written ({error.strerror}); --now does without") from None
+
+
+def _write_stop(run: RunDir) -> None:
+    write_atomic(run.stop_request, "stop")
+
+
+def _waits_for(facts: RunFacts) -> str:
+    if facts.state == "running" and "silent" not in facts.words:
+        return f"asked to stop at step {facts.step:,}; waiting for the end of the step and its checkpoint"
+    if any(job["state"] in WAITING for job in facts.jobs if "train" in job["component"]):
+        return "it waits in the queue; taking it out"
+    return f"asked to stop ({facts.words})"
+
+
+def cancel(jobs: list[str], *, pending: bool) -> None:
+    """Cancels jobs of Slurm; if `pending` only those that still wait: one that has just begun hears of STOP instead.
+
+    Raises:
+        ConfigError: Slurm cannot be reached, or refuses.
+    """
+    if not jobs:
+        return
+    if shutil.which("scancel") is None:
+        raise ConfigError(
+            f"scancel is not on this machine's PATH; run this where jobs {', '.join(jobs)} can be cancelled"
+        )
+    command = ["scancel", *(["--state=PENDING"] if pending else []), *jobs]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"scancel {' '.join(jobs)}: Slurm does not answer") from None
+    if done.returncode != 0 and "already completing" not in done.stderr and "Invalid job id" not in done.stderr:
+        raise ConfigError(f"scancel {' '.join(jobs)}: {printable(done.stderr.strip())}")
+
+
+def _end(watch: Watch) -> RunFacts | None:
+    """Ends what has not stopped by itself: its jobs, or the processes here."""
+    run, facts = watch.run, watch.look(anew=True)
+    jobs = [job["job"] for job in _active(facts)]
+    if jobs:
+        watch.tell(f"cancelling {' and '.join(described(job) for job in _active(facts))}")
+        cancel(jobs, pending=False)
+        return watch.wait(
+            lambda facts: not _active(facts) and _over(run, facts), JOB_DYING_S, "waiting for Slurm to end it"
+        )
+    pid = trainer_here(run)
+    if pid is None:
+        where = "" if facts.host is None else f" on {facts.host}"
+        job = "" if facts.job is None else f" in job {facts.job}"
+        raise ConfigError(f"{facts.name}: what trains it{where}{job} cannot be signalled from here; STOP is asked for")
+    # The first is the same wish as STOP; its like, later, is a wish to end now (trainer.stop).
+    for patience_s, number in ((ONE_WISH_S + 1.5, signal.SIGTERM), (RANKS_DYING_S / 2, signal.SIGTERM)):
+        done = _signal(watch, pid, number, patience_s)
+        if done is not None:
+            return done
+    return _signal(watch, trainer_here(run) or pid, signal.SIGKILL, RANKS_DYING_S / 2)
+
+
+def _signal(watch: Watch, pid: int, number: signal.Signals, patience_s: float) -> RunFacts | None:
+    run = watch.run
+    if trainer_here(run) == pid:
+        with suppress(ProcessLookupError):
+            try:
+                os.kill(pid, number)
+            except PermissionError:
+                raise ConfigError(f"process {pid}, which trains {run.path}, is another user's") from None
+    return watch.wait(
+        lambda facts: not is_locked(run.starter) and _over(run, facts), patience_s, f"{number.name} to process {pid}"
+    )
+
+
+def trainer_here(run: RunDir) -> int | None:
+    """The process on this machine that has the run: `vernier train`, else rank 0. None where neither is here.
+
+    Checked by the lock's file, which that very process must have open: a number alone may be anybody's by now.
+    """
+    for path in (run.starter, run.lock):
+        if not is_locked(path):
+            continue
+        with suppress(DataError, AttributeError, TypeError, ValueError):
+            found = read_json(path)
+            if found.get("host") == socket.gethostname() and _has_open(int(found["pid"]), path):
+                return int(found["pid"])
+    return None
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    with suppress(OSError):
+        wanted = path.stat()
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.path.samestat(link.stat(), wanted):
+                    return True
+    return False
+
+
+def _not_running(watch: Watch, facts: RunFacts, *, now: bool) -> int:
+    scoring, starter = _active(facts, "eval"), trainer_here(watch.run)
+    watch.tell(f"{facts.name} is not running: {facts.words}{'' if facts.why is None else f' ({facts.why})'}")
+    for job in scoring:
+        if now:
+            cancel([job["job"]], pending=False)
+            watch.tell(f"cancelled its evaluator's job {job['job']}")
+        else:
+            watch.tell(f"its evaluator ends by itself once all is scored: {described(job)}")
+    if starter is not None and now:
+        os.kill(starter, signal.SIGTERM)
+        watch.tell(f"asked process {starter} to score no further")
+    elif starter is not None:
+        watch.tell(f"process {starter} ends by itself once all is scored")
+    return EXIT_DONE
+
+
+def _say_end(watch: Watch, facts: RunFacts) -> None:
+    why = f" ({facts.why})" if facts.why is not None and facts.state in ("failed", "died") else ""
+    saved = "no checkpoint" if facts.checkpoint is None else f"its last checkpoint is of step {facts.checkpoint:,}"
+    facts = watch.look(anew=True)  # the last word may have been ours
+    watch.tell(f"{facts.name}: {facts.words}{why}; step {facts.step:,}, {saved}")
+    for job in _active(facts, "eval"):
+        if "train" not in job["component"]:
+            watch.tell(f"its evaluator ends by itself once all is scored: {described(job)}")
+    if facts.waiting and not _active(facts, "eval"):
+        many = "1 snapshot is" if facts.waiting == 1 else f"{facts.waiting} snapshots are"
+        watch.tell(f"{many} not scored; going on with the run scores what is missing")

@@ -1,0 +1,223 @@
+"""A sweep: one training with other settings and seeds, as members that share the data and the reference set.
+
+Here it is written down, found again by a job array's index, and run on this machine. How its members are made is in
+`launcher.sweep_members`, what came out of them in `launcher.sweep_table`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError, DataError, VernierError
+from configs.load import dump_config, is_named, parse_yaml, resolve
+from configs.rundir import RunDir
+from configs.schema import NAME_PATTERN, Config
+from configs.whole import read_json, write_atomic
+from launcher.sweep_members import Member, Sweep, members, told_once
+
+__all__ = ["Member", "Sweep", "check_members", "member_of", "members", "read_sweep", "run_local", "write_sweep"]
+
+FILE = "sweep.json"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def check_members(sweep: Sweep) -> None:
+    """Everything that can be found wrong with data, model and settings before any member starts here.
+
+    Raises:
+        ConfigError: what is wrong, a line each.
+    """
+    from trainer.run import check_run
+
+    problems: dict[str, list[str]] = {}
+    for member in sweep.members:
+        try:
+            check_run(resolve(member.config))
+        except ConfigError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(member.name)
+    if problems:
+        raise ConfigError(*told_once(problems, len(sweep.members), sweep.axes))
+
+
+def write_sweep(sweep: Sweep) -> Path:
+    """Writes each member's train-config.yaml, then sweep.json, which says that all are there; gives the folder.
+
+    The same sweep again changes nothing: what a member has already stays.
+
+    Raises:
+        ConfigError: another sweep, or a run, is in that place; names what differs.
+    """
+    if RunDir(sweep.path).config.is_file():
+        raise ConfigError(f"{sweep.path}: is a run; name another place with --sweep-dir")
+    if (sweep.path / FILE).exists():
+        found = list(_differences(read_sweep(sweep.path), _content(sweep)))
+        if found:
+            tail = "go on with that one, or name another place with --sweep-dir"
+            raise ConfigError(*(f"{sweep.path}: another sweep is there: {one}; {tail}" for one in found))
+    try:
+        for member in sweep.members:
+            given = sweep.run(member).path / "train-config.yaml"
+            if not given.is_file():  # that of a member which has trained is resolved for its machine
+                given.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(given, dump_config(member.config), durable=True)
+        if not (sweep.path / FILE).exists():
+            write_atomic(sweep.path / FILE, json.dumps(_content(sweep), indent=1, ensure_ascii=False), durable=True)
+    except OSError as error:
+        raise ConfigError(f"{sweep.path}: the sweep cannot be written ({error.strerror})") from None
+    return sweep.path
+
+
+def _content(sweep: Sweep) -> dict[str, Any]:
+    settings = yaml.safe_load(dump_config(sweep.members[0].config))
+    return {
+        "kind": "sweep",
+        "name": sweep.name,
+        "config": sweep.source,
+        "overrides": list(sweep.overrides),
+        "sweep": {key: list(texts) for key, texts in sweep.axes.items()},
+        "seeds": sweep.seeds,
+        "settings": settings,  # of the first member
+        "members": [{"name": m.name, "seed": m.seed, "values": m.values} for m in sweep.members],
+    }
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What tells the sweep that is there from the one asked for, a line each."""
+    swept = before["sweep"], now["sweep"]
+    if swept[0].keys() != swept[1].keys():
+        there, here = (" and ".join(keys) or "no key" for keys in swept)
+        yield f"--sweep is over {there} there, over {here} now"
+    for key in swept[0].keys() & swept[1].keys():
+        if swept[0][key] != swept[1][key]:
+            yield f"--sweep {key} is {','.join(swept[0][key])} there, {','.join(swept[1][key])} now"
+    if before["seeds"] != now["seeds"]:
+        yield f"--seeds is {before['seeds']} there, {now['seeds']} now"
+    skipped = {"name", "run.dir", *swept[0], *swept[1]}
+    was, is_now = dict(_leaves(_today(before["settings"]))), dict(_leaves(now["settings"]))
+    for key in {**was, **is_now}:
+        if not is_named(key, (*skipped, *(f"{one}." for one in skipped))) and was.get(key) != is_now.get(key):
+            yield f"{key} is {was.get(key)!r} there, {is_now.get(key)!r} now"
+    if swept[0] == swept[1] and before["seeds"] == now["seeds"] and before["members"] != now["members"]:
+        yield f"its members are {before['members'][0]['name']} …, now {now['members'][0]['name']} …"
+
+
+def _today(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the keys that have come since they were written, at their defaults."""
+    try:
+        return dict(yaml.safe_load(dump_config(Config.model_validate(settings))))
+    except ValidationError:  # a key that is no more: it will be named
+        return settings
+
+
+def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def read_sweep(sweep_dir: Path) -> dict[str, Any]:
+    """What sweep.json says: name, config, overrides, sweep (values by key), seeds, settings of the first member, and
+    members (each with name, seed, values).
+
+    Raises:
+        DataError: there is none, or it is not one.
+    """
+    path = sweep_dir / FILE
+    if not path.is_file():
+        raise DataError(f"{sweep_dir}: not a sweep (it has no {FILE})")
+    content = read_json(path)
+    try:
+        for member in content["members"]:
+            if not NAME_PATTERN.fullmatch(member["name"]):
+                raise ValueError(member["name"])
+            int(member["seed"]), dict(member["values"])
+        whole = content["kind"] == "sweep" and content["members"] and content.keys() >= {"sweep", "seeds", "settings"}
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path}: is not a sweep's file; move it away, and launch the sweep again")
+    return dict(content)
+
+
+def member_of(sweep_dir: Path, index: int) -> Path:
+    """The run directory of the member with this index, from 0: a job array's task trains its train-config.yaml.
+
+    Raises:
+        ConfigError: there is no such member, or no such sweep.
+    """
+    found = read_sweep(sweep_dir)["members"]
+    if not 0 <= index < len(found):
+        raise ConfigError(f"{sweep_dir}: has no member {index}; they are 0 to {len(found) - 1}")
+    run = sweep_dir / found[index]["name"]
+    if not (run / "train-config.yaml").is_file():
+        raise DataError(f"{run}: its train-config.yaml is missing; launch the sweep again")
+    return run
+
+
+def run_local(sweep: Sweep, *, console: Console) -> int:
+    """Trains the members here, one after the other, and shows what came of it; gives the exit code.
+
+    One that fails does not keep the others from running. The same command goes on where this one was stopped.
+    """
+    check_members(sweep)
+    write_sweep(sweep)
+    failed: dict[str, str] = {}
+    for place, member in enumerate(sweep.members, start=1):
+        where = f"member {place} of {len(sweep.members)}: {member.name}"
+        if _is_over(sweep.run(member)):
+            console.print(f"{where} is finished and scored", markup=False)
+            continue
+        console.print(f"{where} ({member.words}, seed {member.seed})", markup=False)
+        code, why = _train(sweep.run(member), console)
+        if code in (EXIT_STOPPED, EXIT_INTERRUPTED):
+            console.print(f"the sweep stopped at {member.name}; the same command goes on", markup=False)
+            return code
+        if code != EXIT_DONE:
+            failed[member.name] = why
+    from launcher.sweep_table import run_sweep_table
+
+    for name, why in failed.items():
+        console.print(f"error: {name} failed: {why}; the same command tries it again", markup=False)
+    if len(failed) < len(sweep.members):
+        run_sweep_table(sweep.path, False, Console(highlight=False))
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _is_over(run: RunDir) -> bool:
+    state = run.read_state()
+    if state.get("state") != "done":
+        return False
+    settings = parse_yaml((run.path / "train-config.yaml").read_text(encoding="utf-8"), str(run.path))
+    if settings["eval"]["placement"] == "none":
+        return True
+    last = max(run.whole_steps(run.snapshots), default=0)
+    return any(run.losses.glob(f"*/step-{last:08d}@*.parquet"))
+
+
+def _train(run: RunDir, console: Console) -> tuple[int, str]:
+    """(exit code, why it failed) of a member's training; the handlers of signals are as before."""
+    from launcher.train import Resume, run_train
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        code = run_train(str(run.path / "train-config.yaml"), [], Resume(), wait=True, console=console)
+        failure = run.read_state().get("failure")
+        why = failure["error"] if isinstance(failure, dict) else "its snapshots are not all scored"
+        return code, str(why)
+    except VernierError as error:
+        console.print(f"error: {error}", markup=False)
+        return error.exit_code, str(error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -1,0 +1,160 @@
+"""`vernier launch --on mpi`: ranks that mpirun starts train, score, stop, die and go on as torchrun's do."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
+from test_mpirun import LOOPBACK
+
+pytestmark = pytest.mark.cluster
+
+ENVIRONMENT = {**os.environ, **LOOPBACK}
+LONG = ["steps=300", "checkpoint.every=50", "snapshot.every=100", "eval.placement=separate", "eval.nproc=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mpi() -> None:
+    """Without MPI these tests are skipped, except where the cluster is required."""
+    if shutil.which("mpirun") is None and not os.environ.get("REQUIRE_CLUSTER"):
+        pytest.skip("mpirun is not on this machine")
+
+
+def launch(*settings: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+    return vernier("launch", TINY, *settings, "--on", "mpi", code=code, env={**ENVIRONMENT, **more})
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Starts `vernier`; what is left of it when a test fails is killed."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def start(command: list[str]) -> subprocess.Popen[str]:
+        begun.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait(10)
+
+
+def processes(run: Path) -> dict[int, str]:
+    """Processes whose command line names the run: pid → command line."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(run) in command and int(entry.name) != os.getpid():
+            found[int(entry.name)] = command
+    return found
+
+
+def mpirun_of(run: Path, module: str) -> int:
+    (pid,) = [p for p, c in processes(run).items() if c.startswith("mpirun") and f"-m {module} " in c]
+    return pid
+
+
+def test_mpirun_trains_and_scores_to_the_bits_of_torchrun(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = launch(f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=separate", "eval.nproc=2").stderr
+    first, second = (line for line in said.splitlines() if "rank" in line and "scored" not in line)
+    assert first.startswith("rank 0 of 2, told by mpirun; address 127.0.0.1:")
+    assert first.endswith("from MPI")
+    assert "2 ranks × 4 × 2 = batch 16" in second
+    assert (run / "logs" / "rank-1.log").read_text().startswith("rank 1 of 2, told by mpirun; address 127.0.0.1:")
+    assert losses(run) == losses(tiny_run)
+    for step in (0, 10, 20):
+        assert table_of(run, step).read_bytes() == table_of(tiny_run, step).read_bytes()
+
+
+def test_stopped_and_killed_it_goes_on_to_the_bits_of_torchrun(
+    begin: Callable[[list[str]], subprocess.Popen[str]], tiny_data: Path, tmp_path: Path
+) -> None:
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    vernier("train", TINY, *LONG, f"data.dir={tiny_data}", f"run.dir={straight}", "eval.placement=inline")
+    where = [*LONG, f"data.dir={tiny_data}", f"run.dir={run}"]
+    command = [*VERNIER, "launch", TINY, *where, "--on", "mpi"]
+
+    def at_step(step: int) -> None:
+        metrics = run / "metrics.jsonl"
+        wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= step, 240)
+
+    training = begin(command)
+    at_step(20)
+    training.send_signal(signal.SIGTERM)
+    _, said = training.communicate(timeout=200)
+    assert training.returncode == 75, said
+    assert "the same command goes on" in said
+    wait_for(lambda: not processes(run), 30)
+
+    training = begin(command)
+    at_step(70)
+    os.kill(mpirun_of(run, "eval"), signal.SIGKILL)  # comes back
+    at_step(130)
+    os.kill(mpirun_of(run, "trainer"), signal.SIGKILL)
+    _, said = training.communicate(timeout=200)
+    assert training.returncode == 1, said
+    assert "ended without a word (mpirun: signal 9)" in said
+    wait_for(lambda: not processes(run), 30)
+
+    done = launch(*where)
+    assert "going on from step" in done.stderr
+    assert losses(run) == losses(straight)
+    for step in (0, 100, 200, 300):
+        assert table_of(run, step).read_bytes() == table_of(straight, step).read_bytes()
+    assert any(event["kind"] == "evaluator died" and "mpirun's" in event["message"] for event in events(run))
+
+
+def test_ranks_that_ask_for_it_are_started_again(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch(f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=none", VERNIER_FAULTS="windows=2")
+    assert [event["kind"] for event in events(run)].count("started again") == 1
+    assert json.loads((run / "adapted.json").read_text())["micro"] == 2
+    assert json.loads((run / "state.json").read_text())["state"] == "done"
+
+
+def events(run: Path) -> list[dict]:
+    return lines(run / "events.jsonl")
+
+
+def test_a_dry_run_shows_the_commands_for_its_hosts(tiny_data: Path, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# a cluster\nnode-a slots=64\nnode-b:64\n\nnode-c\n")
+    settings = [f"data.dir={tiny_data}", f"run.dir={tmp_path / 'run'}", "eval.placement=separate", "launch.nodes=2"]
+    told = launch(*settings, "--hosts", hosts, "--dry-run", NCCL_DEBUG="INFO", HF_TOKEN="hf_secret").stdout
+    train, score = told.splitlines()
+    assert train.startswith("mpirun -n 4 --host node-a:2,node-b:2 --map-by ppr:2:node ")
+    assert " -x NCCL_DEBUG " in train
+    assert train.endswith(f"-m trainer {tmp_path / 'run' / 'train-config.yaml'}")
+    assert "mpirun -n 1 --host node-c:1 " in score
+    assert "HF_TOKEN" not in told
+    assert "hf_secret" not in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["launch.nodes=2"], "error: --on: mpi: name the machines of launch.nodes and eval.nodes: --hosts a,b,c"),
+        (["--hosts", "a"], ""),
+        (["--hosts", "a,b,c"], "error: launch.nodes: say how many of the 3 hosts train; it is 1 unless set"),
+        (["--hosts", "a", "launch.nodes=2"], "error: --hosts: 1 are given, launch.nodes is 2"),
+        (["--hosts", "a,-oProxyCommand=x"], "error: --hosts: '-oProxyCommand=x' is no host"),
+        (["--hosts", "a,a"], "error: --hosts: a is there twice"),
+        (["--hosts", ","], "error: --hosts: ',' names no host"),
+        (["--hosts", "a,b,c", "launch.nodes=3"], "error: batch.global: 16 is not divisible by 6 ranks"),
+    ],
+)
+def test_hosts_that_do_not_add_up_are_refused(settings: list[str], said: str, tiny_data: Path, tmp_path: Path) -> None:
+    told = launch(f"data.dir={tiny_data}", f"run.dir={tmp_path / 'r'}", *settings, "--dry-run", code=2 if said else 0)
+    assert told.stderr.startswith(said)
+    assert len(told.stderr.splitlines()) == bool(said)
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,185 @@
+"""The preflight of a job on a real Slurm: it names the node that is slow, read-only or silent, and no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, lines
+
+pytestmark = pytest.mark.cluster
+
+NODES = ("node1", "node2", "node3")
+# In a mount namespace of its own, where the folder given first cannot be written.
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory as a job finds it."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.yaml").write_text("name: preflight\n")
+    (directory / "state.json").write_text('{"state": "pending"}')
+    return directory
+
+
+def started(run: Path, *options: str, port: int | None = None) -> subprocess.Popen[str]:
+    """`srun` of the preflight on three nodes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free), "OMP_NUM_THREADS": "1"}
+    if port == 0:
+        del environment["MASTER_ADDR"]
+    command = ["srun", "-N", "3", "-w", ",".join(NODES), "--ntasks-per-node=1", "--kill-on-bad-exit=1", "-t", "5"]
+    command += [sys.executable, "-m", "launcher.preflight", str(run), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process: subprocess.Popen[str], run: Path, code: int) -> tuple[dict[str, Any], str]:
+    """(preflight.json, what was printed) once it has ended with an exit code."""
+    try:
+        out, error = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
+    assert process.returncode == code, f"{process.returncode}\n{out}\n{error}"
+    return json.loads((run / "preflight.json").read_text()), out
+
+
+def pid_of(run: Path, node: str) -> int:
+    """The process of a node's task, as soon as it has told."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in run.glob(f"preflight/*/{node}.json"):
+            return int(json.loads(path.read_text())["pid"])
+        time.sleep(0.02)
+    raise AssertionError(f"{node} has told nothing")
+
+
+@contextmanager
+def stopped(pid: int, share: float) -> Iterator[None]:
+    """A process that the system lets run for only a part of the time."""
+    over = threading.Event()
+
+    def cycle() -> None:
+        with suppress(ProcessLookupError):
+            while not over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(0.1 * share)
+                os.kill(pid, signal.SIGCONT)
+                over.wait(0.1 * (1 - share))
+
+    thread = threading.Thread(target=cycle)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def read_only(cluster, node: str, folder: Path) -> Iterator[None]:
+    """A node whose slurmd sees a folder read-only."""
+    _end(cluster.daemon(node))
+    cluster.start_node(node, "unshare", "-m", "sh", "-c", READ_ONLY, str(folder))
+    try:
+        yield
+    finally:
+        _end(cluster.daemon(node))
+        cluster.start_node(node)
+
+
+def _end(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_three_fit_nodes_are_good_and_each_has_its_line(cluster, run: Path) -> None:
+    report, said = ended(started(run), run, 0)
+    assert report["good"]
+    assert (report["bad"], report["slow"], report["failed"]) == ([], [], None)
+    assert list(report["nodes"]) == list(NODES)
+    assert report["all_reduce"] > 0
+    for node in NODES:
+        # "note" is for what is between: all nodes of this cluster are one machine, which may have other work.
+        assert re.search(rf"^preflight: {node}  (ok|note) .*FLOP/s", said, re.MULTILINE)
+        assert set(report["nodes"][node]["exchange"]["pairs"]) == set(NODES) - {node}
+    assert json.loads((run / "state.json").read_text())["state"] == "pending"
+    assert [event["kind"] for event in lines(run / "events.jsonl")] == ["preflight"]
+
+
+def test_a_node_made_slow_by_signals_is_named(cluster, run: Path) -> None:
+    process = started(run)
+    with stopped(pid_of(run, "node2"), 0.7):
+        report, said = ended(process, run, 1)
+    assert [entry["node"] for entry in report["bad"]] == ["node2"]
+    assert [entry["node"] for entry in report["slow"]] == ["node2"]
+    assert report["shares"]["node2"]["speed"] < 0.6
+    assert "preflight: node2  BAD   slow: " in said
+    state = json.loads((run / "state.json").read_text())
+    assert (state["state"], state["exit_code"]) == ("failed", 1)
+    assert state["failure"]["error"].startswith("preflight: node2: slow: ")
+
+
+@pytest.mark.parametrize("node", ["node3", "node1"])
+def test_a_node_whose_shared_folder_is_read_only_is_named(cluster, run: Path, node: str) -> None:
+    """The first node too, which then cannot write the verdict down: another one does."""
+    with read_only(cluster, node, run.parent):
+        report, said = ended(started(run), run, 1)
+    why = "its shared folder cannot be written (Read-only file system)"
+    assert [entry["node"] for entry in report["bad"]] == [node]
+    assert report["bad"][0]["why"].startswith(why)
+    assert f"preflight: {node}  BAD   {why}" in said
+    assert json.loads((run / "state.json").read_text())["failure"]["error"].startswith(f"preflight: {node}: {why}")
+    assert report["nodes"][node]["speed"]["flops"] > 0
+
+
+def test_without_an_address_files_tell_and_who_cannot_write_is_silent(cluster, run: Path) -> None:
+    with read_only(cluster, "node2", run.parent):
+        report, said = ended(started(run, "--timeout", "20", port=0), run, 1)
+    assert [entry["node"] for entry in report["bad"]] == ["node2"]
+    assert "did not answer within 20 s: its shared folder cannot be written" in report["bad"][0]["why"]
+    assert "no data was exchanged: MASTER_ADDR and MASTER_PORT are not set" in said
+
+
+@pytest.mark.parametrize("node", ["node3", "node1"])
+def test_a_node_that_hangs_is_named_after_the_time_limit(cluster, run: Path, node: str) -> None:
+    """The first node too: another one judges in its place."""
+    process = started(run, "--timeout", "20")
+    pid = pid_of(run, node)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "preflight.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    report = json.loads((run / "preflight.json").read_text())
+    assert node in [entry["node"] for entry in report["bad"]]
+    if node == "node3":
+        assert report["bad"] == [{"node": node, "why": "did not finish: it hangs or crawls after its start"}]

@@ -277,12 +277,32 @@ def board(
     return run_board(runs or [], port=port, console=_console(out=True))
 
 
-@app.command(epilog=_example("vernier plan demo", "vernier plan my.yaml zero.stage=3 nproc=8"))
-def plan(config: ConfigArgument, overrides: OverridesArgument = None, json_out: JsonOption = False) -> int:
-    """Reckon what a training would take, before it starts: tokens, memory, host memory, disk."""
-    from launcher.plan import run_plan
+@app.command(
+    epilog=_example(
+        "vernier plan demo", "vernier plan my.yaml launch.nodes=8 launch.gpus_per_node=8 --memory 80GiB --flops 3e14"
+    )
+)
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    flops: Annotated[
+        float | None, typer.Option(help="Operations/s a rank attains; default the run's own, else a trial here.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Of a rank's device, such as 80GiB; default what is here.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s of a rank in its node; default 200 on GPUs, 2 on CPU.")
+    ] = None,
+    node_bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s between nodes, a node; default 50, on CPU 1.25.")
+    ] = None,
+    latency: Annotated[float, typer.Option(help="Microseconds of a hop between ranks.")] = 5.0,
+    json_out: JsonOption = False,
+) -> int:
+    """Reckon what a training would take, before it starts: memory, time, host memory, disk."""
+    from launcher.plan import Given, run_plan
 
-    return run_plan(config, overrides or [], json_out=json_out, console=_console(out=True))
+    given = Given(flops, memory, bandwidth, node_bandwidth, latency)
+    return run_plan(config, overrides or [], json_out=json_out, console=_console(out=True), given=given)
 
 
 @app.command(epilog=_example("vernier logs my-run", "vernier logs runs/demo --rank 3 --follow"))

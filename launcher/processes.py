@@ -210,6 +210,7 @@ def rank_environment(threads: int) -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a folder here that is named like a module of ours is not ours (Python 3.11)
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -197,8 +197,6 @@ def _contradictions(config: Config) -> Iterator[str]:
     late = [step for step in config.snapshot.at if step > config.steps]
     if late:
         yield f"snapshot.at: {late[0]} is after the last step (steps: {config.steps})"
-    if config.precision == "fp16" and gpu_count() == 0 and not config.launch.gpus_per_node:
-        yield "precision: fp16 needs a GPU and none is visible; use fp32 (or bf16, slow on most CPUs)"
     if config.zero.offload == "cpu" and config.zero.stage == 0:
         yield "zero.offload: cpu needs zero.stage 1, 2 or 3, and zero.stage is 0"
     flat = set(_flat_keys(config.deepspeed))
@@ -241,10 +239,11 @@ def micro_batch(config: Config, world: int) -> int:
     return max(m for m in range(1, min(config.batch.micro, share) + 1) if share % m == 0)
 
 
-def resolve(config: Config, *, nproc: int | None = None) -> Config:
+def resolve(config: Config, *, nproc: int | None = None, elsewhere: bool = False) -> Config:
     """`config` with every default that depends on the machine filled in and every path made absolute.
 
-    `nproc`: ranks on this machine where the launcher fixed them already (torchrun by hand).
+    `nproc`: ranks on this machine where the launcher fixed them already (torchrun by hand). `elsewhere`: the ranks will
+    run on other machines, so that nothing is refused for what this one lacks.
     """
     gpus = gpu_count()
     ranks = nproc or config.nproc or gpus or 1
@@ -260,6 +259,8 @@ def resolve(config: Config, *, nproc: int | None = None) -> Config:
         }
     )
     problems = list(batch_problems(out, ranks))
+    if config.precision == "fp16" and gpus == 0 and not elsewhere:
+        problems.append("precision: fp16 needs a GPU and none is visible; use fp32 (or bf16, slow on most CPUs)")
     if problems:
         raise ConfigError(*problems)
     return out

@@ -54,20 +54,42 @@ def slurm_jobs(jobs: Iterable[str]) -> dict[str, SlurmJob] | None:
         return {}
     if shutil.which("squeue") is None:
         return None
-    command = ["squeue", "--states=all", "--json"]
+    # Slurm 22.05 gives all jobs whatever is asked for; newer ones only these.
+    command = ["squeue", "--states=all", "--json", f"--user={os.getuid()}", f"--jobs={','.join(wanted)}"]
     environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # else lists of an array's tasks are cut short
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
+        if done.returncode != 0 and "Invalid job id" in done.stderr:  # none of them is known
+            return {}
         told = json.loads(done.stdout)["jobs"] if done.returncode == 0 else None
-    except (subprocess.TimeoutExpired, OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
+        told = None
+    except (subprocess.TimeoutExpired, OSError):
         return None
     if told is None:
-        return None
+        return _without_json(wanted, environment)
     found = {}
     for one in told:
         for job in _jobs(one):
             if job.job in wanted:
                 found[job.job] = job
+    return found
+
+
+def _without_json(wanted: list[str], environment: dict[str, str]) -> dict[str, SlurmJob] | None:
+    """As `slurm_jobs`, of a Slurm that was built without JSON: exit codes and restarts are then not known."""
+    command = ["squeue", "--states=all", "--noheader", "--array", "--format=%i|%T|%r|%N|%j"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment)
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    if done.returncode != 0:
+        return None
+    found = {}
+    for line in done.stdout.splitlines():
+        job, state, reason, nodes, name = [*line.split("|", 4), "", "", "", ""][:5]
+        if job in wanted:
+            found[job] = SlurmJob(job, name, state, "" if reason == "None" else reason, 0, 0, nodes)
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name, step_of
-from configs.scheduler import is_active
+from configs.scheduler import current_job, is_active
 from configs.schema import Config
 from configs.whole import MANIFEST
 from eval.board import EvalBoard, last_shown
@@ -22,7 +23,7 @@ from eval.tables import LossTable, read_table, table_name, write_table
 
 POLL_S = 0.5
 ABANDONED_S = 60.0  # a run with no heartbeat for so long, and no holder of its lock, is not running
-ASK_S = 5.0  # between questions to the scheduler
+ASK_S = 30.0  # between questions to the scheduler
 END = -1
 
 _asked: dict[str, tuple[float, bool | None]] = {}  # by job: when, and what the scheduler said
@@ -46,16 +47,26 @@ def training_is_over(run: RunDir) -> bool:
     return time.time() - heard > ABANDONED_S and not run.is_held() and not _job_goes_on(state)
 
 
+def _own_jobs() -> set[str]:
+    """The job that this process is in, by all the ids that its parts have."""
+    parts = {value for name, value in os.environ.items() if name.startswith("SLURM_JOB_ID_HET_GROUP_")}
+    return {job for job in (current_job(), os.environ.get("SLURM_HET_JOB_ID"), *parts) if job}
+
+
 def _job_goes_on(state: dict[str, Any]) -> bool:
     """Whether the scheduler still has the training's job: it may be waiting to run again."""
     job = state.get("job")
     if not job:
         return False
-    known = _asked.get(job)
-    if known is None or time.monotonic() - known[0] > ASK_S:
-        known = _asked[job] = (time.monotonic(), is_active(job))
-    # Where it cannot be asked (inside of a container, say), by what the job itself said last.
-    return known[1] if known[1] is not None else state.get("state") in ("pending", "requeued")
+    if job in _own_jobs():  # it waits for this evaluator: what it last said has to do
+        return state.get("state") in ("pending", "requeued")
+    asked, known = _asked.get(job, (-ASK_S, None))
+    if time.monotonic() - asked >= ASK_S:
+        told = is_active(job)
+        known = known if told is None else told
+        _asked[job] = (time.monotonic(), known)
+    # Where it cannot be asked (inside of a container, say), by whether the job's script has said its last word.
+    return known if known is not None else not state.get("job_ended")
 
 
 class RunScores:

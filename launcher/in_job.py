@@ -14,17 +14,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, VernierError
+from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, VernierError
 from configs.load import load_config
 from configs.rundir import RunDir
-from configs.scheduler import current_job
+from configs.scheduler import current_job, is_active
 from configs.schema import Config
 from launcher.job_facts import jobs_of
-from launcher.job_log import add_job, read_jobs
+from launcher.job_log import add_job, read_jobs, unscored
+from launcher.processes import last_lines
 
 AGAIN = 10  # start the ranks again, in this job
 REQUEUE = 11  # queue this job again
+WAIT = 12  # Slurm is about to end this job, and knows what follows
 NOTHING = 20  # nothing is left to do
+NO_START = 3  # starts in a row at which no rank got as far as its run
 STARTS_AGAIN = 20  # in one job without a further step (train) or table (eval) between
 DYING_S = 60.0  # for ranks of an earlier start, on a node that was lost, to be given up
 FIRST_PORT, PORTS = 20000, 12000  # below what Linux gives to outgoing connections
@@ -92,6 +95,7 @@ def begin(run: RunDir, component: str) -> int:
     Gives 0: start them; NOTHING: the run is finished. Others: it may not be.
     """
     config = _config(run, component)
+    run.logs.mkdir(parents=True, exist_ok=True)
     lines = read_jobs(run)
     progress = _progress(run, config, component)
     before = starts_without_progress(lines, component, progress)
@@ -102,13 +106,10 @@ def begin(run: RunDir, component: str) -> int:
             print(f"{run.path} is finished (step {config.steps})")
             return NOTHING
         if jobs_of(lines, {}).stop_asked:  # while this job was waiting, or being queued again
-            print(f"{run.path} was asked to stop: vernier launch goes on with it")
-            run.stop_request.unlink(missing_ok=True)
-            run.write_state("stopping", exit_code=EXIT_STOPPED)
-            return NOTHING
+            return _asked_to_stop(run)
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     limit = config.launch.requeue_limit
-    if before > limit:
+    if before > limit and (component == "train" or unscored(run, config)):  # else there was nothing to score
         told = f"queued again {before} times without a new {'checkpoint' if component == 'train' else 'loss table'}"
         told += f" (launch.requeue_limit: {limit}); see {run.logs}, then launch it once more"
         _give_up(run, component, told)
@@ -116,17 +117,34 @@ def begin(run: RunDir, component: str) -> int:
     where = {"nodes": os.environ.get("SLURM_JOB_NODELIST"), "restart": int(restart)}
     job = current_job()
     if component == "train":
-        from trainer.lock import check_free, kept_free
+        from trainer.lock import FRESH_S, check_free, holder, kept_free
 
-        deadline = time.monotonic() + DYING_S
-        while run.is_held() and time.monotonic() < deadline:  # ranks of an earlier start, still dying
-            time.sleep(1.0)
-        check_free(run, print)  # waits for a holder on another node, which may be the one that was lost
-        with kept_free(run):
-            run.stop_request.unlink(missing_ok=True)
-            run.write_state("pending", exit_code=None, failure=None, again=None, steps=config.steps, job=job)
+        # Slurm vouches that an earlier start of this very job is over: its ranks end by themselves, if late.
+        ours = int(restart) > 0 and holder(run).get("job") == job
+        deadline = time.monotonic() + (config.guards.hang_s + FRESH_S if ours else DYING_S)
+        while True:
+            try:
+                check_free(run, print)  # waits for a holder on another node, which may be the one that was lost
+                with kept_free(run):
+                    if jobs_of(read_jobs(run), {}).stop_asked:
+                        return _asked_to_stop(run)
+                    run.stop_request.unlink(missing_ok=True)
+                    state = {"exit_code": None, "failure": None, "again": None, "job_ended": None}
+                    run.write_state("pending", **state, steps=config.steps, job=job)
+                break
+            except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(2.0)
     add_job(run, "started", component=component, backend="slurm", job=job, progress=progress, **where)
     return EXIT_DONE
+
+
+def _asked_to_stop(run: RunDir) -> int:
+    print(f"{run.path} was asked to stop: vernier launch goes on with it")
+    run.stop_request.unlink(missing_ok=True)
+    run.write_state("stopping", exit_code=EXIT_STOPPED, job_ended=True)
+    return NOTHING
 
 
 def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
@@ -138,6 +156,14 @@ def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
     config = _config(run, component)
     if component == "eval":
         return _after_scoring(run, config, code, signal)
+    follows = _after_training(run, config, code, signal)
+    if follows not in (AGAIN, REQUEUE, WAIT) and signal != "TERM":
+        run.write_state(None, job_ended=True)  # the evaluator need not ask the scheduler
+    return follows
+
+
+def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
+    component = "train"
     state = run.read_state()
     said = state.get("exit_code")
     why = state.get("again")
@@ -146,12 +172,18 @@ def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
     if said is None and signal == "TERM":  # cancelled, preempted, or a node was lost: Slurm itself knows what follows
         print("the ranks were ended from outside before their last word")
         return EXIT_FAILED
+    if said is None and not signal and state.get("state") == "pending":
+        why = f"no rank has started (srun: exit code {code})"
+        return _start_again(run, config, component, why, most=NO_START, pause_s=10.0)
     if said is None and signal:
         said = EXIT_STOPPED  # killed at the time limit, before its checkpoint was whole: the last one is there
     if said is None:
         from trainer.lock import kept_free
 
-        told = f"the training ranks ended without a word (srun: exit code {code})"
+        log = _newest_log(run, component)
+        told = f"the training ranks ended without a word (srun: exit code {code}); see {log or run.logs}"
+        if log is not None:
+            print(last_lines(log))
         with kept_free(run, patience_s=DYING_S):  # else the state is that of another trainer
             run.add_event("failed", told)
             run.record_failure(EXIT_FAILED, None, told)
@@ -166,6 +198,10 @@ def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
         run.add_event("requeued", told, job=current_job())
         print(f"{told}; another turn follows")
         return REQUEUE
+    if said == EXIT_STOPPED and not signal and not _stopped_by_hand(run):
+        # Asked of the ranks alone, as Slurm does before it preempts a job: then this script is to wait for its end.
+        print("the ranks were asked to stop, and have; waiting for Slurm")
+        return WAIT
     return int(said)
 
 
@@ -183,6 +219,8 @@ def starts_without_progress(lines: list[dict[str, Any]], component: str, progres
 
 
 def _after_scoring(run: RunDir, config: Config, code: int, signal: str) -> int:
+    if signal == "USR1" and _training_is_gone(run):
+        return EXIT_DONE
     if signal == "USR1":
         print("the evaluator's time is up; another turn follows")
         return REQUEUE
@@ -191,7 +229,17 @@ def _after_scoring(run: RunDir, config: Config, code: int, signal: str) -> int:
     return _start_again(run, config, "eval", f"the evaluator died (srun: exit code {code})")
 
 
-def _start_again(run: RunDir, config: Config, component: str, why: str) -> int:
+def _training_is_gone(run: RunDir) -> bool:
+    """Whether nobody will make another snapshot: where the ranks are in a container, only this script can ask."""
+    state = run.read_state()
+    job = state.get("job")
+    quiet = time.time() - max(run.last_heartbeat(), float(state.get("heartbeat", 0))) > 60.0
+    return bool(job) and quiet and is_active(str(job)) is False
+
+
+def _start_again(
+    run: RunDir, config: Config, component: str, why: str, *, most: int = STARTS_AGAIN, pause_s: float = 0.0
+) -> int:
     """AGAIN, unless that has led nowhere too often in this job."""
     job, progress = current_job(), _progress(run, config, component)
     if component == "train":
@@ -201,14 +249,18 @@ def _start_again(run: RunDir, config: Config, component: str, why: str) -> int:
         for line in read_jobs(run)
         if line.get("kind") == "started again" and line.get("component") == component and line.get("job") == job
     ]
-    if sum(int(line.get("progress", -1)) >= progress for line in earlier) >= STARTS_AGAIN:
-        told = f"started again {STARTS_AGAIN} times without getting further; the last reason: {why}"
+    if sum(int(line.get("progress", -1)) >= progress for line in earlier) >= most:
+        told = f"started again {most} times without getting further; the last reason: {why}"
+        log = _newest_log(run, component)
+        if log is not None:
+            told += f"; see {log}"
+            print(last_lines(log))
         _give_up(run, component, told)
         return EXIT_FAILED
     add_job(run, "started again", component=component, backend="slurm", job=job, progress=progress, why=why)
     run.add_event("started again" if component == "train" else "evaluator died", f"{why}; it is started again")
     print(f"starting the ranks again: {why}")
-    time.sleep(min(30.0, 0.5 * 2 ** len(earlier)) if component == "eval" else 0)
+    time.sleep(min(30.0, 0.5 * 2 ** len(earlier)) if component == "eval" else pause_s)
     return AGAIN
 
 
@@ -216,7 +268,15 @@ def _give_up(run: RunDir, component: str, told: str) -> None:
     print(f"error: {told}")
     run.add_event("failed" if component == "train" else "evaluator died", told)
     if component == "train":
-        run.write_state("failed", exit_code=EXIT_FAILED, failure={"rank": None, "error": told, "time": time.time()})
+        run.write_state(
+            "failed", exit_code=EXIT_FAILED, failure={"rank": None, "error": told, "time": time.time()}, job_ended=True
+        )
+
+
+def _newest_log(run: RunDir, component: str) -> Path | None:
+    """What torchrun said on the node where it said something last."""
+    logs = [path for path in run.logs.glob(f"{component}-torchrun-*.log") if path.stat().st_size]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _stopped_by_hand(run: RunDir) -> bool:

@@ -66,7 +66,9 @@ def jobs_of(lines: list[dict[str, Any]], told: Told) -> RunJobs:
     said = sum(line.get("kind") in ("requeued", "successor") and _trains(line) for line in lines)
     by_slurm = max((job["restarts"] or 0 for job in jobs if "train" in job["component"]), default=0)
     submitted = max((float(line.get("time") or 0) for line in newest if _trains(line)), default=0.0)
-    asked = any(line.get("kind") == "stop asked" and float(line.get("time") or 0) > submitted for line in lines)
+    # By their order in the file: clocks of hosts differ, and a successor is not a new wish to run.
+    last = max((at for at, line in enumerate(lines) if line.get("kind") == "submitted" and _trains(line)), default=-1)
+    asked = any(line.get("kind") == "stop asked" for line in lines[last + 1 :])
     login = next((str(line["login"]) for line in reversed(lines) if line.get("login")), None)
     # A node that was lost has its job started again without a word in the record, until that has started.
     return RunJobs(jobs, max(said, started - by_hand, by_slurm), submitted, asked and bool(newest), login)

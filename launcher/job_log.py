@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
-from configs.rundir import RunDir, read_jsonl
+from configs.errors import DataError
+from configs.rundir import RunDir, read_jsonl, step_name
 from configs.scheduler import SlurmJob, slurm_jobs
+from configs.schema import Config
+from configs.whole import read_json
 
 
 def add_job(run: RunDir, kind: str, **facts: Any) -> None:
@@ -17,9 +22,13 @@ def add_job(run: RunDir, kind: str, **facts: Any) -> None:
     One write a line, so that jobs of a run may write side by side.
     """
     line = {"time": time.time(), "kind": kind, **facts}
-    descriptor = os.open(run.jobs, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(run.jobs, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # on NFS this is also what makes an append go to the end
+        size = os.fstat(descriptor).st_size
+        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (b"\n" if cut else b"") + (json.dumps(line) + "\n").encode())
     finally:
         os.close(descriptor)
 
@@ -31,13 +40,26 @@ def read_jobs(run: RunDir) -> list[dict[str, Any]]:
 
 def job_ids(lines: list[dict[str, Any]]) -> dict[str, str]:
     """Jobs that were submitted, each with what it is for (`train`, `eval`, `train+eval`), oldest first."""
-    kinds = ("submitted", "successor")
-    return {
-        str(line["job"]): str(line.get("component")) for line in lines if line.get("kind") in kinds and "job" in line
-    }
+    kinds = ("submitted", "successor", "started")  # the last: one that sbatch was told of by hand
+    found: dict[str, str] = {}
+    for line in lines:
+        if line.get("kind") in kinds and line.get("job"):
+            found.setdefault(str(line["job"]), str(line.get("component")))
+    return found
 
 
 def live_jobs(run: RunDir) -> dict[str, SlurmJob] | None:
     """Jobs of the run that wait or run, by id. None: the scheduler cannot be asked."""
     found = slurm_jobs(job_ids(read_jobs(run)))
     return None if found is None else {job: told for job, told in found.items() if told.active}
+
+
+def unscored(run: RunDir, config: Config) -> int:
+    """Snapshots of the run without a loss table on its reference set; 0 where that set cannot be read."""
+    try:
+        facts = read_json(config.reference_dir / "reference.json")
+        folder = run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
+    except (DataError, KeyError, TypeError):
+        return 0
+    scored = {path.name.partition("@")[0] for path in folder.glob("step-*.parquet")}
+    return sum(step_name(step) not in scored for step in run.whole_steps(run.snapshots))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, ConfigError, DataError
-from configs.load import dump_config, resolve
-from configs.rundir import RunDir, step_name
+from configs.load import dump_config, load_config, resolve
+from configs.rundir import RunDir
+from configs.scheduler import SlurmJob, slurm_jobs
+from configs.schema import Config
 from configs.terminal import that_may_go
 from configs.whole import read_json, write_atomic
-from launcher.job_log import add_job, job_ids, live_jobs, read_jobs
+from launcher.job_log import add_job, job_ids, live_jobs, read_jobs, unscored
 from launcher.job_plan import JobPlan, make_plan
 from launcher.known_runs import remember
 from launcher.sites import Site, load_site
@@ -124,12 +126,19 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     from trainer.run import finished
 
     with sole_starter(run):
-        wanted = {script.component for script in scripts}
-        if finished(run, resolve(plan.config)) and "eval" in wanted and _unscored(plan):
+        if finished(run, plan.config) and plan.eval is not None and unscored(run, plan.config):
+            if plan.het:  # only a part of it is wanted
+                beside = plan.config.eval.model_copy(update={"placement": "separate"})
+                plan = replace(plan, config=plan.config.model_copy(update={"eval": beside}))
+                scripts = render(plan, how.template, excluded)
             scripts = [script for script in scripts if script.component == "eval"]
-        elif finished(run, resolve(plan.config)):
+        elif finished(run, plan.config):
             console.print(f"{run.path} is finished (step {plan.config.steps})", markup=False)
             return EXIT_DONE
+        scoring = _live(run, "eval")
+        if scoring and how.only is None and [script.component for script in scripts] == ["train", "eval"]:
+            console.print(f"eval: job {scoring} goes on", markup=False)
+            scripts = scripts[:1]
         live = check_no_job(run, {script.component for script in scripts})
         _write(plan, scripts)
         remember(run.path)
@@ -147,13 +156,10 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     return EXIT_DONE
 
 
-def _unscored(plan: JobPlan) -> int:
-    """Snapshots of the run without a loss table."""
-    run = plan.run
-    facts = read_json(plan.config.reference_dir / "reference.json")
-    folder = run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
-    scored = {path.name.partition("@")[0] for path in folder.glob("step-*.parquet")}
-    return sum(step_name(step) not in scored for step in run.whole_steps(run.snapshots))
+def _live(run: RunDir, component: str) -> str | None:
+    """The run's job that is for this component alone, and waits or runs."""
+    kinds = job_ids(read_jobs(run))
+    return next((job for job in live_jobs(run) or {} if kinds[job] == component), None)
 
 
 def _check(plan: JobPlan, how: Launch) -> None:
@@ -162,7 +168,15 @@ def _check(plan: JobPlan, how: Launch) -> None:
     from trainer.run import check_run
 
     check_free(plan.run, lambda line: print(line))
-    check_run(resolve(plan.config), extend=how.extend, force=how.force)
+    check_run(as_checked(plan.config), extend=how.extend, force=how.force)
+
+
+def as_checked(config: Config) -> Config:
+    """Settings to hold against what is there. What hangs on the machine of the ranks is as the run has it already."""
+    run = RunDir(config.run_dir)
+    if config.precision is None and run.config.is_file():
+        config = config.model_copy(update={"precision": load_config(run.config).precision})
+    return resolve(config, elsewhere=True)
 
 
 def check_no_job(run: RunDir, components: set[str]) -> str | None:
@@ -171,16 +185,36 @@ def check_no_job(run: RunDir, components: set[str]) -> str | None:
     Raises:
         ConfigError: names the job, and what it does; or nobody can tell.
     """
-    live = live_jobs(run)
-    if live is None:
-        raise ConfigError("--on: slurm: squeue does not answer, so that nobody knows whether the run has a job already")
+    live = _jobs_or_refusal([run])
     kinds = job_ids(read_jobs(run))
-    wanted = {part for component in components for part in component.split("+")}
-    same = [job for job in live.values() if wanted & set(kinds[job.job].split("+"))]
+    _refuse(run, live, {part for component in components for part in component.split("+")})
+    return next((job for job in kinds if job in live and "train" in kinds[job].split("+")), None)
+
+
+def check_no_jobs(runs: list[RunDir]) -> None:
+    """Refuses runs of which one has a training's job; the scheduler is asked once for all.
+
+    Raises:
+        ConfigError: as `check_no_job`.
+    """
+    live = _jobs_or_refusal(runs)
+    for run in runs:
+        _refuse(run, live, {"train"})
+
+
+def _jobs_or_refusal(runs: list[RunDir]) -> dict[str, SlurmJob]:
+    found = slurm_jobs({job for run in runs for job in job_ids(read_jobs(run))})
+    if found is None:
+        raise ConfigError("--on: slurm: squeue does not answer, so that nobody knows whether the run has a job already")
+    return {job: told for job, told in found.items() if told.active}
+
+
+def _refuse(run: RunDir, live: dict[str, SlurmJob], components: set[str]) -> None:
+    kinds = job_ids(read_jobs(run))
+    same = [job for job, component in kinds.items() if job in live and components & set(component.split("+"))]
     if same:
-        named = ", ".join(f"job {job.job} ({kinds[job.job]}, {job.state.lower()})" for job in same)
+        named = ", ".join(f"job {job} ({kinds[job]}, {live[job].state.lower()})" for job in same)
         raise ConfigError(f"run.dir: {run.path} has {named}; vernier stop ends it, or use another run.dir")
-    return next((job for job in live if "train" in kinds[job].split("+")), None)
 
 
 def bad_nodes(run: RunDir) -> tuple[str, ...]:
@@ -202,8 +236,8 @@ def _write(plan: JobPlan, scripts: list[Script]) -> None:
     for folder in (run.logs, run.scripts):  # Slurm does not make the folder of a job's log
         folder.mkdir(parents=True, exist_ok=True)
     text = dump_config(plan.config)
-    for component in plan.components:
-        write_atomic(run.path / f"{component.name}-config.yaml", text)
+    for component in {part for script in scripts for part in script.component.split("+")}:  # not of one that runs
+        write_atomic(run.path / f"{component}-config.yaml", text)
     for script in scripts:
         write_atomic(script.path, script.text)
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, ConfigError
-from configs.load import load_config, resolve, with_absolute_paths
+from configs.load import load_config, with_absolute_paths
 from configs.whole import write_atomic
 from launcher.job_log import add_job
 from launcher.job_plan import JobPlan, plan_of
 from launcher.known_runs import remember
-from launcher.launch import Launch, SweepAsked, check_no_job
+from launcher.launch import Launch, SweepAsked, as_checked, check_no_jobs
 from launcher.sites import Site
-from launcher.slurm import render, submit
+from launcher.slurm import Script, release, render, submit
 from launcher.sweep import check_members, write_sweep
 from launcher.sweep_members import Sweep, members
 
@@ -33,36 +33,46 @@ def launch_sweep(
     Raises:
         ConfigError: a member's settings are wrong, or it has a job already.
     """
-    from trainer.run import finished
+    from trainer.lock import sole_starter
 
     if load_config(source, overrides).eval.placement in ("separate", "het"):
         overrides = [*overrides, "eval.placement=inline"]  # a task is a whole member; tables are the same
+    if how.extend or how.force:
+        raise ConfigError("--extend and --force-resume are for single runs, not for --sweep")
     asked = with_plans(members(source, overrides, sweep.axes, sweep.seeds, sweep_dir=sweep.dir), site)
     plan = plan_of_all(asked, site, sweep.at_once)
     (script,) = render(plan, how.template)
     if how.dry_run:
         print(f"# ---- {script.path}\n{script.text}", end="")
         return EXIT_DONE
-    check_members(asked)
-    for member in asked.members:
-        check_no_job(asked.run(member), {"train"})
+    check_members(asked, as_checked)
+    with sole_starter(plan.run):
+        return _submit(asked, plan, script, sweep.at_once, console)
+
+
+def _submit(asked: Sweep, plan: JobPlan, script: Script, at_once: int, console: Console) -> int:
+    from trainer.run import finished
+
+    check_no_jobs([asked.run(member) for member in asked.members])
     write_sweep(asked)
-    left = [at for at, member in enumerate(asked.members) if not finished(asked.run(member), resolve(member.config))]
+    left = [at for at, member in enumerate(asked.members) if not finished(asked.run(member), member.config)]
     if not left:
         console.print(f"all members are finished: vernier compare {shlex.quote(str(asked.path))}", markup=False)
         return EXIT_DONE
     for folder in (plan.run.logs, plan.run.scripts):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(script.path, script.text)
-    limit = f"%{sweep.at_once}" if sweep.at_once else ""
-    job = submit(script, f"--array={','.join(map(str, left))}{limit}")
+    limit = f"%{at_once}" if at_once else ""
+    # Held until all is written down: a task that began before would find what stood there of an earlier launch.
+    job = submit(script, "--hold", f"--array={','.join(map(str, left))}{limit}")
     for at in left:
         run, own = asked.run(asked.members[at]), f"{job}_{at}"
-        facts = {"component": "train", "backend": "slurm", "script": str(script.path), "login": site.login}
+        facts = {"component": "train", "backend": "slurm", "script": str(script.path), "login": plan.site.login}
         add_job(run, "submitted", job=own, **facts)
         steps = asked.members[at].config.steps
         run.write_state("pending", exit_code=None, failure=None, again=None, steps=steps, job=own)
         remember(run.path)
+    release(job)
     console.print(
         f"job {job}: {len(left)} of {len(asked.members)} members in {asked.path}", markup=False, soft_wrap=True
     )

@@ -15,10 +15,11 @@ from typing import Any
 
 from configs.errors import ConfigError, VernierError
 from launcher.job_plan import JobPlan
-from launcher.processes import SIGNALS
+from launcher.processes import OWN_RANK, SIGNALS
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 SUBMIT_S = 60.0
+RETRY_S = 20  # between questions of a script to a controller that did not answer
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
         "python": sys.executable,
         "rank_python": site.python or ("python3" if inside else sys.executable),
         "signals": SIGNALS,
+        "retry_s": RETRY_S,
         "sweep": plan.members > 0,
         "members": plan.members,
         "at_once": plan.at_once,
@@ -212,8 +214,19 @@ def submit(script: Script, *options: str) -> str:
     return done.stdout.strip().split(";")[0]
 
 
+def release(job: str) -> None:
+    """Lets a job go that was submitted to be held.
+
+    Raises:
+        VernierError: it is still held; says how to let it go.
+    """
+    done = subprocess.run(["scontrol", "release", job], capture_output=True, text=True, timeout=SUBMIT_S, check=False)
+    if done.returncode != 0:
+        raise VernierError(f"job {job} is held, and was not let go ({done.stderr.strip()}): scontrol release {job}")
+
+
 def submit_environment() -> dict[str, str]:
     """What jobs inherit: ours, without what a job that we may be in ourselves was given."""
     ours = ("SLURM_", "SBATCH_", "SRUN_", "PMI", "OMPI_")
     keep = ("SLURM_CONF",)
-    return {k: v for k, v in os.environ.items() if k in keep or not k.startswith(ours)}
+    return {k: v for k, v in os.environ.items() if k in keep or not (k.startswith(ours) or k in OWN_RANK)}

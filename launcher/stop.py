@@ -104,8 +104,16 @@ def run_stop(named: Path, *, now: bool, console: Console) -> int:
         if watch.told is None:
             watch.tell("Slurm cannot be asked: a job that waits stays in the queue, and ends as soon as it starts")
         cancel([job["job"] for job in facts.jobs if job["state"] in WAITING], pending=True)
+
+        def over(facts: RunFacts) -> bool:
+            # One that was being queued again when it was asked waits only now.
+            waits = [job["job"] for job in facts.jobs if job["state"] in WAITING and "train" in job["component"]]
+            if waits:
+                cancel(waits, pending=True)
+            return _over(run, facts)
+
         done = watch.wait(
-            lambda facts: _over(run, facts),
+            over,
             NOW_S if now else PATIENCE_S,
             f"{name}: {_waits_for(facts)}",
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ FILE = "sweep.json"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-def check_members(sweep: Sweep) -> None:
-    """Everything that can be found wrong with data, model and settings before any member starts here.
+def check_members(sweep: Sweep, resolved: Callable[[Config], Config] = resolve) -> None:
+    """Everything that can be found wrong with data, model and settings before any member starts.
+
+    Args:
+        resolved: fills in what hangs on the machine of the ranks; default that of this one.
 
     Raises:
         ConfigError: what is wrong, a line each.
@@ -40,7 +43,7 @@ def check_members(sweep: Sweep) -> None:
     problems: dict[str, list[str]] = {}
     for member in sweep.members:
         try:
-            check_run(resolve(member.config))
+            check_run(resolved(member.config))
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(member.name)
@@ -101,7 +104,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield f"--sweep {key} is {','.join(swept[0][key])} there, {','.join(swept[1][key])} now"
     if before["seeds"] != now["seeds"]:
         yield f"--seeds is {before['seeds']} there, {now['seeds']} now"
-    skipped = {"name", "run.dir", *swept[0], *swept[1]}
+    skipped = {"name", "run.dir", "nproc", "launch.", *swept[0], *swept[1]}
     was, is_now = dict(_leaves(_today(before["settings"]))), dict(_leaves(now["settings"]))
     for key in {**was, **is_now}:
         if not is_named(key, (*skipped, *(f"{one}." for one in skipped))) and was.get(key) != is_now.get(key):

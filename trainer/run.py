@@ -168,6 +168,7 @@ def begin_run(run: RunDir, config: Config, attempt: int) -> None:
         again=None,
         steps=config.steps,
         job=current_job(),
+        job_ended=None,
     )
     run.add_event("started", f"attempt {attempt}", rank=0)
 

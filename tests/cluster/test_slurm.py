@@ -217,3 +217,31 @@ def test_a_job_that_is_cancelled_by_hand_stays_ended(
     assert [one["kind"] for one in lines(run / "jobs.jsonl")].count("submitted") == 2
     assert cluster.jobs()[job["train"]]["restart_cnt"] == 0
     assert RunDir(run).whole_steps(run / "checkpoints")  # it had the time for one
+
+
+def test_a_sweep_is_an_array_whose_members_are_ranked(
+    cluster: Cluster, tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.dir={tiny_data}", f"run.dir={tmp_path / 'lr'}", *TWO, "launch.nodes=1"]
+    asked = [*settings, "--sweep", "optimizer.lr=5e-4,5e-3", "--at-once", 1]
+    vernier("launch", TINY, "--on", "slurm", *asked)
+    refused = vernier("launch", TINY, "--on", "slurm", *asked, code=2)
+    assert re.search(r"has job \d+_0 \(train, ", refused.stderr)
+    sweep = tmp_path / "lr-sweep"
+    members = sorted(path.parent for path in sweep.glob("*/train-config.yaml"))
+    cluster.wait(lambda: all(RunDir(one).read_state().get("state") == "done" for one in members), 240)
+    assert len(members) == 2
+    found = json.loads(vernier("compare", sweep, "--json").stdout)
+    assert found["winner"]["values"] == {"optimizer.lr": "5e-3"}
+    assert vernier("launch", TINY, "--on", "slurm", *asked).stdout.startswith("all members are finished")
+
+
+def test_a_heterogeneous_job_ends_when_its_training_has_died(
+    cluster: Cluster, site: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("VERNIER_FAULTS", "kill=copied:1:2")
+    (job,) = launched(run, tiny_data, "--site", site, "eval.placement=het").values()
+    ended(cluster, run, job, "FAILED")
+    assert json.loads((run / "state.json").read_text())["state"] == "failed"
+    assert table_of(run, 0).is_file()  # what there was is scored

@@ -195,7 +195,8 @@ def meet(folder: Path, first: str, second: str) -> subprocess.CompletedProcess[s
     bin_dir.mkdir()
     (bin_dir / "scontrol").write_text(SCONTROL.replace("FIRST", first).replace("SECOND", second))
     (bin_dir / "scontrol").chmod(0o755)
-    code = f"set -u\nin_job() {{ echo 20007; }}\n{function(script_for(folder, *TWO), 'meet')}\nmeet 'n[1-2]' 7"
+    code = "set -u\nin_job() { echo 20007; }\nleave() { exit $1; }\nsleep() { :; }\n"
+    code += f"{function(script_for(folder, *TWO), 'meet')}\nmeet 'n[1-2]' 7"
     kept = {k: v for k, v in os.environ.items() if not k.endswith("_SOCKET_IFNAME")}
     return run_bash(code, env={**kept, "PATH": f"{bin_dir}:{os.environ['PATH']}"})
 

@@ -247,12 +247,11 @@ def resolve(config: Config, *, nproc: int | None = None, elsewhere: bool = False
     """
     gpus = gpu_count()
     ranks = nproc or config.nproc or gpus or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     out = with_absolute_paths(config)
     out = out.model_copy(
         update={
             "nproc": ranks,
-            "threads_per_rank": config.threads_per_rank or max(1, cores // ranks),
+            "threads_per_rank": config.threads_per_rank or _threads(ranks),
             "precision": config.precision or ("bf16" if gpus else "fp32"),
             "deterministic": config.deterministic if config.deterministic is not None else gpus == 0,
             "eval": out.eval.model_copy(update={"dtype": config.eval.dtype or ("bf16" if gpus else "fp32")}),
@@ -264,6 +263,17 @@ def resolve(config: Config, *, nproc: int | None = None, elsewhere: bool = False
     if problems:
         raise ConfigError(*problems)
     return out
+
+
+def _threads(ranks: int) -> int:
+    """CPU threads of each of so many ranks on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    several = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    other = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")  # who starts ranks inside a task
+    if own.isdigit() and several and not any(name in os.environ for name in other):
+        return max(1, min(cores, int(own)))  # srun's tasks are the ranks: these cores are shared with no other
+    return max(1, cores // ranks)
 
 
 def with_absolute_paths(config: Config) -> Config:

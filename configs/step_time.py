@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GB = 10**9
+AGAIN = 4 / 3  # of the FLOPs where activations are computed again: a second forward pass, 2N more than 6N
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def step_time(
     flops: float,
     links: Links,
     checkpointing: bool = False,
+    sending_included: bool = False,
 ) -> StepTime:
     """The time of an optimizer step over `ranks` ranks.
 
@@ -99,10 +101,11 @@ def step_time(
         tokens: of the global batch.
         bucket: parameters sent at once.
         flops: operations/s that one rank attains.
+        sending_included: that figure is of whole steps of just this kind, so nothing is added for sending.
     """
-    again = 4 / 3 if checkpointing else 1.0
+    again = AGAIN if checkpointing else 1.0
     compute_s = again * work.flops_a_token * tokens / ranks / flops
-    if ranks == 1:
+    if ranks == 1 or sending_included:
         return StepTime(compute_s, 0.0, False)
     sent = sent_a_step(parameters, stage=stage, accumulation=accumulation, weight_bytes=weight_bytes)
     slowest = links.rank_bandwidth

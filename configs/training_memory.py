@@ -34,13 +34,19 @@ class Tensors:
     parameters: int
     largest: int  # parameters of the largest tensor
     loose: float = 1.0  # share of all parameters in tensors whose fp32 values are below LARGE_BLOCK
+    largest_module: int = 0  # parameters that one module has itself, its submodules left out: experts' in one tensor
 
     @staticmethod
-    def of(sizes: list[int]) -> Tensors:
+    def of(sizes: list[int], *, largest_module: int = 0) -> Tensors:
         """Of the numbers of parameters of a model's tensors, tied ones once."""
         total = sum(sizes)
         small = sum(size for size in sizes if FP32 * size < LARGE_BLOCK)
-        return Tensors(total, max(sizes, default=0), small / total if total else 1.0)
+        return Tensors(total, max(sizes, default=0), small / total if total else 1.0, largest_module)
+
+    @property
+    def at_once(self) -> int:
+        """Parameters that stage 3 has whole at a time: up to its limit, but a module's own all together."""
+        return min(self.parameters, max(MOST_GATHERED, self.largest, self.largest_module))
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def _moments(job: Job) -> list[Moment]:
             after = held
             loose = [int(waiting * job.tensors.loose), 0]
         case _:
-            gathered = job.weight * min(count, MOST_GATHERED)
+            gathered = job.weight * job.tensors.at_once
             passes = _passes(job, held, own, bucket + gathered)
             passes = replace(passes, loose=passes.loose + int(gathered * job.tensors.loose))
             # A bucket is put together anew for its reduce-scatter; gloo takes a copy of that.

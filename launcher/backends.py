@@ -11,7 +11,7 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, ConfigError
 from configs.load import load_config
 from launcher.job_plan import JobPlan, make_plan
-from launcher.processes import mpirun, read_hosts, torchrun
+from launcher.processes import read_hosts, torchrun
 from launcher.sites import Site
 from launcher.train import Resume, run_train, with_mpirun
 
@@ -50,12 +50,32 @@ def run_elsewhere(
             print("\n".join(show_ssh(plan, named)))
             return EXIT_DONE
         return run_ssh(plan, named, how, wait=True, console=console)
+    _check_site(on, site)
     os.environ.update(site.environment)  # ranks here inherit it
+    names = tuple(site.environment)
     if dry_run:
-        print("\n".join(_commands_here(on, source, overrides, named, how)))
+        print("\n".join(_commands_here(on, source, overrides, named, names, how)))
         return EXIT_DONE
     starter = "mpirun" if on == "mpi" else "torchrun"
-    return run_train(source, overrides, how, wait=True, console=console, starter=starter, hosts=named)
+    return run_train(source, overrides, how, wait=True, console=console, starter=starter, hosts=named, names=names)
+
+
+def _check_site(on: str, site: Site) -> None:
+    """Refuses what a site profile says of ranks that are started as children of this process, in its environment.
+
+    Raises:
+        ConfigError: a line for each key.
+    """
+    told = {key: getattr(site, key) for key in ("python", "modules", "setup", "environment_file")}
+    told["container.kind"] = site.container.kind if site.container.kind != "none" else None
+    problems = [
+        f"--site: {key}: is not for --on {on}, whose ranks have this command's own Python and environment; set that "
+        "up before, and name a profile without it (an empty file will do)"
+        for key, value in told.items()
+        if value
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def write_task(plan: JobPlan, runs: str | None, *, dry_run: bool, console: Console) -> int:
@@ -86,7 +106,9 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _commands_here(on: str, source: str, overrides: list[str], hosts: tuple[str, ...], how: Resume) -> list[str]:
+def _commands_here(
+    on: str, source: str, overrides: list[str], hosts: tuple[str, ...], names: tuple[str, ...], how: Resume
+) -> list[str]:
     """What would be started on this machine, a line a rank-group."""
     from configs.load import resolve
     from configs.rundir import RunDir
@@ -95,13 +117,10 @@ def _commands_here(on: str, source: str, overrides: list[str], hosts: tuple[str,
     flags = [*(["--extend"] if how.extend else []), *(["--force-resume"] if how.force else [])]
     beside = config.eval.placement in ("separate", "het")
     if on == "mpi":
-        config, by = with_mpirun(config, hosts)
+        _, config, by = with_mpirun(config, hosts, names)
         train = [*flags, str(RunDir(config.run_dir).path / "train-config.yaml")]
         score = [str(RunDir(config.run_dir).path / "eval-config.yaml")]
-        commands = [mpirun("trainer", train, nproc=by.nproc, threads=by.threads, hosts=by.hosts, marked=True)[0]]
-        if beside:
-            more = mpirun("eval", score, nproc=by.eval_nproc, threads=by.eval_threads, hosts=by.eval_hosts)
-            commands.append(more[0])
+        commands = [by.train_command(train)[0], *([by.score_command(score)[0]] if beside else [])]
     else:
         config = resolve(config)
         train = [*flags, str(RunDir(config.run_dir).path / "train-config.yaml")]

@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_FAILED, DataError
+from configs.parent import kill_with_parent
 from configs.whole import read_json
 from launcher.doctor_machine import Finding, check_folder, check_limits, check_schedulers, check_shm, stale_locks
 from launcher.known_runs import find
 from launcher.preflight_gpu import gpu_facts, gpu_findings
-from launcher.processes import torchrun
+from launcher.processes import end, torchrun
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 IMPORT_S = 180.0  # of torch and deepspeed, from a cold disk
 RANKS_S = 180.0
+END_S = 15.0  # for torchrun to end its ranks
 ORDER = ("ok", "warning", "bad")
 STYLES = {"ok": "green", "warning": "yellow", "bad": "red"}
 _IMPORTS = """
@@ -129,7 +131,7 @@ def check_devices() -> list[Finding]:
 def check_ranks(folder: Path) -> list[Finding]:
     """Starts ranks by torchrun as a training does: they multiply, exchange data, and are held against each other."""
     ranks = gpu_count() or 2
-    name = f"{ranks} ranks"
+    name = "1 rank" if ranks == 1 else f"{ranks} ranks"
     place = folder if folder.is_dir() and os.access(folder, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".doctor.", dir=place, ignore_cleanup_errors=True) as work:
         arguments = ["--", work, "--timeout", str(RANKS_S / 2)]
@@ -142,14 +144,15 @@ def check_ranks(folder: Path) -> list[Finding]:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=kill_with_parent,
         )
         try:
             out, _ = process.communicate(timeout=RANKS_S)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks
-            process.communicate()
             todo = "set GLOO_SOCKET_IFNAME=lo and look whether `hostname` is in /etc/hosts"
             return [Finding(name, "bad", f"did not exchange data within {RANKS_S:.0f} s", todo)]
+        finally:  # at Ctrl-C too
+            end(process, END_S)
         try:
             report = read_json(Path(work) / "preflight.json")
         except DataError:
@@ -172,6 +175,8 @@ def _ranks_findings(name: str, report: dict[str, Any]) -> list[Finding]:
         words = f"joined by {backend}: all-reduce {report['all_reduce'] / 1e9:.2f} GB/s, "
         words += f"{min(speeds) / 1e9:,.0f} GFLOP/s each at least"
         out.insert(0, Finding(name, "ok", words))
+    elif len(facts) == 1 and speeds:
+        out.insert(0, Finding(name, "ok", f"{speeds[0] / 1e9:,.0f} GFLOP/s; with one there is nobody to join"))
     return out
 
 

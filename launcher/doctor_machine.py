@@ -208,9 +208,17 @@ def _mpi() -> Finding:
 
 def _ask(*command: str) -> tuple[bool, str]:
     """(whether a command ends well, what it prints; where it does not, the last line of why)."""
+    # As launcher.processes.mpirun has it: mpirun would look for GPUs by way of X displays, and could wait there for ever.
+    environment = {"HWLOC_COMPONENTS": "-gl", **os.environ}
     try:
         said = subprocess.run(
-            command, capture_output=True, text=True, timeout=ASK_S, check=False, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            timeout=ASK_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
         return False, f"no answer within {ASK_S:.0f} s"

@@ -91,13 +91,11 @@ class Plan:
 
     @cached_property
     def here(self) -> Row:
-        flops = None if self.speed is None else self.speed.flops
-        return row(self.sizes, self.work, self.links, flops, ranks=self.ranks, stage=self.config.zero.stage)
+        return row(self.sizes, self.work, self.links, self.speed, ranks=self.ranks, stage=self.config.zero.stage)
 
     @cached_property
     def table(self) -> tuple[list[Row], list[int]]:
-        flops = None if self.speed is None else self.speed.flops
-        return scaling(self.sizes, self.work, self.links, flops, also=self.ranks)
+        return scaling(self.sizes, self.work, self.links, self.speed, also=self.ranks)
 
     @cached_property
     def largest_micro(self) -> int | None:

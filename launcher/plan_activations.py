@@ -46,7 +46,7 @@ class ModelSize:
                 setattr(hf, name, 0.0)
         self.hf, self.sequence_length, self.precision = hf, sequence_length, precision
         self.checkpointing, self.whole_logits = checkpointing, whole_logits
-        self.tensors = Tensors.of(_tensor_sizes(hf))
+        self.tensors = _tensors(hf)
         self.found: dict[int, Activations | None] = {}
         self.models: dict[Any, tuple[Any, Any]] = {}  # (fake mode, model), by dtype
 
@@ -72,13 +72,14 @@ class ModelSize:
         return self.found[micro] is not None
 
 
-def _tensor_sizes(hf: Any) -> list[int]:
+def _tensors(hf: Any) -> Tensors:
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf)
-    return [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    own = (sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules())
+    return Tensors.of([one.numel() for one in model.parameters() if one.requires_grad], largest_module=max(own))
 
 
 def _run(size: ModelSize, micro: int) -> Activations | None:

@@ -13,6 +13,7 @@ from configs.schema import Config
 from configs.step_time import Links, StepTime, Work, step_time
 from configs.training_memory import NOTHING, Job, RankMemory, Tensors, rank_memory
 from launcher.plan_activations import ModelSize
+from launcher.plan_speed import Speed
 
 STAGES = (0, 1, 2, 3)
 MOST_RANKS = 1024
@@ -76,12 +77,12 @@ def usable(device: int) -> int:
     return int(device * (1 - MARGIN))
 
 
-def row(sizes: Sizes, work: Work, links: Links, flops: float | None, *, ranks: int, stage: int) -> Row:
+def row(sizes: Sizes, work: Work, links: Links, speed: Speed | None, *, ranks: int, stage: int) -> Row:
     """Memory and step time of one stage on so many ranks."""
     job = sizes.job(ranks=ranks, stage=stage)
     config = sizes.config
     time = None
-    if flops is not None:
+    if speed is not None:
         time = step_time(
             work,
             parameters=sizes.tensors.parameters,
@@ -91,9 +92,10 @@ def row(sizes: Sizes, work: Work, links: Links, flops: float | None, *, ranks: i
             accumulation=job.accumulation,
             weight_bytes=job.weight,
             bucket=job.bucket,
-            flops=flops,
+            flops=speed.flops,
             links=links,
             checkpointing=config.gradient_checkpointing,
+            sending_included=speed.sending == (ranks, stage),
         )
     micro = micro_batch(config, ranks)
     nodes = -(-ranks // links.ranks_a_node)
@@ -101,7 +103,7 @@ def row(sizes: Sizes, work: Work, links: Links, flops: float | None, *, ranks: i
 
 
 def scaling(
-    sizes: Sizes, work: Work, links: Links, flops: float | None, *, also: int = 1
+    sizes: Sizes, work: Work, links: Links, speed: Speed | None, *, also: int = 1
 ) -> tuple[list[Row], list[int]]:
     """A row for each stage and each power of two up to MOST_RANKS, and for `also`; of several nodes only full ones.
 
@@ -115,7 +117,7 @@ def scaling(
         if sizes.config.batch.global_ % ranks:
             left_out.append(ranks)
         elif ranks <= links.ranks_a_node or ranks % links.ranks_a_node == 0:
-            rows += [row(sizes, work, links, flops, ranks=ranks, stage=stage) for stage in STAGES]
+            rows += [row(sizes, work, links, speed, ranks=ranks, stage=stage) for stage in STAGES]
     return rows, left_out
 
 

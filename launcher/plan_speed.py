@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, VernierError
+from configs.load import load_config
 from configs.rundir import RunDir
-from configs.step_time import Work
+from configs.step_time import AGAIN, Work
 from launcher.run_facts import tail_lines
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Speed:
 
     flops: float
     source: str
+    sending: tuple[int, int] | None = None  # (ranks, ZeRO stage) whose sending is in the figure; None: nobody's
 
 
 def find_speed(config: Config, work: Work, given: float | None, *, on_gpu: bool) -> Speed | None:
@@ -44,22 +46,36 @@ def find_speed(config: Config, work: Work, given: float | None, *, on_gpu: bool)
 
 
 def _of_run(run: RunDir, work: Work) -> Speed | None:
-    """From the steps that the run has made: what it sends counts as computing."""
-    if not run.metrics.is_file():
+    """From the last steps that the run has made, on as many ranks as the very last: what they sent counts as computing.
+
+    What was computed again for want of kept activations counts too, as it does in `configs.step_time.step_time`.
+    """
+    if not run.metrics.is_file() or not run.config.is_file():
         return None
-    lines = tail_lines(run.metrics, count=200)
-    rates = [
-        float(line["tokens_per_s"]) / int(line["ranks"])
-        for line in lines
-        if line.get("tokens_per_s") and line.get("ranks") and line["step"] > 1
-    ]
+    try:
+        config = load_config(run.config)
+    except VernierError:  # of another version
+        return None
+    lines = [line for line in tail_lines(run.metrics, count=200) if line.get("tokens_per_s") and line.get("ranks")]
+    ranks = int(lines[-1]["ranks"]) if lines else 0
+    rates = [float(line["tokens_per_s"]) / ranks for line in lines if line["ranks"] == ranks and line["step"] > 1]
     if len(rates) < LEAST_STEPS:
         return None
-    flops = statistics.median(rates) * work.flops_a_token
-    return Speed(flops, f"from {len(rates)} steps of {run.path.name}, with what they spent on sending")
+    again = AGAIN if config.gradient_checkpointing else 1.0
+    flops = statistics.median(rates) * work.flops_a_token * again
+    source = f"from {len(rates)} steps of {run.path.name}, with what they spent on sending"
+    return Speed(flops, source, (ranks, config.zero.stage))
 
 
 def _trial(config: Config, *, on_gpu: bool) -> Speed | None:
+    """By multiplying here; None where that cannot be done, as on a GPU that is full or somebody else's alone."""
+    try:
+        return _multiplied(config, on_gpu=on_gpu)
+    except RuntimeError:  # torch's, of CUDA's errors; out of memory among them
+        return None
+
+
+def _multiplied(config: Config, *, on_gpu: bool) -> Speed | None:
     import torch
 
     here = torch.cuda.is_available()
@@ -103,10 +119,13 @@ def read_size(text: str, option: str) -> int:
 
 
 def gpu_memory() -> int | None:
-    """Bytes of the smallest GPU here; None where there is none."""
+    """Bytes of the smallest GPU here; None where there is none, or it cannot be asked."""
     import torch
 
     if not torch.cuda.is_available():
         return None
-    properties: list[Any] = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    try:
+        properties: list[Any] = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    except RuntimeError:  # somebody else's alone
+        return None
     return min(int(one.total_memory) for one in properties)

@@ -228,15 +228,14 @@ def _print_time(plan: Plan, console: Console) -> None:
     time = plan.here.time
     tokens = f"{plan.work.flops_a_token:.3g} FLOPs a token, {FLOPS_RULE}"
     if time is None or plan.speed is None:
-        say(console, f"time      {tokens}; how fast a rank is cannot be tried here, say --flops")
+        say(console, f"time      {tokens}; the speed of a rank is not known and cannot be tried here, say --flops")
         return
     whole = duration(time.total_s * plan.config.steps)
     beside = "beside it " if time.overlapped else ""
-    say(
-        console,
-        f"time      a step {time.total_s:.3g} s (computing {time.compute_s:.3g} s, {beside}sending "
-        f"{time.communication_s:.3g} s), {plan.config.steps:,} steps {whole}",
-    )
+    parts = f"computing {time.compute_s:.3g} s, {beside}sending {time.communication_s:.3g} s"
+    if plan.speed.sending == (plan.ranks, plan.config.zero.stage):
+        parts = "computing and sending"
+    say(console, f"time      a step {time.total_s:.3g} s ({parts}), {plan.config.steps:,} steps {whole}")
     say(console, f"          {tokens}; {plan.speed.flops:.3g} FLOP/s a rank, {plan.speed.source}")
 
 

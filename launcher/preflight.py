@@ -23,7 +23,7 @@ from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
 from configs.whole import write_atomic
 from launcher.preflight_board import PHASES, Board, Who, connect, node_names, who_am_i
-from launcher.preflight_exchange import EXCHANGE_S, exchange_facts
+from launcher.preflight_exchange import EXCHANGE_S, exchange_within
 from launcher.preflight_gpu import gpu_facts
 from launcher.preflight_judge import LAG, Verdict, best_pair, better, judge, lagging
 from launcher.preflight_node import clock_facts, folder_facts, speed_facts, versions
@@ -31,6 +31,9 @@ from launcher.preflight_node import clock_facts, folder_facts, speed_facts, vers
 LIMIT_S = 120.0  # a first import of torch from a cold file server takes a minute
 GRACE_S = 5.0  # each task waits so much longer than the one before, until it judges in its place
 LINGER_S = 5.0
+WRITING_S = 30.0  # for another task to have written the verdict down
+AFTER_S = 3 * (EXCHANGE_S + GRACE_S) + WRITING_S  # the exchange, and all waiting for others to judge and write
+LOOKS = 3  # at speed, until a node is called slow: whatever else runs there takes its share now and then
 TURNS_S = 4.0  # a node: its turns, and that much again
 CHECK_IN = "first.txt"  # what the first task writes and all others look for
 SEES_S = 10.0  # a network file system may hold on to what it knows of a folder for some seconds
@@ -65,8 +68,7 @@ def preflight(run_dir: Path, options: Options) -> int:
     begun = time.monotonic()
     who = who_am_i()
     # Whatever hangs here must not hold the job for ever: this ends the process, with its stacks.
-    longest_s = options.limit_s + TURNS_S * who.world + 3 * (EXCHANGE_S + GRACE_S) + LINGER_S
-    faulthandler.dump_traceback_later(longest_s, exit=True)
+    faulthandler.dump_traceback_later(options.limit_s + TURNS_S * who.world + AFTER_S, exit=True)
     board = Board(run_dir / "preflight" / who.attempt, who)
     board.tell(node=who.node, rank=who.rank, pid=os.getpid(), time=time.time(), machine=machine_id())
     board.tell(phase="started", at="its start")
@@ -124,7 +126,8 @@ def _takes_turns(board: Board, options: Options) -> bool:
 
 
 def _lock(board: Board) -> Path | None:
-    return board.folder / CHECK_IN if board.told.get("turns") else None
+    """The folder itself: a file in it would be missing where the first node cannot write any."""
+    return board.folder if board.told.get("turns") else None
 
 
 def _sees(board: Board) -> bool | None:
@@ -162,19 +165,24 @@ def _members(board: Board, names: list[str], options: Options, begun: float) -> 
 
 
 def _together(board: Board, members: list[int], names: list[str], options: Options) -> None:
-    """The exchange of data; and all measurements once more where a node looked slow, since others may be at work."""
+    """The exchange of data; and all measurements again where a node looks slow, since others may be at work."""
     board.tell(at="the beginning of the exchange")
     end = time.monotonic() + EXCHANGE_S + GRACE_S
     first = _exchange(board, members, names, options, look=1)
-    board.tell(exchange=first, phase="exchanged", at="the exchange")
-    if board.who.rank == members[0]:
-        found = board.wait_for("exchanged", members, end)
-        board.say("again", any(share < LAG for _, _, share, _ in lagging(found)))
-    if board.hear("again", end + GRACE_S):
-        board.tell(at="the beginning of its second look")
-        second = {"speed": speed_facts(_lock(board), board.who.local_rank)}
-        second["exchange"] = _exchange(board, members, names, options, look=2)
-        board.tell(**better(board.told, second), looks=2, at="its second look")
+    board.tell(exchange=first, looks=1, phase="exchanged", at="the exchange")
+    for look in range(2, LOOKS + 1):
+        if board.who.rank == members[0]:
+            found = board.wait_for("exchanged", members, end, looks=look - 1)
+            board.say(f"look-{look}", any(share < LAG for _, _, share, _ in lagging(found)))
+        if not board.hear(f"look-{look}", end + GRACE_S):
+            return
+        board.tell(at=f"the beginning of look {look}")
+        look_s = TURNS_S * (board.who.world if board.told["turns"] else 1) + EXCHANGE_S + GRACE_S
+        end = time.monotonic() + look_s
+        faulthandler.dump_traceback_later(look_s + AFTER_S, exit=True)
+        more = {"speed": speed_facts(_lock(board), board.who.local_rank)}
+        more["exchange"] = _exchange(board, members, names, options, look=look)
+        board.tell(**better(board.told, more), looks=look, at=f"look {look}")
 
 
 def _exchange(board: Board, members: list[int], names: list[str], options: Options, *, look: int) -> dict[str, Any]:
@@ -188,8 +196,10 @@ def _exchange(board: Board, members: list[int], names: list[str], options: Optio
         return {"left_out": "MASTER_ADDR and MASTER_PORT are not set"}
     if board.store is None:
         return {"left_out": f"the first node cannot be reached ({board.problem or 'it is gone'})"}
+    if "error" in board.told.get("exchange", {}):
+        return dict(board.told["exchange"])  # what is broken is not asked again; it may still be at it
     turns = bool(board.told["turns"])
-    return exchange_facts(board.store, members, names, who.rank, who.local_rank, look=look, one_after_another=turns)
+    return exchange_within(board.store, members, names, who.rank, who.local_rank, look=look, one_after_another=turns)
 
 
 def _end(
@@ -203,6 +213,9 @@ def _end(
         if heard is not None:
             if heard["writer"] == who.rank:
                 _write(run_dir, heard["report"])
+                board.say("written", True)
+            else:  # whoever ends badly ends all, under srun: not before the verdict is there
+                board.hear("written", time.monotonic() + WRITING_S)
             board.linger([], 0)
             return EXIT_DONE if heard["report"]["good"] else EXIT_FAILED
     if members is None:
@@ -221,7 +234,10 @@ def _end(
     writer = who.rank if who.rank in writers or not writers else writers[0]
     if writer == who.rank:
         _write(run_dir, report)
+        board.say("written", True)
     board.say("verdict", {"writer": writer, "report": report})
+    if writer != who.rank:
+        board.hear("written", time.monotonic() + WRITING_S)
     board.linger(members, LINGER_S)
     return EXIT_DONE if verdict.good else EXIT_FAILED
 

@@ -141,12 +141,17 @@ class Board:
             self.store = None
             return None
 
-    def wait_for(self, phase: str, ranks: list[int], deadline: float) -> dict[int, Facts]:
-        """What was told once all of `ranks` have come to `phase`, or at the deadline (of `time.monotonic`)."""
+    def wait_for(self, phase: str, ranks: list[int], deadline: float, *, looks: int = 0) -> dict[int, Facts]:
+        """What was told once all of `ranks` have come to `phase`, or at the deadline (of `time.monotonic`).
+
+        Args:
+            looks: at their speed, that they have to have taken as well.
+        """
         least = PHASES.index(phase)
         while True:
             found = self.read()
             there = [rank for rank in ranks if PHASES.index(found.get(rank, {}).get("phase", PHASES[0])) >= least]
+            there = [rank for rank in there if found.get(rank, {}).get("looks", 0) >= looks]
             if len(there) == len(ranks) or time.monotonic() > deadline:
                 return found
             time.sleep(LOOK_S + LOOK_EACH_S * self.who.world)

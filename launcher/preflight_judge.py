@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.preflight_gpu import gpu_findings
+from launcher.preflight_node import UNKNOWN
 
 Facts = dict[str, Any]
 
@@ -91,11 +92,14 @@ def lagging(facts: dict[int, Facts]) -> list[tuple[str, int, float, str]]:
 
 
 def better(first: Facts, second: Facts) -> Facts:
-    """Of two looks at a node's speed and exchange the better: what is slow is slow in both."""
+    """Of two looks at a node's speed and exchange the better: what is slow is slow in all."""
     speed = max((one["speed"] for one in (first, second)), key=lambda one: one["flops"])
     before, after = first["exchange"], second["exchange"]
     pairs = {name: max(rate, after["pairs"].get(name, 0)) for name, rate in before.get("pairs", {}).items()}
-    return {"speed": speed, "exchange": {**before, **after, "pairs": pairs} if pairs else before}
+    return {
+        "speed": speed,
+        "exchange": {**before, **after, "pairs": pairs} if pairs and "error" not in after else before,
+    }
 
 
 def _entries(found: list[tuple[int, str]], names: Sequence[str]) -> list[dict[str, str]]:
@@ -134,11 +138,10 @@ def _unequal(facts: dict[int, Facts], gpus: int | None) -> list[tuple[int, str]]
     found = []
     told = {rank: one["versions"] for rank, one in facts.items() if "versions" in one}
     for key in sorted({key for one in told.values() for key in one}):
-        usual = _most(told, lambda one, key=key: one.get(key))  # type: ignore[misc]
+        known = {rank: one.get(key) for rank, one in told.items() if one.get(key) != UNKNOWN}
+        usual = _most(known, lambda value: value)
         what = "reads other settings and job scripts in the run's folder" if key == "config" else f"has {key}"
-        for rank, one in told.items():
-            if one.get(key) != usual:
-                found.append((rank, f"{what} {one.get(key)}, the others {usual}"))
+        found += [(rank, f"{what} {value}, the others {usual}") for rank, value in known.items() if value != usual]
     counts = {rank: one["gpu_count"] for rank, one in facts.items() if "gpu_count" in one}
     wanted = gpus if gpus is not None else _most(counts, lambda one: one)
     for rank, count in counts.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Facts = dict[str, Any]
+UNKNOWN = "unknown"  # a commit: no repository, or git is missing or slow; no reason to call a node bad
 PACKAGES = ("torch", "deepspeed", "transformers", "vernier-lm")
 DIGESTED = ("*config.yaml", "jobs/*")  # what the ranks of a run are given
 FOLDER_BYTES = 1 << 20
@@ -42,13 +43,15 @@ def versions(run: Path) -> dict[str, str]:
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # installed: it may lie in somebody else's repository
+        return UNKNOWN
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return said.stdout.strip() or "unknown"
+        return UNKNOWN
+    return said.stdout.strip() or UNKNOWN
 
 
 def config_digest(run: Path) -> str:

@@ -27,9 +27,11 @@ HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # ssh and mpirun would take 
 OWN_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 # What other machines' ranks are given of this environment.
 CARRIED = re.compile(
-    r"(NCCL|GLOO|UCX|FI|OMP|HF|TORCH|VERNIER|DS)_.*|(CUBLAS_WORKSPACE_CONFIG|PYTHONUNBUFFERED|TOKENIZERS_PARALLELISM)"
+    r"(NCCL|GLOO|UCX|FI|OMP|HF|TORCH|VERNIER|DS)_.*"
+    r"|(CUBLAS_WORKSPACE_CONFIG|PYTHONSAFEPATH|PYTHONUNBUFFERED|TOKENIZERS_PARALLELISM)"
 )
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY", re.IGNORECASE)
+# An InfiniBand partition key (NCCL_IB_PKEY, UCX_IB_PKEY) is none.
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(?<!_IB_P)KEY", re.IGNORECASE)
 OURS_HERE = ("VERNIER_SSH_OPTIONS", "VERNIER_TERMINAL")  # about this machine and this terminal
 
 
@@ -92,14 +94,18 @@ class Torchrun:
 
 @dataclass(frozen=True)
 class Mpirun:
-    """mpirun, on this machine or on `hosts`. `nproc`: ranks a host."""
+    """mpirun, on this machine or on `hosts`. `nproc`: ranks a host. `threads` None: what the cores of a host give.
+
+    `names`: further variables of here that ranks on hosts are given.
+    """
 
     nproc: int
-    threads: int
+    threads: int | None
     eval_nproc: int
     eval_threads: int
     hosts: tuple[str, ...] = ()
     eval_hosts: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     name: str = "mpirun"
     training_log: str = "mpirun.log"
     marked: bool = True
@@ -109,16 +115,27 @@ class Mpirun:
         return bool(self.hosts)
 
     def train(self, arguments: list[str], logs: Path) -> Started:
-        command, environment = mpirun(
-            "trainer", arguments, nproc=self.nproc, threads=self.threads, hosts=self.hosts, marked=True
-        )
-        return start(command, environment, logs / self.training_log)
+        return start(*self.train_command(arguments), logs / self.training_log)
 
     def score(self, arguments: list[str], logs: Path) -> Started:
-        command, environment = mpirun(
-            "eval", arguments, nproc=self.eval_nproc, threads=self.eval_threads, hosts=self.eval_hosts
+        return start(*self.score_command(arguments), logs / "eval-mpirun.log")
+
+    def train_command(self, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+        """(command, environment) of the training."""
+        return mpirun(
+            "trainer",
+            arguments,
+            nproc=self.nproc,
+            threads=self.threads,
+            hosts=self.hosts,
+            names=self.names,
+            marked=True,
         )
-        return start(command, environment, logs / "eval-mpirun.log")
+
+    def score_command(self, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+        """(command, environment) of the evaluator."""
+        nproc, threads = self.eval_nproc, self.eval_threads
+        return mpirun("eval", arguments, nproc=nproc, threads=threads, hosts=self.eval_hosts, names=self.names)
 
 
 def torchrun(
@@ -131,7 +148,7 @@ def torchrun(
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nproc-per-node", str(nproc)),
+        *("--nnodes", "1", "--nproc-per-node", str(nproc)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
         *("--signals-to-handle", SIGNALS, "--shutdown-timeout", str(patience_s)),
         *("--module", module),
@@ -144,11 +161,19 @@ def torchrun(
 
 
 def mpirun(
-    module: str, arguments: list[str], *, nproc: int, threads: int, hosts: tuple[str, ...] = (), marked: bool = False
+    module: str,
+    arguments: list[str],
+    *,
+    nproc: int,
+    threads: int | None,
+    hosts: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
+    marked: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """(command, environment) that starts `nproc` ranks of `python -m module` on this machine by MPI, or on each host.
 
     Args:
+        names: variables of here that ranks on hosts are given besides the usual ones.
         marked: have ranks mark what they say to people (see `configs.relay`).
 
     Raises:
@@ -173,21 +198,22 @@ def mpirun(
     # TensorBoard's.
     environment.setdefault("HWLOC_COMPONENTS", "-gl")
     if hosts:
-        where = _over_hosts(hosts, nproc, environment)
+        where = _over_hosts(hosts, nproc, environment, names)
     else:
         where = ["-n", str(nproc)]
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return ["mpirun", *where, sys.executable, "-m", module, *arguments], environment
 
 
-def _over_hosts(hosts: tuple[str, ...], each: int, environment: dict[str, str]) -> list[str]:
+def _over_hosts(hosts: tuple[str, ...], each: int, environment: dict[str, str], names: tuple[str, ...]) -> list[str]:
     """mpirun's options for so many ranks on each host, with our part of the environment."""
     total = ["-n", str(each * len(hosts))]
     if _is_hydra():
         return [*total, "-ppn", str(each), "-hosts", ",".join(hosts), "-genvall"]
     environment["PRTE_MCA_rmaps_default_mapping_policy"] = f"ppr:{each}:node:oversubscribe"
     words = [*total, "--host", ",".join(f"{host}:{each}" for host in hosts), "--map-by", f"ppr:{each}:node"]
-    for name in [*carried(environment), *(["VERNIER_TERMINAL"] if "VERNIER_TERMINAL" in environment else [])]:
+    known = [*names, "VERNIER_TERMINAL"]
+    for name in dict.fromkeys([*carried(environment), *(name for name in known if name in environment)]):
         words += ["-x", name]  # its value goes over mpirun's own connection, and stands in no command line
     return words
 
@@ -204,11 +230,11 @@ def carried(environment: Mapping[str, str]) -> list[str]:
     return sorted(name for name in names if name not in OURS_HERE)
 
 
-def rank_environment(threads: int) -> dict[str, str]:
-    """What every rank-group is started with."""
+def rank_environment(threads: int | None) -> dict[str, str]:
+    """What every rank-group is started with. `threads` None: what this machine has set for itself is left out."""
     return {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
+        **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+        **({"OMP_NUM_THREADS": str(threads)} if threads is not None else {}),
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a folder here that is named like a module of ours is not ours (Python 3.11)
         "TOKENIZERS_PARALLELISM": "false",

@@ -23,6 +23,8 @@ from launcher.processes import SECRET, SIGNALS, carried
 DATA, REFERENCE, MODEL, RUNS = (f"/vernier/{name}" for name in ("data", "reference", "model", "runs"))
 PORT = 29500
 PYTHON = ".venv/bin/python"  # which `make setup` makes
+TRIES = 20
+OF_THIS_MACHINE = re.compile(r".*_(HOME|DIR|CACHE|PATH|FILE|IFNAME)")  # variables that mean nothing elsewhere
 STORES = re.compile(r"[a-z0-9]+://")
 STATE = "import json, sys; s = json.load(open(sys.argv[1])); print('again' if s.get('again') else s.get('exit_code'))"
 
@@ -54,7 +56,7 @@ def render_task(plan: JobPlan, *, accelerators: str | None = None, runs: str | N
             f"launch.nodes: {plan.train.nodes} nodes write into one run directory, which needs a volume that all "
             f"mount{'; a bucket is none' if runs else ''}: sky volumes apply, then name the volume"
         )
-    _check_paths(plan.config)
+    _check_paths(plan)
     gpus, each = _gpus(plan, accelerators)
     mounts: dict[str, Any] = {DATA: str(plan.config.data_dir)}
     if not plan.config.reference_dir.is_relative_to(plan.config.data_dir):
@@ -69,8 +71,9 @@ def render_task(plan: JobPlan, *, accelerators: str | None = None, runs: str | N
     elif runs is not None:
         task["volumes"] = {RUNS: runs}
     task["file_mounts"] = mounts
-    names = carried(os.environ)
-    environment = {name: os.environ[name] for name in names if not name.startswith("VERNIER_")} | plan.site.environment
+    names = [name for name in carried(os.environ) if not name.startswith("VERNIER_")]
+    environment = {name: os.environ[name] for name in names if not OF_THIS_MACHINE.fullmatch(name)}
+    environment |= plan.site.environment
     if environment:
         task["envs"] = environment
     secret = secret_names()
@@ -99,9 +102,14 @@ def _name(name: str) -> str:
     return re.sub(r"[._-]+", "-", name).strip("-")
 
 
-def _check_paths(config: Config) -> None:
-    if config.baseline is not None:
-        raise ConfigError(f"baseline: {config.baseline} is not taken along by --on skypilot; set baseline=null")
+def _check_paths(plan: JobPlan) -> None:
+    if not (plan.work_dir / ".ci" / "install-torch").is_file():
+        raise ConfigError(
+            f"--on: skypilot: {plan.work_dir} is sent along and set up there by `make setup`, and is no checkout of "
+            "Vernier; launch from the folder of one"
+        )
+    if plan.config.baseline is not None:
+        raise ConfigError(f"baseline: {plan.config.baseline} is not taken along by --on skypilot; set baseline=null")
 
 
 def _gpus(plan: JobPlan, accelerators: str | None) -> tuple[str | None, int]:
@@ -171,7 +179,7 @@ def _script(plan: JobPlan, config: str, run_dir: str, *, several: bool, each: in
         [
             *lines,
             'MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n1)',
-            "while :; do",
+            f"for _ in $(seq {TRIES}); do",
             f"    {PYTHON} -m torch.distributed.run --nproc-per-node={each} \\",
             '        --nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK" \\',
             f'        --master-addr="$MASTER_ADDR" --master-port={PORT} \\',
@@ -181,7 +189,7 @@ def _script(plan: JobPlan, config: str, run_dir: str, *, several: bool, each: in
             f"    said=$({PYTHON} -c {shlex.quote(STATE)} {state})",
             '    [ "$said" = again ] || break',
             "done",
-            'case $said in None | "") exit 1 ;; *) exit "$said" ;; esac',
+            'case $said in None | again | "") exit 1 ;; *) exit "$said" ;; esac',
             "",
         ]
     )

@@ -21,15 +21,17 @@ from typing import Any
 
 from rich.console import Console
 
-from configs.errors import ConfigError
-from configs.load import resolve
+from configs.errors import EXIT_USAGE, ConfigError
 from configs.relay import ask_for_marks
 from launcher.job_plan import Component, JobPlan
 from launcher.processes import SIGNALS, Started, carried, divided, start
 from launcher.tether import STOP
 
 PROBE_S = 45.0
-CONNECTION = ("-T", "-oBatchMode=yes", "-oConnectTimeout=15", "-oServerAliveInterval=15", "-oServerAliveCountMax=4")
+CONNECTION = (
+    *("-T", "-oBatchMode=yes", "-oConnectTimeout=15", "-oServerAliveInterval=15", "-oServerAliveCountMax=4"),
+    *("-oControlMaster=no", "-oClearAllForwardings=yes"),  # no other connection hangs on one that may be killed
+)
 PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
 LONE_S = 30.0  # for the other hosts' torchruns to end after one has failed
 
@@ -134,21 +136,30 @@ class Ssh:
             *("--signals-to-handle", SIGNALS, "--shutdown-timeout", str(component.patience_s)),
             *("--module", component.module, *arguments),
         ]
-        environment = {name: os.environ[name] for name in carried(os.environ)} | self.environment
-        environment |= self.plan.site.environment
+        inherited = {name: os.environ[name] for name in carried(os.environ) if name != "OMP_NUM_THREADS"}
+        environment = self.environment | self.plan.site.environment
         environment |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         if component.threads is not None:
             environment["OMP_NUM_THREADS"] = str(component.threads)
-        else:
-            environment.pop("OMP_NUM_THREADS", None)
         if component.name == "train":
             ask_for_marks(environment)
-        words = [f"{name}={value}" for name, value in environment.items()]
-        python = python_of(self.plan)
-        return over_ssh(self.plan, hosts[number], ["env", *words, python, *TETHER, python, *torchrun])
+        # The site's file of variables comes between: it has the last word on what is inherited, not on what is set.
+        command = ["env", *_words(environment), python_of(self.plan), *torchrun]
+        across = ["--across"] if len(hosts) > 1 else []
+        return over_ssh(self.plan, hosts[number], tethered(self.plan, [*across, *command], inherited))
 
 
-TETHER = ("-m", "launcher.tether")
+def tethered(plan: JobPlan, arguments: list[str], environment: dict[str, str] | None = None) -> list[str]:
+    """The command that runs `launcher.tether` on a host, with the site's file of variables."""
+    file = plan.site.environment_file
+    read = ["--environment", str(file)] if file is not None else []
+    # Without PYTHONSAFEPATH a folder there that is named like a module of ours would be taken for it.
+    words = _words({**(environment or {}), "PYTHONSAFEPATH": "1"})
+    return ["env", *words, python_of(plan), "-m", "launcher.tether", *read, *arguments]
+
+
+def _words(environment: dict[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in environment.items()]
 
 
 def run_ssh(plan: JobPlan, hosts: tuple[str, ...], how: Any, *, wait: bool, console: Console) -> int:
@@ -161,10 +172,11 @@ def run_ssh(plan: JobPlan, hosts: tuple[str, ...], how: Any, *, wait: bool, cons
     Raises:
         ConfigError: a host cannot be reached or does not see what it must.
     """
+    from launcher.launch import as_checked
     from launcher.train import supervise
 
     hosts, eval_hosts = hosts_of(plan, hosts)
-    config = resolve(plan.config)
+    config = as_checked(plan.config)
     facts = probe_hosts(plan, tuple(dict.fromkeys(hosts + eval_hosts)))
     if eval_hosts[:1] == hosts[:1]:
         console.print(f"no host is left for the evaluator: it runs on {hosts[0]}, beside the training", markup=False)
@@ -175,12 +187,11 @@ def run_ssh(plan: JobPlan, hosts: tuple[str, ...], how: Any, *, wait: bool, cons
         plan,
         hosts,
         eval_hosts,
-        address_of(hosts, facts),
-        address_of(eval_hosts, facts) if eval_hosts else "",
+        address_of(hosts, facts, _told_address(hosts, hosts)),
+        address_of(eval_hosts, facts, _told_address(hosts, eval_hosts)) if eval_hosts else "",
         environment,
     )
-    given = plan.config
-    return supervise(config, given, starter, how, wait=wait, console=console)
+    return supervise(config, plan.config, starter, how, wait=wait, console=console)
 
 
 def show_ssh(plan: JobPlan, hosts: tuple[str, ...]) -> list[str]:
@@ -194,7 +205,7 @@ def show_ssh(plan: JobPlan, hosts: tuple[str, ...]) -> list[str]:
     lines = []
     for component, group in groups:
         for number in range(len(group)):
-            address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(group) == 1 else "ADDRESS")
+            address = _told_address(hosts, group) or ("127.0.0.1" if len(group) == 1 else "ADDRESS")
             command = show.command(component, group, number, address, 0, list(component.arguments))
             lines.append(shlex.join(command).replace("--master-port 0", "--master-port PORT"))
     return lines
@@ -224,13 +235,11 @@ def python_of(plan: JobPlan) -> str:
 def over_ssh(plan: JobPlan, host: str, command: list[str]) -> list[str]:
     """The command that runs `command` on a host, in the working directory, after the site's set-up."""
     site = plan.site
-    before = [f"cd {shlex.quote(str(plan.work_dir))}"]
-    before += [f"module load {shlex.quote(module)}" for module in site.modules]
-    before += site.setup
-    if site.environment_file is not None:
-        before += ["set -a", f". {shlex.quote(str(site.environment_file))}", "set +a"]
-    script = " && ".join([*before, "exec " + shlex.join(command)])
-    if site.modules or site.setup or site.environment_file is not None:
+    folder, last = f"cd {shlex.quote(str(plan.work_dir))}", "exec " + shlex.join(command)
+    script = f"{folder} && {last}"
+    if site.modules or site.setup:
+        modules = [f"module load {shlex.quote(module)}" for module in site.modules]
+        script = "\n".join([f"{folder} || exit 1", *modules, *site.setup, last])  # lines as they are: comments, too
         script = f"exec bash -lc {shlex.quote(script)}"
     return ["ssh", *CONNECTION, *ssh_options(plan), host, script]
 
@@ -277,7 +286,7 @@ def probe_hosts(plan: JobPlan, hosts: tuple[str, ...]) -> dict[str, dict[str, An
 
 def _probe(plan: JobPlan, host: str, paths: list[str]) -> dict[str, Any] | str:
     """What a host tells; or, as text, why it does not."""
-    command = over_ssh(plan, host, [python_of(plan), *TETHER, "--probe", *paths])
+    command = over_ssh(plan, host, tethered(plan, ["--probe", *paths]))
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=PROBE_S, check=False, stdin=subprocess.DEVNULL
@@ -289,6 +298,8 @@ def _probe(plan: JobPlan, host: str, paths: list[str]) -> dict[str, Any] | str:
     said = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode == 255:
         return f"cannot be reached: {said[-1] if said else 'ssh ended with 255'}"
+    if done.returncode == EXIT_USAGE and said and said[-1].startswith("error: "):
+        return said[-1].removeprefix("error: ")
     if done.returncode != 0:
         return (
             f"cannot run {python_of(plan)} in {plan.work_dir}: {said[-1] if said else f'exit code {done.returncode}'}"
@@ -299,17 +310,25 @@ def _probe(plan: JobPlan, host: str, paths: list[str]) -> dict[str, Any] | str:
         return f"answered {done.stdout[-100:]!r}"
 
 
-def address_of(hosts: tuple[str, ...], facts: dict[str, dict[str, Any]]) -> str:
-    """Where the ranks of a group meet: MASTER_ADDR where it is set, else how its first host speaks to others.
+def _told_address(hosts: tuple[str, ...], group: tuple[str, ...]) -> str | None:
+    """MASTER_ADDR, for a group whose first host is the one that it is an address of: the first that trains."""
+    return os.environ.get("MASTER_ADDR") if group[:1] == hosts[:1] else None
+
+
+def address_of(hosts: tuple[str, ...], facts: dict[str, dict[str, Any]], told: str | None) -> str:
+    """Where the ranks of a group meet: `told` if it is, else how its first host speaks to others.
 
     Raises:
         ConfigError: it speaks to nobody.
     """
-    if "MASTER_ADDR" in os.environ:
-        return os.environ["MASTER_ADDR"]
+    if told:
+        return told
     if len({tuple(facts[host]["machine"]) for host in hosts}) == 1:
         return "127.0.0.1"
     address = str(facts[hosts[0]]["address"])
     if address.startswith("127."):
-        raise ConfigError(f"--hosts: {hosts[0]} has no network to meet at; set MASTER_ADDR to an address of it")
+        raise ConfigError(
+            f"--hosts: {hosts[0]} has no network to meet at; give it a route to the others (of the first host, "
+            "MASTER_ADDR may name an address)"
+        )
     return address

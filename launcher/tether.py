@@ -2,32 +2,61 @@
 
 ssh without a terminal leaves what it started running when it goes. `python -m launcher.tether COMMAND…` kills it: its
 stdin is the connection. A byte `s` on it asks the command to stop (SIGTERM). `--probe PATH…` tells of this machine.
+`--environment FILE` reads variables for the command; `--across` says that its ranks meet those of other machines.
 """
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from configs.errors import EXIT_USAGE, ConfigError
 from configs.parent import kill_with_parent
 
 STOP = b"s"
+SIOCGIFADDR = 0x8915  # man 7 netdevice: the address of an interface
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command; gives its exit code."""
-    if arguments[:1] == ["--probe"]:
-        print(json.dumps(probe(arguments[1:])))
+    parser = argparse.ArgumentParser(prog="python -m launcher.tether", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--environment", type=Path)
+    parser.add_argument("--across", action="store_true")
+    parser.add_argument("--probe", nargs="*", metavar="PATH")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    asked = parser.parse_args(arguments)
+    try:
+        told = read_environment(asked.environment) if asked.environment is not None else {}
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if asked.probe is not None:
+        print(json.dumps(probe(asked.probe)))
         return 0
-    child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=kill_with_parent)
+    environment = {**os.environ, **told}
+    if asked.across and "GLOO_SOCKET_IFNAME" not in environment and _named_loopback():
+        interface = outward_interface()
+        if interface is not None:
+            environment["GLOO_SOCKET_IFNAME"] = interface
+    child = subprocess.Popen(
+        asked.command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=kill_with_parent,
+    )
     threading.Thread(target=_hold, args=(child,), daemon=True).start()
     code = child.wait()
     return code if code >= 0 else 128 - code
@@ -51,6 +80,54 @@ def probe(paths: list[str]) -> dict[str, Any]:
         "torch": importlib.util.find_spec("torch") is not None,
         "missing": [path for path in paths if not Path(path).exists()],
     }
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """The variables of a site's `environment_file`: lines of NAME=value, to the letter, as jobs of Slurm read them.
+
+    Raises:
+        ConfigError: names the file and the line, and never what is in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise ConfigError(f"environment_file: {path} cannot be read: {error.strerror}") from None
+    found = {}
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line or line.startswith("#"):
+            continue
+        name, separator, value = line.removeprefix("export ").partition("=")
+        if not separator or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+            raise ConfigError(f"environment_file: {path}: line {number}: expected NAME=value")
+        found[name] = value[1:-1] if len(value) > 1 and value[0] == value[-1] in "\"'" else value
+    return found
+
+
+def _named_loopback() -> bool:
+    """Whether this machine's name means loopback to itself, as on Debian; gloo would tell others to meet it there."""
+    try:
+        return socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        return True  # gloo takes loopback then
+
+
+def outward_interface() -> str | None:
+    """The network interface by which this machine speaks to others; None where it has none."""
+    from eval.rank_environment import outward_address
+
+    address = outward_address()
+    if address.startswith("127."):
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def _read(path: str) -> str:

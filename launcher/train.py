@@ -21,7 +21,7 @@ from types import FrameType
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
-from configs.load import batch_problems, dump_config, load_config, resolve
+from configs.load import batch_problems, dump_config, load_config, resolve, with_absolute_paths
 from configs.relay import Relay
 from configs.rundir import RunDir
 from configs.scheduler import current_job
@@ -91,29 +91,35 @@ def run_train(
     console: Console,
     starter: str = "torchrun",
     hosts: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
 ) -> int:
     """Trains here to the end, or goes on with what is there; gives the exit code.
 
     Args:
         starter: torchrun or mpirun.
         hosts: machines for mpirun (see `launcher.processes.read_hosts`); none: this one.
+        names: variables of here that ranks on hosts are given besides the usual ones.
     """
     config = load_config(source, overrides)
     if starter == "mpirun":
-        config, mpirun = with_mpirun(config, hosts)
-        return supervise(config, config, mpirun, how, wait=wait, console=console)
+        config, given, mpirun = with_mpirun(config, hosts, names)
+        return supervise(config, given, mpirun, how, wait=wait, console=console)
     config = resolve(config)
     nproc, threads = config.nproc or 1, config.threads_per_rank or 1
     by = Torchrun(nproc, threads, config.eval.nproc, config.eval.threads_per_rank)
     return supervise(config, config, by, how, wait=wait, console=console)
 
 
-def with_mpirun(config: Config, hosts: tuple[str, ...]) -> tuple[Config, Mpirun]:
-    """The settings as mpirun's ranks will have them, and what starts them.
+def with_mpirun(config: Config, hosts: tuple[str, ...], names: tuple[str, ...] = ()) -> tuple[Config, Config, Mpirun]:
+    """(settings to check, settings that mpirun's ranks are given, what starts them).
+
+    On hosts what hangs on a machine (precision, threads) stays open: it is settled there.
 
     Raises:
         ConfigError: there is no mpirun, or hosts and settings do not add up.
     """
+    from launcher.launch import as_checked
+
     if shutil.which("mpirun") is None:
         raise ConfigError("--on: mpi: mpirun is not on this machine's PATH; install Open MPI or MPICH, or use local")
     asked = config.launch
@@ -121,12 +127,16 @@ def with_mpirun(config: Config, hosts: tuple[str, ...]) -> tuple[Config, Mpirun]
     if not hosts and max(asked.nodes, config.eval.nodes) > 1:
         raise ConfigError("--on: mpi: name the machines of launch.nodes and eval.nodes: --hosts a,b,c or --hosts FILE")
     train, score = divided(hosts, config) if hosts else ((), ())
-    config = resolve(config, nproc=each)
-    nproc, threads = config.nproc or 1, config.threads_per_rank or 1
-    problems = list(batch_problems(config, asked.nodes * nproc))
+    given = (
+        with_absolute_paths(config).model_copy(update={"nproc": each or 1}) if hosts else resolve(config, nproc=each)
+    )
+    nproc = given.nproc or 1
+    problems = list(batch_problems(given, asked.nodes * nproc))
     if problems:
         raise ConfigError(*problems)
-    return config, Mpirun(nproc, threads, config.eval.nproc, config.eval.threads_per_rank, train, score)
+    threads, eval_threads = given.threads_per_rank, given.eval.threads_per_rank
+    checked = as_checked(given) if hosts else given
+    return checked, given, Mpirun(nproc, threads, given.eval.nproc, eval_threads, train, score, names)
 
 
 def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, wait: bool, console: Console) -> int:

@@ -59,6 +59,16 @@ def test_on_a_gpu_it_is_the_fullest_moment() -> None:
         assert found.total == found.own + found.fixed
 
 
+def test_at_stage_3_a_module_s_own_parameters_are_whole_together() -> None:
+    count, experts = 20 * 10**9, 16 * 10**8  # in two tensors, as experts' are
+    few, many = (Tensors(count, experts // 2, 1.0, largest) for largest in (0, experts))
+    needed = [rank_memory(replace(job(3, 1024), tensors=one)) for one in (few, many)]
+    assert (few.at_once, many.at_once) == (10**9, experts)
+    assert needed[1].own - needed[0].own == 2 * (experts - 10**9)
+    assert Tensors(count, 2 * experts).at_once == 2 * experts
+    assert Tensors(10, 5).at_once == 10
+
+
 def test_more_ranks_and_higher_stages_take_less_and_accumulation_more() -> None:
     for stage in (1, 2, 3):
         held = [gpu(stage, ranks) for ranks in (2, 8, 64, 1024)]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,8 +20,9 @@ from conftest import ROOT, lines
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, DataError
-from launcher.doctor import run_doctor
+from launcher.doctor import _ranks_findings, run_doctor
 from launcher.doctor_machine import check_folder, check_shm, file_system, stale_locks
+from launcher import preflight_exchange
 from launcher.preflight_board import node_names, who_am_i
 from launcher.preflight_exchange import rings
 from launcher.preflight_gpu import gpu_facts, gpu_findings, parse_xids
@@ -162,6 +167,24 @@ def test_a_node_that_fails_or_lags_is_named_with_why_and_no_other(facts: dict, w
     assert [entry["node"] for entry in verdict.slow] == (["n2"] if why.startswith("slow") else [])
 
 
+def test_a_commit_that_is_not_known_is_no_reason() -> None:
+    unknown = {"versions": {"python": "3.11.7", "torch": "2.13.0", "commit": "unknown"}}
+    assert judged(unknown, unknown, {}).good
+    other = {"versions": {"python": "3.11.7", "torch": "2.13.0", "commit": "def"}}
+    assert [entry["node"] for entry in judged(unknown, {}, {}, other, unknown).bad] == ["n3"]
+
+
+def test_an_exchange_that_hangs_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(preflight_exchange, "exchange_facts", lambda *_, **__: over.wait(60))
+    try:
+        assert preflight_exchange.exchange_within(limit_s=0.2) == {"error": "no answer within 0 s"}
+    finally:
+        over.set()
+    monkeypatch.setattr(preflight_exchange, "exchange_facts", lambda *asked, look: {"pairs": {}, "look": look})
+    assert preflight_exchange.exchange_within("store", look=2) == {"pairs": {}, "look": 2}
+
+
 def test_a_node_that_is_silent_is_named() -> None:
     verdict = judge({0: told(0), 2: told(2)}, ["n0", "n1", "n2"], 60)
     assert [entry["node"] for entry in verdict.bad] == ["n1"]
@@ -260,7 +283,7 @@ def test_a_lock_that_a_killed_build_left_is_named_with_how_to_remove_it(
 
 
 def test_a_folder_that_cannot_be_written_is_bad(tmp_path: Path) -> None:
-    assert [one.name for one in check_folder(tmp_path) if one.state == "bad"] == []
+    assert {one.name for one in check_folder(tmp_path) if one.state == "bad"} <= {"disk"}
     assert list(tmp_path.iterdir()) == []
     (found,) = check_folder(Path("/proc/runs"))
     assert found.state == "bad"
@@ -285,15 +308,56 @@ def test_doctor_tries_this_machine_and_tells_a_run_s_last_preflight(
     (run / "config.yaml").write_text("name: it\n")
     report = {"good": False, "job": "17", "bad": [{"node": "n3", "why": "slow"}], "failed": None, "nodes": {}}
     (run / "preflight.json").write_text(json.dumps(report))
-    out = io.StringIO()
-    assert run_doctor(run, json_out=True, console=Console(file=out)) == EXIT_DONE
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # The exit code is of the whole machine: memlock, shared memory, clocks, and whatever else it has.
+    assert run_doctor(run, json_out=True, console=Console(file=io.StringIO())) in (EXIT_DONE, EXIT_FAILED)
     found = json.loads(capsys.readouterr().out)
+    ranks = [check["said"] for check in found["checks"] if check["name"] == "2 ranks"]
+    assert "joined by gloo: all-reduce" in ranks[0]
+    assert all("slow" in said for said in ranks[1:])
     checks = {check["name"]: check for check in found["checks"]}
     assert checks["environment"]["said"].startswith("Python 3.")
-    assert "joined by gloo: all-reduce" in checks["2 ranks"]["said"]
     assert (checks["preflight"]["state"], checks["preflight"]["said"]) == ("warning", "n3 of job 17: slow")
     assert "--exclude-bad" in checks["preflight"]["todo"]
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "preflight.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who dies with whom is told to Linux's kernel")
+def test_ranks_end_with_a_doctor_that_is_interrupted(tmp_path: Path) -> None:
+    """By Ctrl-C, which its ranks do not get, being in a session of their own."""
+    code = (
+        "import sys; from pathlib import Path; from launcher.doctor import check_ranks; check_ranks(Path(sys.argv[1]))"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=environment, stderr=-3) as doctor:
+        wait_until(lambda: len(ranks_of(tmp_path)) == 3)  # torchrun and two ranks
+        doctor.send_signal(signal.SIGINT)
+        assert doctor.wait(30) != 0
+    wait_until(lambda: not ranks_of(tmp_path))
+
+
+def ranks_of(folder: Path) -> list[str]:
+    """Processes of preflights in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if "launcher.preflight" in words and any(word.startswith(str(folder)) for word in words):
+                found.append(path.parent.name)
+    return found
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_gpu_has_a_line_with_its_speed() -> None:
+    report = {"bad": [], "failed": None, "all_reduce": None, "nodes": {"n0": told(0, exchange={"left_out": "alone"})}}
+    (found,) = _ranks_findings("1 rank", report)
+    assert (found.state, found.said) == ("ok", "1,000 GFLOP/s; with one there is nobody to join")
 
 
 def test_doctor_ends_with_1_where_something_is_bad_and_says_what_to_do(

@@ -8,6 +8,7 @@ import random
 import statistics
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from configs.host_memory import (
     snapshots_kept,
     training_state,
 )
-from configs.load import load_config, resolve
+from configs.load import dump_config, load_config, resolve
 from configs.memory import MARGIN
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
@@ -157,7 +158,13 @@ def test_a_model_by_path_is_counted_from_its_files(tiny_run: Path, tiny_data: Pa
         find_model(resolve(load_config(TINY, [settings[0], f"model.path={strange}"])), None)
 
 
-def test_what_does_not_fit_is_said_with_the_settings_that_change_it(tiny_data: Path) -> None:
+def test_what_does_not_fit_is_said_with_the_settings_that_change_it(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("launcher.plan.machine_memory", lambda: 64 << 30)
+    disk = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=256 << 30))
+    monkeypatch.setattr("launcher.plan.shutil", disk)
     large = ["model.hidden_size=16384", "model.num_hidden_layers=4", "model.intermediate_size=65536"]
     told = told_of(f"data.dir={tiny_data}", *large, "ema.decay=0.9")
     memory, disk = (line for line in told.splitlines() if line.startswith("does not fit: "))
@@ -311,9 +318,44 @@ def test_time_is_from_what_is_given_or_from_what_the_run_has_measured(tiny_run: 
     lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()][1:]
     rate = statistics.median(line["tokens_per_s"] for line in lines)
     assert measured.here.time.compute_s == pytest.approx(16 * 64 / rate)
+    assert measured.here.time.total_s == measured.here.time.compute_s  # what the step sent is in it
+    times = {(row.ranks, row.stage): row.time for row in measured.table[0]}
+    assert measured.here.time == times[2, 2]
+    assert times[4, 2] is not None
+    assert times[4, 2].communication_s > 0
     tried = make_plan(config_of(tiny_data))
     assert tried.speed is not None
     assert "of what a multiplication does here on 1 CPU threads" in tried.speed.source
+
+
+def test_a_checkpointed_run_takes_as_long_as_it_has_taken(tmp_path: Path, tiny_data: Path) -> None:
+    settings = [f"run.dir={tmp_path}", "gradient_checkpointing=true"]
+    config = config_of(tiny_data, *settings)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    rows = [{"step": step, "tokens_per_s": 1000.0, "ranks": 2} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = make_plan(config)
+    assert plan.here.time is not None
+    assert plan.here.time.total_s == pytest.approx(1.024)
+    without = make_plan(config_of(tiny_data, settings[0]))
+    assert without.here.time is not None
+    assert without.here.time.total_s == pytest.approx(1.024 * 3 / 4)
+
+
+def test_where_nothing_can_be_tried_the_plan_has_no_time(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones
+
+    def full(*shape: Any, **options: Any) -> torch.Tensor:
+        if len(shape) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ones(*shape, **options)
+
+    monkeypatch.setattr(torch, "ones", full)
+    console = Console(file=io.StringIO(), soft_wrap=True, width=200)
+    plan = make_plan(config_of(tiny_data))
+    print_plan(plan, console)
+    assert plan.speed is None
+    assert "cannot be tried here, say --flops" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_what_is_given_wrongly_is_refused(tiny_data: Path) -> None:

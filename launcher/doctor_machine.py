@@ -208,7 +208,7 @@ def _mpi() -> Finding:
 
 def _ask(*command: str) -> tuple[bool, str]:
     """(whether a command ends well, what it prints; where it does not, the last line of why)."""
-    # As launcher.processes.mpirun has it: mpirun would look for GPUs by way of X displays, and could wait there for ever.
+    # As in launcher.processes: mpirun would look for GPUs by way of X displays, and could wait there for ever.
     environment = {"HWLOC_COMPONENTS": "-gl", **os.environ}
     try:
         said = subprocess.run(

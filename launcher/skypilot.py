@@ -16,7 +16,6 @@ import yaml
 
 from configs.errors import ConfigError
 from configs.load import dump_config
-from configs.schema import Config
 from launcher.job_plan import JobPlan
 from launcher.processes import SECRET, SIGNALS, carried
 

@@ -46,10 +46,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(probe(asked.probe)))
         return 0
     environment = {**os.environ, **told}
-    if asked.across and "GLOO_SOCKET_IFNAME" not in environment and _named_loopback():
-        interface = outward_interface()
-        if interface is not None:
-            environment["GLOO_SOCKET_IFNAME"] = interface
+    if asked.across and "GLOO_SOCKET_IFNAME" not in environment:
+        environment |= gloo_interface()
     child = subprocess.Popen(
         asked.command,
         env=environment,
@@ -104,15 +102,21 @@ def read_environment(path: Path) -> dict[str, str]:
     return found
 
 
-def _named_loopback() -> bool:
-    """Whether this machine's name means loopback to itself, as on Debian; gloo would tell others to meet it there."""
+def gloo_interface() -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME, where this machine's name means loopback to itself, as on Debian, or nothing at all.
+
+    gloo would have the ranks of other machines meet it there.
+    """
     try:
-        return socket.gethostbyname(socket.gethostname()).startswith("127.")
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return {}
     except OSError:
-        return True  # gloo takes loopback then
+        pass  # gloo takes loopback then
+    interface = _outward_interface()
+    return {"GLOO_SOCKET_IFNAME": interface} if interface is not None else {}
 
 
-def outward_interface() -> str | None:
+def _outward_interface() -> str | None:
     """The network interface by which this machine speaks to others; None where it has none."""
     from eval.rank_environment import outward_address
 

@@ -14,7 +14,6 @@ from test_mpirun import LOOPBACK
 
 pytestmark = pytest.mark.cluster
 
-ENVIRONMENT = {**os.environ, **LOOPBACK}
 LONG = ["steps=300", "checkpoint.every=50", "snapshot.every=100", "eval.placement=separate", "eval.nproc=2"]
 
 
@@ -25,8 +24,13 @@ def mpi() -> None:
         pytest.skip("mpirun is not on this machine")
 
 
+def environment() -> dict[str, str]:
+    """As it is once the fixtures have set theirs."""
+    return {**os.environ, **LOOPBACK}
+
+
 def launch(*settings: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
-    return vernier("launch", TINY, *settings, "--on", "mpi", code=code, env={**ENVIRONMENT, **more})
+    return vernier("launch", TINY, *settings, "--on", "mpi", code=code, env={**environment(), **more})
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def begin() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
     begun: list[subprocess.Popen[str]] = []
 
     def start(command: list[str]) -> subprocess.Popen[str]:
-        begun.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True))
+        begun.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True))
         return begun[-1]
 
     yield start
@@ -128,11 +132,17 @@ def events(run: Path) -> list[dict]:
 def test_a_dry_run_shows_the_commands_for_its_hosts(tiny_data: Path, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# a cluster\nnode-a slots=64\nnode-b:64\n\nnode-c\n")
+    site = tmp_path / "site.yaml"
+    site.write_text("environment: {MY_CLUSTER: a b}\n")
     settings = [f"data.dir={tiny_data}", f"run.dir={tmp_path / 'run'}", "eval.placement=separate", "launch.nodes=2"]
-    told = launch(*settings, "--hosts", hosts, "--dry-run", NCCL_DEBUG="INFO", HF_TOKEN="hf_secret").stdout
+    settings += ["--hosts", str(hosts), "--site", str(site), "--dry-run"]
+    told = launch(*settings, NCCL_DEBUG="INFO", NCCL_IB_PKEY="7", HF_TOKEN="hf_secret", OMP_NUM_THREADS="9").stdout
     train, score = told.splitlines()
     assert train.startswith("mpirun -n 4 --host node-a:2,node-b:2 --map-by ppr:2:node ")
-    assert " -x NCCL_DEBUG " in train
+    for name in ("NCCL_DEBUG", "NCCL_IB_PKEY", "PYTHONSAFEPATH", "MY_CLUSTER"):
+        assert f" -x {name} " in train
+    assert "OMP_NUM_THREADS" not in train  # it is this machine's; a host has cores of its own
+    assert " -x OMP_NUM_THREADS " in score  # eval.threads_per_rank, which changes bits
     assert train.endswith(f"-m trainer {tmp_path / 'run' / 'train-config.yaml'}")
     assert "mpirun -n 1 --host node-c:1 " in score
     assert "HF_TOKEN" not in told
@@ -158,3 +168,14 @@ def test_hosts_that_do_not_add_up_are_refused(settings: list[str], said: str, ti
     assert told.stderr.startswith(said)
     assert len(told.stderr.splitlines()) == bool(said)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("on", ["local", "mpi"])
+def test_what_a_site_says_of_jobs_elsewhere_is_refused_here(on: str, tiny_data: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("modules: [cuda]\ncontainer: {kind: apptainer, image: a.sif}\nqueue: {partition: gpu}\n")
+    asked = [f"data.dir={tiny_data}", f"run.dir={tmp_path / 'r'}", "--site", site, "--on", on]
+    said = vernier("launch", TINY, *asked, code=2, env=environment()).stderr.splitlines()
+    assert said[0].startswith(f"error: --site: modules: is not for --on {on}, ")
+    assert said[1].startswith(f"error: --site: container.kind: is not for --on {on}, ")
+    assert len(said) == 2

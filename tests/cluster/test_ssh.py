@@ -16,6 +16,8 @@ from conftest import ROOT, TINY, VERNIER, losses, table_of, vernier, wait_for
 from test_mpi_training import processes
 from test_mpirun import LOOPBACK
 
+from configs.load import load_config
+
 pytestmark = pytest.mark.cluster
 
 # Three hosts that are this machine, one where nobody listens, and one that has file systems of its own.
@@ -55,10 +57,11 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Hosts:
-    """`environment`: in which ssh reaches them; `private`: a folder that node-apart sees nothing of."""
+    """`environment`: in which ssh reaches them; `private`: a folder that node-apart sees nothing of; None where this
+    machine gives nobody file systems of their own, and there is no node-apart."""
 
     environment: dict[str, str]
-    private: Path
+    private: Path | None
     begun: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def launch(self, *settings: object, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
@@ -85,22 +88,25 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     (folder / "client").write_text(CLIENT.format(folder=folder, **ports))
     options = f"-F {folder / 'client'}"
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(private)]
-    servers = []
-    for name, before in (("port", []), ("apart", hide)):
-        config = folder / f"server-{name}"
-        config.write_text(SERVER.format(folder=folder, port=ports[name]))
-        servers.append(subprocess.Popen([*before, str(sshd), "-D", "-f", config, "-E", folder / f"log-{name}"]))
+    apart = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+    found = Hosts({**os.environ, **LOOPBACK, "VERNIER_SSH_OPTIONS": options}, private if apart else None)
+    servers: list[subprocess.Popen[bytes]] = []
 
     def answers(host: str) -> bool:
         command = ["ssh", *options.split(), "-oBatchMode=yes", host, "true"]
         return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
 
-    wait_for(lambda: answers("node-a") and answers("node-apart"), 30)
-    hosts = Hosts({**os.environ, **LOOPBACK, "VERNIER_SSH_OPTIONS": options}, private)
-    yield hosts
-    for process in [*hosts.begun, *servers]:
-        process.kill()  # what is left of a test that failed; an sshd's children see that it is gone
-        process.wait(10)
+    try:
+        for name, before in (("port", []), ("apart", hide))[: 1 + apart]:
+            config = folder / f"server-{name}"
+            config.write_text(SERVER.format(folder=folder, port=ports[name]))
+            servers.append(subprocess.Popen([*before, str(sshd), "-D", "-f", config, "-E", folder / f"log-{name}"]))
+        wait_for(lambda: answers("node-a") and (not apart or answers("node-apart")), 30)
+        yield found
+    finally:
+        for process in [*found.begun, *servers]:
+            process.kill()  # what is left of a test that failed; an sshd's children see that it is gone
+            process.wait(10)
 
 
 def test_two_hosts_train_and_a_third_scores_to_the_bits_of_one(
@@ -108,7 +114,12 @@ def test_two_hosts_train_and_a_third_scores_to_the_bits_of_one(
 ) -> None:
     run = tmp_path / "it's a; run"  # which every shell between must leave alone
     where = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=separate", "launch.nodes=2", "nproc=1"]
+    site, variables = tmp_path / "site.yaml", tmp_path / "variables"
+    site.write_text("setup: ['# a comment', 'export MY_SETUP=1 # another']\nenvironment_file: variables\n")
+    variables.write_text(f"MY_KEY=a$(touch {tmp_path / 'pwned'}) b\n")
+    where += ["--site", str(site)]
     said = hosts.launch(*where, "--hosts", "node-a,node-b,node-c").stderr
+    assert not (tmp_path / "pwned").exists()
     assert "rank 0 of 2, told by torchrun; address 127.0.0.1:" in said
     assert "scored step 20" in said
     assert losses(run) == losses(tiny_run)
@@ -165,6 +176,8 @@ def test_mpirun_trains_over_hosts_that_it_reaches_by_ssh(
     said = vernier("launch", TINY, *where, "--on", "mpi", "--hosts", "node-a,node-b", env=environment).stderr
     assert "rank 0 of 2, told by mpirun; address 127.0.0.1:" in said
     assert losses(run) == losses(tiny_run)
+    given = load_config(run / "train-config.yaml")  # what hangs on a machine was left to the hosts
+    assert (given.nproc, given.threads_per_rank, given.precision, given.eval.dtype) == (1, None, None, None)
 
 
 def test_a_dry_run_shows_what_would_be_started(hosts: Hosts, tiny_data: Path, tmp_path: Path) -> None:
@@ -188,6 +201,8 @@ def test_a_dry_run_shows_what_would_be_started(hosts: Hosts, tiny_data: Path, tm
 
 
 def test_hosts_that_cannot_be_used_are_named(hosts: Hosts, tiny_data: Path, tmp_path: Path) -> None:
+    if hosts.private is None:
+        pytest.skip("unshare --mount is not allowed on this machine")
     where = [f"data.dir={tiny_data}", "eval.placement=none", "launch.nodes=2", "nproc=1"]
     run = hosts.private / "run"
     said = hosts.launch(*where, f"run.dir={run}", "--hosts", "node-dead,node-apart", code=2).stderr.splitlines()

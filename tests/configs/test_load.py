@@ -1,5 +1,6 @@
 """Settings: what a user writes is read, and what is wrong with it is said in a line each."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,21 @@ def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("world", "micro", "expected"), [(1, 8, 8), (2, 8, 8), (1, 5, 4), (4, 8, 4), (16, 8, 1)])
 def test_the_micro_batch_is_the_largest_divisor_not_above_the_bound(world: int, micro: int, expected: int) -> None:
     assert micro_batch(load_config("demo", [f"batch.micro={micro}", f"nproc={world}"]), world) == expected
+
+
+def test_the_cores_of_a_task_of_srun_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads(**environment: str) -> int | None:
+        with monkeypatch.context() as patch:
+            for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "SLURM_CPUS_PER_TASK"):
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+            return resolve(load_config("demo", ["threads_per_rank=null"]), nproc=4).threads_per_rank
+
+    task = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "8"}
+    assert threads() == 2  # four ranks share what this process sees
+    assert threads(**task) == 8  # srun has bound each to its own
+    assert threads(**task | {"SLURM_CPUS_PER_TASK": "3"}) == 3  # it has not
+    assert threads(**task | {"TORCHELASTIC_RUN_ID": "x"}) == 2  # a torchrun in each task
+    assert threads(**task | {"SLURM_STEP_NUM_TASKS": "1"}) == 2  # `vernier train` in a task

@@ -90,14 +90,14 @@ def test_the_ranks_meet_where_the_environment_says(environment: dict[str, str], 
 def test_a_node_whose_name_does_not_resolve_is_asked_of_scontrol(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = SRUN | {"SLURM_STEP_NODELIST": "no-such-node[7-9]"}
+    environment = SRUN | {"SLURM_STEP_NODELIST": "no-such-node[7-9].invalid"}
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\necho "NodeName=$3 Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=$3 Port=6818"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert place_of(told_by(environment), environment)[::2] == ("10.1.2.3", "scontrol")
     scontrol.write_text("#!/bin/sh\nexit 1\n")
-    with pytest.raises(VernierError, match=r"no-such-node7, does not resolve.*set MASTER_ADDR"):
+    with pytest.raises(VernierError, match=r"no-such-node7\.invalid, does not resolve.*set MASTER_ADDR"):
         place_of(told_by(environment), environment)
     environment["SLURM_LAUNCH_NODE_IPADDR"] = "10.9.9.9"
     assert place_of(told_by(environment), environment)[::2] == ("10.9.9.9", "SLURM_LAUNCH_NODE_IPADDR")

@@ -20,9 +20,9 @@ from conftest import ROOT, lines
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, DataError
+from launcher import preflight_exchange
 from launcher.doctor import _ranks_findings, run_doctor
 from launcher.doctor_machine import check_folder, check_shm, file_system, stale_locks
-from launcher import preflight_exchange
 from launcher.preflight_board import node_names, who_am_i
 from launcher.preflight_exchange import rings
 from launcher.preflight_gpu import gpu_facts, gpu_findings, parse_xids

@@ -135,7 +135,7 @@ def test_a_dry_run_shows_the_commands_for_its_hosts(tiny_data: Path, tmp_path: P
     site = tmp_path / "site.yaml"
     site.write_text("environment: {MY_CLUSTER: a b}\n")
     settings = [f"data.dir={tiny_data}", f"run.dir={tmp_path / 'run'}", "eval.placement=separate", "launch.nodes=2"]
-    settings += ["--hosts", str(hosts), "--site", str(site), "--dry-run"]
+    settings += ["threads_per_rank=null", "--hosts", str(hosts), "--site", str(site), "--dry-run"]
     told = launch(*settings, NCCL_DEBUG="INFO", NCCL_IB_PKEY="7", HF_TOKEN="hf_secret", OMP_NUM_THREADS="9").stdout
     train, score = told.splitlines()
     assert train.startswith("mpirun -n 4 --host node-a:2,node-b:2 --map-by ppr:2:node ")

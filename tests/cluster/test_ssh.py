@@ -177,7 +177,7 @@ def test_mpirun_trains_over_hosts_that_it_reaches_by_ssh(
     assert "rank 0 of 2, told by mpirun; address 127.0.0.1:" in said
     assert losses(run) == losses(tiny_run)
     given = load_config(run / "train-config.yaml")  # what hangs on a machine was left to the hosts
-    assert (given.nproc, given.threads_per_rank, given.precision, given.eval.dtype) == (1, None, None, None)
+    assert (given.nproc, given.precision, given.deterministic, given.eval.dtype) == (1, None, None, None)
 
 
 def test_a_dry_run_shows_what_would_be_started(hosts: Hosts, tiny_data: Path, tmp_path: Path) -> None:

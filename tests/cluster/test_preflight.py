@@ -216,7 +216,8 @@ def test_a_node_that_hangs_is_named_after_the_time_limit(cluster, run: Path, nod
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # srun was quicker
+            os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
     report = json.loads((run / "preflight.json").read_text())

@@ -226,7 +226,7 @@ class RunDir:
             "detail": detail,
         }
         try:
-            _append(self.events, (json.dumps(line) + "\n").encode())
+            append_line(self.events, line)
         except OSError as error:
             print(f"{self.events}: cannot be written ({error.strerror}): {kind}: {message}", file=sys.stderr)
 
@@ -266,12 +266,23 @@ def _overwrite(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _append(path: Path, line: bytes) -> None:
+def append_line(path: Path, line: dict[str, Any], *, locked: bool = False) -> None:
+    """Appends a line of JSON in one write, on a line of its own also where the last one was cut.
+
+    Args:
+        locked: with the file to ourselves, where it can be locked; on NFS that is what makes an append go to its end.
+
+    Raises:
+        OSError: it could not be written.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        if locked:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
         cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash or a full disk
-        os.write(descriptor, b"\n" + line if cut else line)
+        os.write(descriptor, (b"\n" if cut else b"") + (json.dumps(line) + "\n").encode())
     finally:
         os.close(descriptor)
 

@@ -97,7 +97,7 @@ def begin(run: RunDir, component: str) -> int:
     config = _config(run, component)
     run.logs.mkdir(parents=True, exist_ok=True)
     lines = read_jobs(run)
-    progress = _progress(run, config, component)
+    progress = _progress(run, component)
     before = starts_without_progress(lines, component, progress)
     if component == "train":
         from trainer.run import finished
@@ -168,13 +168,13 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
     said = state.get("exit_code")
     why = state.get("again")
     if why and not signal:
-        return _start_again(run, config, component, str(why))
+        return _start_again(run, component, str(why))
     if said is None and signal == "TERM":  # cancelled, preempted, or a node was lost: Slurm itself knows what follows
         print("the ranks were ended from outside before their last word")
         return EXIT_FAILED
     if said is None and not signal and state.get("state") == "pending":
         why = f"no rank has started (srun: exit code {code})"
-        return _start_again(run, config, component, why, most=NO_START, pause_s=10.0)
+        return _start_again(run, component, why, most=NO_START, pause_s=10.0)
     if said is None and signal:
         said = EXIT_STOPPED  # killed at the time limit, before its checkpoint was whole: the last one is there
     if said is None:
@@ -194,7 +194,7 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
         print(f"error: {'' if rank is None else f'rank {rank}: '}{failure.get('error')}")
     if said == EXIT_STOPPED and signal == "USR1" and not _stopped_by_hand(run):
         run.write_state("requeued")
-        told = f"stopped before the time limit with a checkpoint of step {_progress(run, config, component)}"
+        told = f"stopped before the time limit with a checkpoint of step {_progress(run, component)}"
         run.add_event("requeued", told, job=current_job())
         print(f"{told}; another turn follows")
         return REQUEUE
@@ -226,7 +226,7 @@ def _after_scoring(run: RunDir, config: Config, code: int, signal: str) -> int:
         return REQUEUE
     if code == EXIT_DONE or signal:
         return code
-    return _start_again(run, config, "eval", f"the evaluator died (srun: exit code {code})")
+    return _start_again(run, "eval", f"the evaluator died (srun: exit code {code})")
 
 
 def _training_is_gone(run: RunDir) -> bool:
@@ -237,11 +237,9 @@ def _training_is_gone(run: RunDir) -> bool:
     return bool(job) and quiet and is_active(str(job)) is False
 
 
-def _start_again(
-    run: RunDir, config: Config, component: str, why: str, *, most: int = STARTS_AGAIN, pause_s: float = 0.0
-) -> int:
+def _start_again(run: RunDir, component: str, why: str, *, most: int = STARTS_AGAIN, pause_s: float = 0.0) -> int:
     """AGAIN, unless that has led nowhere too often in this job."""
-    job, progress = current_job(), _progress(run, config, component)
+    job, progress = current_job(), _progress(run, component)
     if component == "train":
         progress = int(run.read_state().get("step") or 0)
     earlier = [
@@ -293,7 +291,7 @@ def _config(run: RunDir, component: str) -> Config:
     return load_config(run.path / f"{component}-config.yaml")
 
 
-def _progress(run: RunDir, config: Config, component: str) -> int:
+def _progress(run: RunDir, component: str) -> int:
     """What no start may lose: the step of the newest checkpoint (-1: none), or how many steps are scored."""
     if component == "train":
         return max(run.whole_steps(run.checkpoints), default=-1)

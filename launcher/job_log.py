@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import time
-from contextlib import suppress
 from typing import Any
 
 from configs.errors import DataError
-from configs.rundir import RunDir, read_jsonl, step_name
+from configs.rundir import RunDir, append_line, read_jsonl, step_name
 from configs.scheduler import SlurmJob, slurm_jobs
 from configs.schema import Config
 from configs.whole import read_json
@@ -21,16 +17,7 @@ def add_job(run: RunDir, kind: str, **facts: Any) -> None:
 
     One write a line, so that jobs of a run may write side by side.
     """
-    line = {"time": time.time(), "kind": kind, **facts}
-    descriptor = os.open(run.jobs, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # on NFS this is also what makes an append go to the end
-        size = os.fstat(descriptor).st_size
-        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, (b"\n" if cut else b"") + (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(descriptor)
+    append_line(run.jobs, {"time": time.time(), "kind": kind, **facts}, locked=True)
 
 
 def read_jobs(run: RunDir) -> list[dict[str, Any]]:

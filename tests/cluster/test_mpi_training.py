@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
+from conftest import ROOT, TINY, VERNIER, lines, losses, processes, table_of, vernier, wait_for
 from test_mpirun import LOOPBACK
 
 pytestmark = pytest.mark.cluster
@@ -46,19 +46,6 @@ def begin() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
     for process in begun:
         process.kill()
         process.wait(10)
-
-
-def processes(run: Path) -> dict[int, str]:
-    """Processes whose command line names the run: pid → command line."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(run) in command and int(entry.name) != os.getpid():
-            found[int(entry.name)] = command
-    return found
 
 
 def mpirun_of(run: Path, module: str) -> int:

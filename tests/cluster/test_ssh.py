@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, losses, table_of, vernier, wait_for
-from test_mpi_training import processes
+from conftest import ROOT, TINY, VERNIER, losses, processes, table_of, vernier, wait_for
 from test_mpirun import LOOPBACK
 
 from configs.load import load_config

@@ -9,23 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
+from conftest import ROOT, TINY, VERNIER, lines, losses, processes, table_of, vernier, wait_for
 
 STEPS = 600
 SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=300", "model.attention_dropout=0.1"]
-
-
-def processes(run: Path) -> dict[int, str]:
-    """Processes whose command line names the run: pid → command line."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(run) in command and int(entry.name) != os.getpid():
-            found[int(entry.name)] = command
-    return found
 
 
 def at_step(run: Path, step: int) -> Callable[[], bool]:

@@ -7,6 +7,7 @@ TORCH := 2.13.0
 RUN ?= runs/demo
 ROUNDS ?= 300
 SEED ?= 1
+WORKERS ?= 2
 TORTURE ?= build/torture
 
 .PHONY: help setup demo test gpu-test torture check format bench clean
@@ -14,7 +15,7 @@ TORTURE ?= build/torture
 help:
 	@echo "make setup     .venv with pinned packages and the vernier command"
 	@echo "make demo      train a small model on two ranks, score its checkpoints beside it, show which are better"
-	@echo "make test      all tests (make gpu-test: those that need a GPU)"
+	@echo "make test      all tests, WORKERS=2 files at a time (make gpu-test: those that need a GPU)"
 	@echo "make torture   trainings killed at random, ROUNDS=300 SEED=1, each held against one that was not; goes on if stopped"
 	@echo "make check     lint, format, types"
 	@echo "make bench     benchmarks"
@@ -37,7 +38,7 @@ demo: setup
 	$(BIN)/vernier train configs/demo.yaml run.dir=$(RUN)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu tests/gpu

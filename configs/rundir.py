@@ -186,9 +186,7 @@ class RunDir:
         # A file that is always there, is never replaced and may be written: NFS locks nothing that is opened to read.
         descriptor = os.open(self.events, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            deadline = time.monotonic() + STATE_PATIENCE_S
-            while not _try_flock(descriptor) and time.monotonic() < deadline:
-                time.sleep(0.01)
+            _wait_for_flock(descriptor)
             yield
         finally:
             os.close(descriptor)
@@ -213,7 +211,7 @@ class RunDir:
     def add_event(
         self, kind: str, message: str, *, step: int | None = None, rank: int | None = None, **detail: Any
     ) -> None:
-        """Appends a line to `events.jsonl`. One write a line, so several processes may append.
+        """Appends a line to `events.jsonl`.
 
         Where the disk is full the line goes to stderr instead, which ends no training.
         """
@@ -258,6 +256,13 @@ def _try_flock(descriptor: int) -> bool:
     return True
 
 
+def _wait_for_flock(descriptor: int) -> None:
+    """Locks an open file, or gives up after a while: whoever holds it may be stopped, and must not stop us."""
+    deadline = time.monotonic() + STATE_PATIENCE_S
+    while not _try_flock(descriptor) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def _overwrite(path: Path, content: bytes) -> None:
     """Puts content into a file in place: not whole-or-not-there, so only where that cannot be had."""
     with open(path, "r+b", buffering=0) as file:
@@ -266,20 +271,18 @@ def _overwrite(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def append_line(path: Path, line: dict[str, Any], *, locked: bool = False) -> None:
-    """Appends a line of JSON in one write, on a line of its own also where the last one was cut.
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Appends a line of JSON, on a line of its own also where the last one was cut. Several processes may do it.
 
-    Args:
-        locked: with the file to ourselves, where it can be locked; on NFS that is what makes an append go to its end.
+    The file is locked meanwhile, where it can be: a write over the end of a page shows its first part before the rest,
+    which would pass for a line that was cut; and on NFS a lock is what makes an append go to the end.
 
     Raises:
         OSError: it could not be written.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        if locked:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _wait_for_flock(descriptor)
         size = os.fstat(descriptor).st_size
         cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash or a full disk
         os.write(descriptor, (b"\n" if cut else b"") + (json.dumps(line) + "\n").encode())

@@ -17,7 +17,7 @@ def add_job(run: RunDir, kind: str, **facts: Any) -> None:
 
     One write a line, so that jobs of a run may write side by side.
     """
-    append_line(run.jobs, {"time": time.time(), "kind": kind, **facts}, locked=True)
+    append_line(run.jobs, {"time": time.time(), "kind": kind, **facts})
 
 
 def read_jobs(run: RunDir) -> list[dict[str, Any]]:

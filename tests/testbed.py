@@ -86,8 +86,9 @@ def running_cluster(place: Path) -> Iterator[Cluster]:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody has on loopback."""
-    for base in range(17000, 19000, 10):
+    """The first of so many ports in a row that nobody has on loopback; each worker of pytest has a range of its own."""
+    start = 17000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for base in range(start, start + 500, 10):
         try:
             for port in range(base, base + count):
                 with socket.socket() as probe:

@@ -1,5 +1,6 @@
 """Directories of ours are whole or not there."""
 
+import json
 import os
 import signal
 import subprocess
@@ -81,6 +82,22 @@ def test_a_last_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nbroken\n{"step": 3}\n')
     with pytest.raises(DataError, match="line 2 is not JSON"):
         read_jsonl(path)
+
+
+def test_long_events_of_several_processes_do_not_cut_each_other(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from configs.rundir import RunDir\n"
+        "for i in range(200): RunDir(Path(sys.argv[1])).add_event('went back', sys.argv[2] * 5000, step=i)"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=Path(__file__).parents[2])
+        for name in "abc"
+    ]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    lines = RunDir(tmp_path).events.read_text().splitlines()
+    assert sorted((e["message"][0], e["step"]) for e in map(json.loads, lines)) == [
+        (name, step) for name in "abc" for step in range(200)
+    ]
 
 
 def test_state_keeps_what_is_not_said_again(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from rich.console import Console
 
 from configs.errors import VernierError
 from configs.load import dump_config
-from configs.rundir import RunDir, step_name
+from configs.rundir import RunDir
 from configs.schema import Config
-from configs.whole import read_json, write_atomic
+from configs.whole import write_atomic
 from launcher.processes import Started, Starter, end
+from launcher.scored import loss_tables, unscored
 
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
 
@@ -32,18 +33,9 @@ class EvalGroup:
             write_atomic(given, dump_config(self.config))
         self.process = self.starter.score([str(given)], self.run.logs)
 
-    def tables(self) -> set[str]:
-        """Names of the steps that are scored, on this reference set and in this dtype."""
-        facts = read_json(self.config.reference_dir / "reference.json")
-        folder = self.run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
-        dtype = self.config.eval.dtype or "*"  # on other machines it is theirs to settle
-        found = (path.name for path in folder.glob(f"step-*.{dtype}.parquet"))
-        return {name.partition("@")[0] for name in found if not name.endswith(".partial.parquet")}
-
     def unscored(self) -> int:
         """Snapshots without a table."""
-        scored = self.tables()
-        return sum(step_name(s) not in scored for s in self.run.whole_steps(self.run.snapshots))
+        return unscored(self.run, self.config)
 
     def look_after(self, *, training: bool) -> bool:
         """Restarts the group if it died, or ended before training did; gives whether it is (or will be) running."""
@@ -68,7 +60,7 @@ class EvalGroup:
 
     def _note_death(self, code: int) -> None:
         try:
-            scored = len(self.tables())
+            scored = len(loss_tables(self.run, self.config.reference_dir, self.config.eval.dtype))
         except VernierError:  # the reference set cannot be read at this moment
             scored = self.scored_at_death
         progress = scored > self.scored_at_death

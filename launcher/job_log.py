@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from configs.errors import DataError
-from configs.rundir import RunDir, append_line, read_jsonl, step_name
+from configs.rundir import RunDir, append_line, read_jsonl
 from configs.scheduler import SlurmJob, slurm_jobs
-from configs.schema import Config
-from configs.whole import read_json
 
 
 def add_job(run: RunDir, kind: str, **facts: Any) -> None:
@@ -39,14 +36,3 @@ def live_jobs(run: RunDir) -> dict[str, SlurmJob] | None:
     """Jobs of the run that wait or run, by id. None: the scheduler cannot be asked."""
     found = slurm_jobs(job_ids(read_jobs(run)))
     return None if found is None else {job: told for job, told in found.items() if told.active}
-
-
-def unscored(run: RunDir, config: Config) -> int:
-    """Snapshots of the run without a loss table on its reference set; 0 where that set cannot be read."""
-    try:
-        facts = read_json(config.reference_dir / "reference.json")
-        folder = run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
-    except (DataError, KeyError, TypeError):
-        return 0
-    scored = {path.name.partition("@")[0] for path in folder.glob("step-*.parquet")}
-    return sum(step_name(step) not in scored for step in run.whole_steps(run.snapshots))

@@ -20,6 +20,7 @@ from configs.errors import EXIT_DONE, DataError
 from configs.rundir import RunDir, is_locked
 from launcher.event_table import printable
 from launcher.job_facts import Told, ask_scheduler, is_active
+from launcher.job_log import job_ids, read_jobs
 from launcher.known_runs import find
 from launcher.run_facts import facts_of
 from launcher.verdict_words import say
@@ -98,6 +99,9 @@ def choose(run: RunDir, wanted: Wanted) -> Path:
     component = "eval" if wanted.evaluator else "train"
     if wanted.job:
         found = list(run.logs.glob(f"slurm-{component}*.out")) or list(run.logs.glob("slurm-*.out"))
+        if not found:  # of a sweep, whose tasks write into the sweep's own folder
+            tasks = (job for job in job_ids(read_jobs(run)) if "_" in job)
+            found = [path for job in tasks for path in run.path.parent.glob(f"logs/slurm-*-{job}.out")]
         return max(found, key=_written, default=run.logs / f"slurm-{component}-JOB.out")
     prefix = "eval-" if wanted.evaluator else ""
     if wanted.rank is not None:

@@ -18,12 +18,13 @@ from typing import Any
 import yaml
 
 from configs.errors import DataError
-from configs.rundir import RunDir, is_locked, step_name, step_of
+from configs.rundir import RunDir, is_locked
 from configs.whole import read_json
 from launcher.board import live_board
 from launcher.job_facts import UNKNOWN, RunJobs, Told, is_active, jobs_of, standing_in_queue
 from launcher.job_log import read_jobs
 from launcher.known_runs import is_run
+from launcher.scored import loss_tables
 from trainer.lock import FRESH_S, holder
 
 BAND = 50  # steps
@@ -350,21 +351,12 @@ def _scores(
 
 def _tables(run: RunDir, settings: dict[str, Any], asked: dict[str, Any]) -> dict[int, Path]:
     """The loss tables of the run's steps, as its own evaluator writes them; all where its settings cannot be read."""
-    folder, dtype = "*", asked.get("dtype") or "*"
     data = (settings.get("data") or {}).get("dir")
     reference = asked.get("reference") or (data and f"{data}/reference")
-    if reference:
-        try:
-            facts = read_json(Path(reference) / "reference.json")
-            folder = f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
-        except (DataError, KeyError, TypeError):
-            folder = "*"  # the data was moved away: the tables tell nevertheless
-    found = {}
-    for path in run.losses.glob(f"{folder}/step-*@*.{dtype}.parquet"):
-        step = step_of(path.name)
-        if step is not None and path.name.partition("@")[0] == step_name(step) and ".partial." not in path.name:
-            found[step] = path
-    return found
+    try:
+        return loss_tables(run, Path(reference) if reference else None, asked.get("dtype"))
+    except DataError:  # the data was moved away: the tables tell nevertheless
+        return loss_tables(run, None, asked.get("dtype"))
 
 
 def _adapted(run: RunDir, notes: list[str]) -> dict[str, Any] | None:

@@ -19,6 +19,20 @@ from launcher.processes import OWN_RANK, SIGNALS
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 SUBMIT_S = 60.0
+_SETTINGS = {  # a word of what sbatch says when it refuses → where to mend it, the first that is found
+    "time limit": "launch.time, and what sinfo says of the partition",
+    "account": "queue.account of the site profile",
+    "qos": "queue.qos of the site profile",
+    "partition": "queue.partition of the site profile, and sinfo",
+    "reservation": "queue.reservation of the site profile",
+    "feature": "queue.constraint of the site profile",
+    "gres": "launch.gpus_per_node, and gpu_option and gpu_type of the site profile",
+    "generic resource": "launch.gpus_per_node, and gpu_option and gpu_type of the site profile",
+    "memory": "launch.memory",
+    "node count": "launch.nodes",
+    "node configuration": "launch.nodes, launch.gpus_per_node, launch.cpus_per_rank and launch.memory",
+    "processors": "launch.cpus_per_rank",
+}
 RETRY_S = 20  # between questions of a script to a controller that did not answer
 
 
@@ -210,8 +224,16 @@ def submit(script: Script, *options: str) -> str:
         raise VernierError(f"sbatch has not answered for {SUBMIT_S:.0f} s; see squeue whether it has the job") from None
     if done.returncode != 0:
         said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
-        raise ConfigError(f"{script.path}: refused by sbatch: {said}")
+        raise ConfigError(f"{script.path}: refused by sbatch: {said}{_where(said)}")
     return done.stdout.strip().split(";")[0]
+
+
+def _where(said: str) -> str:
+    """The setting that what sbatch said is about."""
+    for word, setting in _SETTINGS.items():
+        if word in said.lower():
+            return f"; see {setting}"
+    return ""
 
 
 def release(job: str) -> None:

@@ -160,8 +160,9 @@ def _checkpoint(facts: RunFacts) -> str:
     lost = facts.steps_to_lose or 0
     if not lost:
         return f"step {facts.checkpoint:,}"
-    verb = "are to be made again" if facts.state in ("died", "failed") else "would be lost"
-    return f"step {facts.checkpoint:,}; {lost:,} {'step' if lost == 1 else 'steps'} after it {verb}"
+    steps, are = ("step", "is") if lost == 1 else ("steps", "are")
+    verb = f"{are} to be made again" if facts.state in ("died", "failed") else "would be lost"
+    return f"step {facts.checkpoint:,}; {lost:,} {steps} after it {verb}"
 
 
 def _scored(facts: RunFacts) -> str:

@@ -62,7 +62,7 @@ MaxArraySize=1001
 EnforcePartLimits=ALL
 GresTypes=gpu
 NodeName=node[1-$nodes] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=8 Sockets=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:8 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=2880 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE State=UP
 PartitionName=urgent Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
 CONF
 # GPUs in name only: what slurmd counts must be there as device files.

@@ -182,6 +182,16 @@ def test_a_training_that_fails_makes_a_failed_job_and_names_its_rank(
     assert "rank 1" in logs
 
 
+def test_what_sbatch_refuses_is_told_with_the_setting_to_mend(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = ["launch", TINY, f"data.dir={tiny_data}", f"run.dir={run}", "launch.time=3-00:00:00"]
+    assert "time limit is invalid" in (said := vernier(*asked, code=2).stderr)
+    assert "see launch.time" in said
+    assert not (run / "state.json").exists()
+
+
 def test_queueing_again_without_progress_has_an_end(
     cluster: Cluster, site: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, VERNIER, vernier
 
 from configs.rundir import RunDir
+from launcher.job_log import add_job
 from launcher.known_runs import remember
 from launcher.logs import STANDING_S, Follower, Standing, Wanted, choose, tail
 
@@ -53,6 +54,16 @@ def test_another_rank_the_evaluator_and_the_newest_job_can_be_asked_for(run: Run
     assert vernier("logs", run.path, "--eval").stdout.splitlines()[1:] == ["of the evaluator"]
     assert vernier("logs", run.path, "--job").stdout.splitlines()[1:] == ["job 10"]
     assert choose(run, Wanted(evaluator=True, job=True)).name == "slurm-eval-11.out"
+
+
+def test_the_task_of_a_sweeps_member_is_found_in_the_sweeps_folder(tmp_path: Path) -> None:
+    member = RunDir(tmp_path / "sweep" / "lr1e-3")
+    member.logs.mkdir(parents=True)
+    (tmp_path / "sweep" / "logs").mkdir()
+    for job in ("7_0", "7_1", "8_0"):
+        (tmp_path / "sweep" / "logs" / f"slurm-train-{job}.out").write_text(f"task {job}\n")
+    add_job(member, "submitted", job="7_1", component="train")
+    assert vernier("logs", member.path, "--job").stdout.splitlines()[1:] == ["task 7_1"]
 
 
 def test_a_log_that_is_not_there_is_refused_with_those_that_are(run: RunDir) -> None:

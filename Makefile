@@ -38,7 +38,7 @@ demo: setup
 	$(BIN)/vernier train configs/demo.yaml run.dir=$(RUN)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
 
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu tests/gpu

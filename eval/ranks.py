@@ -122,8 +122,10 @@ def set_determinism(on: bool) -> None:
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(on)
+    # Not use_deterministic_algorithms, which sets the same and imports the compiler for it: two seconds of each rank.
+    torch.set_deterministic_debug_mode("error" if on else "default")
 
 
 def seed_everything(seed: int) -> None:

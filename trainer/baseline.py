@@ -20,8 +20,6 @@ from configs.errors import ConfigError, DataError
 from configs.rundir import RunDir
 from configs.schema import Config
 from eval.pairing import pairing_of, pairing_of_run, pairing_problems
-from eval.statistics import autocorrelation_time, confidence_sequence
-from eval.statistics.blocks import LEAST_BLOCKS
 
 REREAD_S = 5.0  # a baseline may still be training
 TELL_STEPS = 10  # between points of the running mean
@@ -97,6 +95,10 @@ class RunningDifference:
         The asymptotic confidence sequence of `eval.statistics.sequential` over blocks, its spread multiplied by √τ
         where neighbouring blocks are still alike (τ: `autocorrelation_time` of their means).
         """
+        # scipy is behind them, which a run without a baseline is spared
+        from eval.statistics import autocorrelation_time, confidence_sequence
+        from eval.statistics.blocks import LEAST_BLOCKS
+
         count = len(self.sums)
         if count < LEAST_BLOCKS:
             return None

@@ -28,7 +28,10 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
 
+    # Every ZeRO optimizer imports Muon, which is compiled while it is imported: over a second, for what we do not use.
+    compiler.compile = lambda: compiler.dummy_decorator
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

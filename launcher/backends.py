@@ -40,6 +40,8 @@ def run_elsewhere(
     if hosts is not None and on not in ("mpi", "ssh"):
         raise ConfigError(f"--hosts: goes with --on mpi and --on ssh, not with --on {on}")
     named = read_hosts(hosts) if hosts is not None else ()
+    if on != "ssh":
+        _check_site(on, site)
     if on == "skypilot":
         return write_task(_plan(source, overrides, site, how), runs, dry_run=dry_run, console=console)
     if on == "ssh":
@@ -50,7 +52,6 @@ def run_elsewhere(
             print("\n".join(show_ssh(plan, named)))
             return EXIT_DONE
         return run_ssh(plan, named, how, wait=True, console=console)
-    _check_site(on, site)
     os.environ.update(site.environment)  # ranks here inherit it
     names = tuple(site.environment)
     if dry_run:
@@ -61,16 +62,20 @@ def run_elsewhere(
 
 
 def _check_site(on: str, site: Site) -> None:
-    """Refuses what a site profile says of ranks that are started as children of this process, in its environment.
+    """Refuses what a site profile says of ranks that are started another way, and would else be passed over.
 
     Raises:
         ConfigError: a line for each key.
     """
-    told = {key: getattr(site, key) for key in ("python", "modules", "setup", "environment_file")}
+    refused: tuple[str, ...] = ("python", "modules", "setup", "environment_file")
+    why = "whose ranks have this command's own Python and environment; set that up before"
+    if on == "skypilot":
+        refused = ("python", "modules", "environment_file")
+        why = "which sets up rented machines by `make setup`; the profile's `setup` lines run before it"
+    told = {key: getattr(site, key) for key in refused}
     told["container.kind"] = site.container.kind if site.container.kind != "none" else None
     problems = [
-        f"--site: {key}: is not for --on {on}, whose ranks have this command's own Python and environment; set that "
-        "up before, and name a profile without it (an empty file will do)"
+        f"--site: {key}: is not for --on {on}, {why}, and name a profile without it (an empty file will do)"
         for key, value in told.items()
         if value
     ]

@@ -233,3 +233,13 @@ def test_what_a_task_cannot_say_is_refused(settings: list[str], said: str, tiny_
     assert told.startswith(said)
     assert len(told.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_site_says_of_slurms_jobs_is_not_passed_over(tiny_data: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("modules: [cuda]\nsetup: [ulimit -l unlimited]\ncontainer: {kind: pyxis, image: a.sqsh}\n")
+    asked = [f"data.dir={tiny_data}", f"run.dir={tmp_path / 'run'}", "--site", site, "--on", "skypilot"]
+    said = vernier("launch", TINY, *asked, code=2).stderr.splitlines()
+    assert said[0].startswith("error: --site: modules: is not for --on skypilot, ")
+    assert said[1].startswith("error: --site: container.kind: is not for --on skypilot, ")
+    assert len(said) == 2

@@ -10,10 +10,7 @@ from configs.scheduler import SlurmJob, slurm_jobs
 
 
 def add_job(run: RunDir, kind: str, **facts: Any) -> None:
-    """Appends a line: `kind` is submitted, started, requeued, successor, started again, stop asked, …
-
-    One write a line, so that jobs of a run may write side by side.
-    """
+    """Appends a line: `kind` is submitted, started, requeued, successor, started again, stop asked, …"""
     append_line(run.jobs, {"time": time.time(), "kind": kind, **facts})
 
 

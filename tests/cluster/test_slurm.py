@@ -196,14 +196,19 @@ def test_queueing_again_without_progress_has_an_end(
     cluster: Cluster, site: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = launched(run, tiny_data, "--site", site, "eval.placement=none", "launch.requeue_limit=1")["train"]
+    settings = ["--site", site, "eval.placement=none", "launch.requeue_limit=1"]
 
     def starts() -> int:
         return sum(one["kind"] == "started" for one in lines(run / "jobs.jsonl"))
 
-    done = vernier("launch", TINY, f"data.dir={tiny_data}", f"run.dir={run}", "--site", site, *TWO, code=2)
-    assert f"job {job} (train, " in done.stderr
-    cluster.wait(lambda: starts() == 1, 60)
+    cluster.ask("scontrol", "update", "nodename=ALL", "state=drain", "reason=test")
+    try:
+        job = launched(run, tiny_data, *settings)["train"]
+        done = vernier("launch", TINY, f"data.dir={tiny_data}", f"run.dir={run}", *settings, *TWO, code=2)
+        assert f"job {job} (train, pending)" in done.stderr
+    finally:
+        cluster.ask("scontrol", "update", "nodename=ALL", "state=resume")
+    cluster.wait(lambda: starts() == 1, 60)  # and at once requeued: before it can have made a step
     cluster.ask("scontrol", "requeue", job)
     cluster.wait(lambda: starts() == 2, 60)
     cluster.ask("scontrol", "requeue", job)

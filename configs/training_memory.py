@@ -18,7 +18,7 @@ MOST_GATHERED = 1_000_000_000  # parameters whole at a time at stage 3 (stage3_m
 
 # Of a process on CPU with the pinned packages, x86-64 Linux, as `python -m benchmarks.plan_memory` measures them.
 HOST_FIXED = 438 << 20  # Python, torch, DeepSpeed, transformers and a process group, before there is a model
-HOST_AT_WORK = 80 << 20  # code that a step brings in, threads' stacks, TensorBoard
+HOST_AT_WORK = 30 << 20  # code that a step brings in, threads' stacks, TensorBoard: what a tiny model takes
 DEVICE_FIXED = 1 << 30  # CUDA's context, its kernels and NCCL's buffers: taken, not measured
 
 # glibc's malloc gives blocks from here on to the kernel and back at once (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits).

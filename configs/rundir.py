@@ -271,6 +271,11 @@ def _overwrite(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def tables_folder(reference: str, tokens: str) -> str:
+    """What the folder of loss tables on a reference set is called, by the set's name and its tokens' fingerprint."""
+    return f"{reference}-{tokens[:8]}"
+
+
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Appends a line of JSON, on a line of its own also where the last one was cut. Several processes may do it.
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
+from configs.rundir import tables_folder
 from configs.whole import read_json, read_manifest, verify, whole_directory, write_atomic
 from eval.samples import LARGEST_SHARE, Samples, cut_documents, document_sha256, make_samples
 from eval.tokenization import TextTokenizer, copy_tokenizer_files, open_tokenizer, tokenizer_fingerprint
@@ -67,7 +68,7 @@ class ReferenceSet:
     @property
     def short_name(self) -> str:
         """What the folder of its loss tables is called."""
-        return f"{self.name}-{self.tokens_fingerprint[:8]}"
+        return tables_folder(self.name, self.tokens_fingerprint)
 
     @cached_property
     def _by_batch(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -12,7 +12,7 @@ from configs.rundir import RunDir
 from configs.schema import Config
 from configs.whole import write_atomic
 from launcher.processes import Started, Starter, end
-from launcher.scored import loss_tables, unscored
+from launcher.scored import loss_tables
 
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
 
@@ -32,10 +32,6 @@ class EvalGroup:
         if self.process is None:  # written once: its restart must not need room on the disk
             write_atomic(given, dump_config(self.config))
         self.process = self.starter.score([str(given)], self.run.logs)
-
-    def unscored(self) -> int:
-        """Snapshots without a table."""
-        return unscored(self.run, self.config)
 
     def look_after(self, *, training: bool) -> bool:
         """Restarts the group if it died, or ended before training did; gives whether it is (or will be) running."""

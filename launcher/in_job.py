@@ -22,7 +22,7 @@ from configs.schema import Config
 from launcher.job_facts import jobs_of
 from launcher.job_log import add_job, read_jobs
 from launcher.processes import last_lines
-from launcher.scored import is_all_scored
+from launcher.scored import can_be_scored
 
 AGAIN = 10  # start the ranks again, in this job
 REQUEUE = 11  # queue this job again
@@ -110,7 +110,7 @@ def begin(run: RunDir, component: str) -> int:
             return _asked_to_stop(run)
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     limit = config.launch.requeue_limit
-    if before > limit and (component == "train" or not is_all_scored(run, config)):  # else there was nothing to score
+    if before > limit and (component == "train" or can_be_scored(run, config)):  # else there was nothing to score
         told = f"queued again {before} times without a new {'checkpoint' if component == 'train' else 'loss table'}"
         told += f" (launch.requeue_limit: {limit}); see {run.logs}, then launch it once more"
         _give_up(run, component, told)

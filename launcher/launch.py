@@ -19,7 +19,7 @@ from configs.whole import read_json, write_atomic
 from launcher.job_log import add_job, job_ids, live_jobs, read_jobs
 from launcher.job_plan import JobPlan, make_plan
 from launcher.known_runs import remember
-from launcher.scored import is_all_scored
+from launcher.scored import can_be_scored
 from launcher.sites import Site, load_site
 from launcher.slurm import Script, render, submit
 
@@ -127,7 +127,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     from trainer.run import finished
 
     with sole_starter(run):
-        if finished(run, plan.config) and plan.eval is not None and not is_all_scored(run, plan.config):
+        if finished(run, plan.config) and plan.eval is not None and can_be_scored(run, plan.config):
             if plan.het:  # only a part of it is wanted
                 beside = plan.config.eval.model_copy(update={"placement": "separate"})
                 plan = replace(plan, config=plan.config.model_copy(update={"eval": beside}))

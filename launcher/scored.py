@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import DataError
-from configs.rundir import RunDir, step_name, step_of
+from configs.rundir import RunDir, step_name, step_of, tables_folder
 from configs.schema import Config
 from configs.whole import read_json
 
@@ -39,17 +39,17 @@ def unscored(run: RunDir, config: Config) -> int:
     return sum(step not in scored for step in run.whole_steps(run.snapshots))
 
 
-def is_all_scored(run: RunDir, config: Config) -> bool:
-    """Whether there is nothing to score, also because there is nothing to score it on."""
+def can_be_scored(run: RunDir, config: Config) -> bool:
+    """Whether a snapshot waits for its loss table, and the reference set can be read."""
     try:
-        return unscored(run, config) == 0
+        return unscored(run, config) > 0
     except DataError:
-        return True
+        return False
 
 
 def _folder(reference: Path) -> str:
     facts = read_json(reference / "reference.json")
     try:
-        return f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
+        return tables_folder(facts["name"], facts["fingerprints"]["tokens"])
     except (KeyError, TypeError):
         raise DataError(f"{reference / 'reference.json'}: it names no reference set") from None

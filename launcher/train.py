@@ -40,6 +40,7 @@ from launcher.processes import (
     divided,
     last_lines,
 )
+from launcher.scored import unscored
 from trainer.lock import FRESH_S, check_free, kept_free, sole_starter
 from trainer.stop import ONE_WISH_S
 
@@ -358,7 +359,7 @@ def _fail(run: RunDir, code: int, told: str, console: Console) -> None:
 
 
 def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console) -> int:
-    waiting = group.unscored()
+    waiting = unscored(run, group.config)
     if waiting and not wait:
         console.print(f"{waiting} snapshots are not scored yet; vernier train, once more, scores them", markup=False)
         return EXIT_DONE
@@ -378,7 +379,7 @@ def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, w
     if interrupts.count:
         console.print("stopped waiting; vernier train, once more, scores the rest", markup=False)
         return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
-    left = group.unscored()
+    left = unscored(run, group.config)
     if left:
         console.print(f"error: {left} snapshots could not be scored; see {run.logs / 'eval-rank-0.log'}", markup=False)
         return EXIT_FAILED

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError
-from configs.rundir import RunDir, step_name
+from configs.rundir import RunDir, step_name, tables_folder
 from configs.schema import CheckpointSettings, Config
 from configs.whole import read_json, read_manifest
 from eval.tables import read_mean_loss, table_name
@@ -75,7 +75,7 @@ def _losses(run: RunDir, config: Config, steps: list[int]) -> dict[int, float]:
         facts: dict[str, Any] = read_json(config.reference_dir / "reference.json")
     except DataError:
         return {}
-    folder = run.losses / f"{facts['name']}-{facts['fingerprints']['tokens'][:8]}"
+    folder = run.losses / tables_folder(facts["name"], facts["fingerprints"]["tokens"])
     found = {}
     for step in steps:
         table = folder / table_name(step_name(step), facts.get("objective", "causal"), config.eval.dtype or "fp32")

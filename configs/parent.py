@@ -11,6 +11,7 @@ import time
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STARTERS = (b"launcher.agent", b"torch.distributed.run", b"torchrun", b"mpirun", b"orted", b"prted")  # of ranks
 
 
 def kill_with_parent() -> None:
@@ -39,7 +40,7 @@ def _is_ours(pid: int) -> bool:
             command = file.read()
     except OSError:
         return False
-    return any(word in command for word in (b"torch.distributed.run", b"torchrun", b"mpirun", b"orted", b"prted"))
+    return any(word in command for word in STARTERS)
 
 
 def end_at_once(code: int) -> NoReturn:

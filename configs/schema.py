@@ -181,6 +181,9 @@ class LaunchSettings(Settings):
     requeue_limit: Count = Field(5, description="times in a row that it is queued again without a new checkpoint")
     preflight: bool = Field(True, description="check the nodes before the ranks start")
     board: bool = Field(False, description="TensorBoard on the first node, found by `vernier status`")
+    start: Literal["fork", "exec"] = Field(
+        "fork", description="ranks of a node: forked once all is imported, or exec'd, where forks make trouble"
+    )
 
     @field_validator("time", mode="before")
     @classmethod

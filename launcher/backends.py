@@ -11,9 +11,9 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, ConfigError
 from configs.load import load_config
 from launcher.job_plan import JobPlan, make_plan
-from launcher.processes import read_hosts, torchrun
+from launcher.processes import read_hosts
 from launcher.sites import Site
-from launcher.train import Resume, run_train, with_mpirun
+from launcher.train import Resume, local_ranks, run_train, with_mpirun
 
 
 def run_elsewhere(
@@ -130,8 +130,6 @@ def _commands_here(
         config = resolve(config)
         train = [*flags, str(RunDir(config.run_dir).path / "train-config.yaml")]
         score = [str(RunDir(config.run_dir).path / "eval-config.yaml")]
-        threads = config.threads_per_rank or 1
-        commands = [torchrun("trainer", train, nproc=config.nproc or 1, threads=threads)[0]]
-        if beside:
-            commands.append(torchrun("eval", score, nproc=config.eval.nproc, threads=config.eval.threads_per_rank)[0])
+        here = local_ranks(config)
+        commands = [here.training(train)[0].command(), *([here.scoring(score)[0].command()] if beside else [])]
     return [shlex.join(command) for command in commands]

@@ -177,9 +177,9 @@ def evaluate(
     margin: Annotated[str, typer.Option(help="With --until-verdict: less than this is a verdict too.")] = "0%",
     by: Annotated[str, typer.Option(help="What starts the ranks: torchrun or mpirun.")] = "torchrun",
     force: Annotated[bool, typer.Option("--force", help="Score also what has its table.")] = False,
+    start: Annotated[str, typer.Option(help="fork ranks once all is imported, or exec each.")] = "fork",
     shuffle_batches: Annotated[
-        int | None,
-        typer.Option(metavar="SEED", help="Meet the batches in another order; the table must not change."),
+        int | None, typer.Option(metavar="SEED", help="Meet batches in another order; the table must not change.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a model.")
@@ -198,6 +198,7 @@ def evaluate(
         nproc,
         threads=threads,
         by=by,
+        start=start,
         weights=weights,
         ensemble=ensemble,
         against=against,

@@ -23,7 +23,7 @@ from configs.whole import read_json
 from launcher.doctor_machine import Finding, check_folder, check_limits, check_schedulers, check_shm, stale_locks
 from launcher.known_runs import find
 from launcher.preflight_gpu import gpu_facts, gpu_findings
-from launcher.processes import end, torchrun
+from launcher.processes import end, local_group
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,15 +129,15 @@ def check_devices() -> list[Finding]:
 
 
 def check_ranks(folder: Path) -> list[Finding]:
-    """Starts ranks by torchrun as a training does: they multiply, exchange data, and are held against each other."""
+    """Starts ranks as a training does: they multiply, exchange data, and are held against each other."""
     ranks = gpu_count() or 2
     name = "1 rank" if ranks == 1 else f"{ranks} ranks"
     place = folder if folder.is_dir() and os.access(folder, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".doctor.", dir=place, ignore_cleanup_errors=True) as work:
-        arguments = ["--", work, "--timeout", str(RANKS_S / 2)]
-        command, environment = torchrun("launcher.preflight", arguments, nproc=ranks, threads=1)
+        arguments = [work, "--timeout", str(RANKS_S / 2)]
+        group, environment = local_group("launcher.preflight", arguments, nproc=ranks, threads=1)
         process = subprocess.Popen(
-            command,
+            group.command(),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -157,7 +157,7 @@ def check_ranks(folder: Path) -> list[Finding]:
             report = read_json(Path(work) / "preflight.json")
         except DataError:
             last = (out.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            return [Finding(name, "bad", f"torchrun cannot start them: {last}", "run it by hand to see the rest")]
+            return [Finding(name, "bad", f"they cannot be started: {last}", "run it by hand to see the rest")]
     return _ranks_findings(name, report)
 
 

@@ -15,7 +15,7 @@ from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
 from configs.whole import read_json
 from launcher.compare import parse_margin
-from launcher.processes import end, last_lines, mpirun, start, torchrun
+from launcher.processes import Started, end, last_lines, local_group, mpirun, start, start_here
 
 if TYPE_CHECKING:
     from eval.reference import ReferenceSet
@@ -30,6 +30,7 @@ class Asked:
     nproc: int
     threads: int
     by: str
+    start: str
     dtype: str
     objective: str
     weights: str
@@ -115,6 +116,8 @@ def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc
         raise ConfigError(f"--weights: {others['weights']!r} should be auto, replicated or sharded")
     if others["by"] not in ("torchrun", "mpirun"):
         raise ConfigError(f"--by: {others['by']!r} should be torchrun or mpirun")
+    if others["start"] not in ("fork", "exec"):
+        raise ConfigError(f"--start: {others['start']!r} should be fork or exec")
     if others["against"] is None and others["margin"] != "0%":
         raise ConfigError("--margin: goes with --until-verdict --against A")
     if others["against"] is not None and others["force"]:
@@ -214,12 +217,12 @@ def _score(
     wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: Asked, against: Path | None, console: Console
 ) -> None:
     logs = Path(tempfile.mkdtemp(prefix="vernier-eval-"))
-    command, environment = _command(wanted, reference_dir, asked, against, logs)
+    arguments = _arguments(wanted, reference_dir, asked, against, logs)
     for death in range(MOST_DEATHS + 1):
         for file in logs.glob("fault-*.json"):
             file.unlink()
         before = _kept(wanted)
-        process = start(command, environment, logs / "ranks.log")
+        process = _start(arguments, asked, logs / "ranks.log")
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -250,9 +253,15 @@ def _kept(wanted: list[tuple[list[Path], Path]]) -> int:
     return sum(table.is_file() + len(list(folder_of(table).glob("*"))) for _, table in wanted)
 
 
-def _command(
+def _start(arguments: list[str], asked: Asked, log: Path) -> Started:
+    if asked.by == "mpirun":
+        return start(*mpirun("eval", arguments, nproc=asked.nproc, threads=asked.threads), log)
+    return start_here(*local_group("eval", arguments, nproc=asked.nproc, threads=asked.threads, start=asked.start), log)
+
+
+def _arguments(
     wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: Asked, against: Path | None, logs: Path
-) -> tuple[list[str], dict[str, str]]:
+) -> list[str]:
     arguments = ["--reference", str(reference_dir.absolute()), "--dtype", asked.dtype, "--threads", str(asked.threads)]
     arguments += ["--objective", asked.objective, "--weights", asked.weights, "--log-dir", str(logs), "--checked"]
     if asked.force:
@@ -267,8 +276,7 @@ def _command(
         arguments += ["--against", str(against.absolute()), "--margin", str(parse_margin(asked.margin))]
     arguments += ["--models", *(str(model.absolute()) for group, _ in wanted for model in group)]
     arguments += ["--tables", *(str(table.absolute()) for _, table in wanted)]
-    launch = mpirun if asked.by == "mpirun" else torchrun
-    return launch("eval", arguments, nproc=asked.nproc, threads=asked.threads)
+    return arguments
 
 
 def told_by_rank(told: dict[str, Any]) -> VernierError:

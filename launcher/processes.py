@@ -1,4 +1,4 @@
-"""Rank-groups as child processes: started by torchrun or mpirun, in a session of their own, dying with `vernier`."""
+"""Rank-groups as child processes: by torch's agent or mpirun, in a session of their own, dying with `vernier`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -18,10 +18,10 @@ from configs.parent import kill_with_parent
 from configs.relay import ask_for_marks
 from configs.schema import Config
 from configs.terminal import is_lent, lend_terminal
+from launcher.agent import TERM_GRACE_S, RankGroup, import_once, model_types_of, why_not_fork
+from launcher.forks import fork
 
-TERM_GRACE_S = 5.0
 SAVE_PATIENCE_S = 600  # for ranks asked to stop: the save in flight, a step, a checkpoint, each with its fsync
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without its handler the last two kill torchrun itself
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")  # ssh and mpirun would take a dash in front for an option
 # Who this process is, if it is itself a rank of something (a notebook's pod, say): not for ranks that it starts.
 OWN_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
@@ -69,27 +69,35 @@ class Starter(Protocol):
 
 
 @dataclass(frozen=True)
-class Torchrun:
-    """torchrun on this machine's loopback."""
+class Local:
+    """torch's agent on this machine. `start`: whether it and its ranks are forked from here, or exec'd."""
 
     nproc: int
     threads: int
     eval_nproc: int
     eval_threads: int
+    start: str = "fork"
     name: str = "torchrun"
     training_log: str = "torchrun.log"
     marked: bool = False
     far: bool = False
 
     def train(self, arguments: list[str], logs: Path) -> Started:
-        command, environment = torchrun(
-            "trainer", arguments, nproc=self.nproc, threads=self.threads, patience_s=SAVE_PATIENCE_S
-        )
-        return start(command, environment, logs / self.training_log)
+        return start_here(*self.training(arguments), logs / self.training_log)
 
     def score(self, arguments: list[str], logs: Path) -> Started:
-        command, environment = torchrun("eval", arguments, nproc=self.eval_nproc, threads=self.eval_threads)
-        return start(command, environment, logs / "eval-torchrun.log")
+        return start_here(*self.scoring(arguments), logs / "eval-torchrun.log")
+
+    def training(self, arguments: list[str]) -> tuple[RankGroup, dict[str, str]]:
+        """(ranks, environment) of the training."""
+        nproc, threads = self.nproc, self.threads
+        return local_group(
+            "trainer", arguments, nproc=nproc, threads=threads, patience_s=SAVE_PATIENCE_S, start=self.start
+        )
+
+    def scoring(self, arguments: list[str]) -> tuple[RankGroup, dict[str, str]]:
+        """(ranks, environment) of the evaluator."""
+        return local_group("eval", arguments, nproc=self.eval_nproc, threads=self.eval_threads, start=self.start)
 
 
 @dataclass(frozen=True)
@@ -138,26 +146,19 @@ class Mpirun:
         return mpirun("eval", arguments, nproc=nproc, threads=threads, hosts=self.eval_hosts, names=self.names)
 
 
-def torchrun(
-    module: str, arguments: list[str], *, nproc: int, threads: int, patience_s: int = int(TERM_GRACE_S)
-) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that starts `nproc` ranks of `python -m module` on this machine.
-
-    Args:
-        patience_s: torchrun hands a signal on to its ranks, and kills those that have not ended so many seconds later.
-    """
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes", "1", "--nproc-per-node", str(nproc)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
-        *("--signals-to-handle", SIGNALS, "--shutdown-timeout", str(patience_s)),
-        *("--module", module),
-        *arguments,
-    ]
+def local_group(
+    module: str,
+    arguments: list[str],
+    *,
+    nproc: int,
+    threads: int,
+    patience_s: int = int(TERM_GRACE_S),
+    start: str = "fork",
+) -> tuple[RankGroup, dict[str, str]]:
+    """(ranks, environment) of `nproc` times `python -m module` on this machine."""
     environment = rank_environment(threads)
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     lend_terminal(environment)
-    return command, environment
+    return RankGroup(module, tuple(arguments), nproc, patience_s, start=start), environment
 
 
 def mpirun(
@@ -291,6 +292,18 @@ def divided(hosts: tuple[str, ...], config: Config) -> tuple[tuple[str, ...], tu
             "give so many, or eval.placement=inline"
         )
     return hosts[:nodes], left[:eval_nodes]
+
+
+def start_here(group: RankGroup, environment: dict[str, str], log: Path) -> Started:
+    """Starts a rank-group on this machine with its output appended to `log`: forked where that can be had."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if group.start == "fork":
+        import_once(group.module, model_types_of(group.arguments))
+        why = why_not_fork()
+        if not why:
+            return fork(group, environment, log)
+        print(f"ranks are not forked from here: {why}", file=sys.stderr)
+    return start(replace(group, start="exec").command(), environment, log)
 
 
 def start(command: list[str], environment: dict[str, str], log: Path, *, held: bool = False) -> subprocess.Popen[bytes]:

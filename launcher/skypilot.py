@@ -17,7 +17,7 @@ import yaml
 from configs.errors import ConfigError
 from configs.load import dump_config
 from launcher.job_plan import JobPlan
-from launcher.processes import SECRET, SIGNALS, carried
+from launcher.processes import SECRET, carried
 
 DATA, REFERENCE, MODEL, RUNS = (f"/vernier/{name}" for name in ("data", "reference", "model", "runs"))
 PORT = 29500
@@ -179,12 +179,12 @@ def _script(plan: JobPlan, config: str, run_dir: str, *, several: bool, each: in
             *lines,
             'MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n1)',
             f"for _ in $(seq {TRIES}); do",
-            f"    {PYTHON} -m torch.distributed.run --nproc-per-node={each} \\",
+            f"    {PYTHON} -m launcher.agent --nproc-per-node={each} \\",
             '        --nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK" \\',
             f'        --master-addr="$MASTER_ADDR" --master-port={PORT} \\',
-            f"        --signals-to-handle={SIGNALS} --shutdown-timeout={plan.train.patience_s} \\",
-            f"        --module trainer {flags}{given}",
-            "    # torchrun turns every exit code into 1: how it ended, and whether it starts again, the run says.",
+            f"        --shutdown-timeout={plan.train.patience_s} --start={plan.config.launch.start} \\",
+            f"        trainer {flags}{given}",
+            "    # The agent turns every exit code into 1: how it ended, and whether it starts again, the run says.",
             f"    said=$({PYTHON} -c {shlex.quote(STATE)} {state})",
             '    [ "$said" = again ] || break',
             "done",

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, VernierError
+from launcher.agent import SIGNALS
 from launcher.job_plan import JobPlan
-from launcher.processes import OWN_RANK, SIGNALS
+from launcher.processes import OWN_RANK
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 SUBMIT_S = 60.0

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from configs.errors import EXIT_USAGE, ConfigError
 from configs.relay import ask_for_marks
+from launcher.agent import RankGroup
 from launcher.job_plan import Component, JobPlan
-from launcher.processes import SIGNALS, Started, carried, divided, start
+from launcher.processes import Started, carried, divided, start
 from launcher.tether import STOP
 
 PROBE_S = 45.0
@@ -128,14 +129,18 @@ class Ssh:
         port: int,
         arguments: list[str],
     ) -> list[str]:
-        """The ssh command that holds one host's torchrun."""
-        torchrun = [
-            *("-m", "torch.distributed.run", "--nnodes", str(len(hosts)), "--node-rank", str(number)),
-            *("--nproc-per-node", str(component.ranks_per_node)),
-            *("--master-addr", address, "--master-port", str(port)),
-            *("--signals-to-handle", SIGNALS, "--shutdown-timeout", str(component.patience_s)),
-            *("--module", component.module, *arguments),
-        ]
+        """The ssh command that holds one host's agent."""
+        group = RankGroup(
+            component.module,
+            tuple(arguments),
+            component.ranks_per_node,
+            component.patience_s,
+            nodes=len(hosts),
+            node_rank=number,
+            address=address,
+            port=port,
+            start=self.plan.config.launch.start,
+        )
         inherited = {name: os.environ[name] for name in carried(os.environ) if name != "OMP_NUM_THREADS"}
         environment = self.environment | self.plan.site.environment
         environment |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -144,7 +149,7 @@ class Ssh:
         if component.name == "train":
             ask_for_marks(environment)
         # The site's file of variables comes between: it has the last word on what is inherited, not on what is set.
-        command = ["env", *_words(environment), python_of(self.plan), *torchrun]
+        command = ["env", *_words(environment), *group.command(python_of(self.plan))]
         across = ["--across"] if len(hosts) > 1 else []
         return over_ssh(self.plan, hosts[number], tethered(self.plan, [*across, *command], inherited))
 

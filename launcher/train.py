@@ -32,10 +32,10 @@ from launcher.job_log import job_ids, live_jobs, read_jobs
 from launcher.known_runs import remember
 from launcher.processes import (
     SAVE_PATIENCE_S,
+    Local,
     Mpirun,
     Started,
     Starter,
-    Torchrun,
     ask_to_stop,
     divided,
     last_lines,
@@ -106,9 +106,13 @@ def run_train(
         config, given, mpirun = with_mpirun(config, hosts, names)
         return supervise(config, given, mpirun, how, wait=wait, console=console)
     config = resolve(config)
+    return supervise(config, config, local_ranks(config), how, wait=wait, console=console)
+
+
+def local_ranks(config: Config) -> Local:
+    """What starts the ranks of a resolved config on this machine."""
     nproc, threads = config.nproc or 1, config.threads_per_rank or 1
-    by = Torchrun(nproc, threads, config.eval.nproc, config.eval.threads_per_rank)
-    return supervise(config, config, by, how, wait=wait, console=console)
+    return Local(nproc, threads, config.eval.nproc, config.eval.threads_per_rank, config.launch.start)
 
 
 def with_mpirun(config: Config, hosts: tuple[str, ...], names: tuple[str, ...] = ()) -> tuple[Config, Config, Mpirun]:

@@ -57,19 +57,6 @@ def table_of(run: Path, step: int) -> Path:
     return path
 
 
-def processes(run: Path) -> dict[int, str]:
-    """Processes whose command line names the run: pid → command line."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(run) in command and int(entry.name) != os.getpid():
-            found[int(entry.name)] = command
-    return found
-
-
 def wait_for(what: Callable[[], bool], seconds: float = 90) -> None:
     """Looks again and again until it holds; fails when that takes too long."""
     deadline = time.monotonic() + seconds

@@ -37,6 +37,14 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def import_optimizers() -> None:
+    """DeepSpeed with all that `make_engine` comes to import, for ranks that are forked."""
+    import_deepspeed()
+    import deepspeed.module_inject
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+
+
 def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, Any]:
     """The whole DeepSpeed config: ours, with the user's `deepspeed:` merged in (what contradicts ours was refused)."""
     micro = micro_batch(config, world)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, lines, losses, processes, table_of, vernier, wait_for
+from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
+from faults.running import processes
 from test_mpirun import LOOPBACK
 
 pytestmark = pytest.mark.cluster
@@ -49,7 +50,7 @@ def begin() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
 
 
 def mpirun_of(run: Path, module: str) -> int:
-    (pid,) = [p for p, c in processes(run).items() if c.startswith("mpirun") and f"-m {module} " in c]
+    (pid,) = [p for p, c in processes(run).items() if c.command.startswith("mpirun") and f"-m {module} " in c.command]
     return pid
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, losses, processes, table_of, vernier, wait_for
+from conftest import ROOT, TINY, VERNIER, losses, table_of, vernier, wait_for
+from faults.running import processes
 from test_mpirun import LOOPBACK
 
 from configs.load import load_config
@@ -154,7 +155,7 @@ def test_what_ssh_holds_stops_on_request_and_dies_with_it(hosts: Hosts, tiny_dat
 
     training = hosts.begin(*where)
     at_step(200)
-    held = [pid for pid, command in processes(run).items() if command.startswith("ssh ") and "node-b" in command]
+    held = [pid for pid, one in processes(run).items() if one.command.startswith("ssh ") and "node-b" in one.command]
     os.kill(held[0], signal.SIGKILL)  # one host is lost: the others end too, and say so
     _, said = training.communicate(timeout=200)
     assert training.returncode == 1, said

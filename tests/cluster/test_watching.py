@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, VERNIER, ask, losses, vernier
+from faults.running import the
 
 pytestmark = pytest.mark.cluster
 
@@ -39,21 +40,6 @@ def status(name: str) -> dict:
 
 def steps(run: Path) -> int:
     return len(losses(run)) if (run / "metrics.jsonl").is_file() else 0
-
-
-def rank_process(run: Path, rank: int) -> int:
-    """The process that is a training rank of the run."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            environment = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        named = any(word.startswith(str(run).encode()) for word in words)
-        is_rank = named and b"trainer" in words and b"torch.distributed.run" not in words
-        if is_rank and f"RANK={rank}".encode() in environment:
-            return int(process.name)
-    raise AssertionError(f"no rank {rank}")
 
 
 def test_a_run_is_watched_over_a_requeue_and_stopped_with_both_its_jobs(
@@ -123,7 +109,7 @@ def test_rank_1_and_its_error_are_named_and_its_log_is_shown_from_elsewhere(
     run = tmp_path / "hanging"
     launch(run, tiny_data, "guards.hang_s=3", "eval.placement=none")
     cluster.wait(lambda: steps(run) > 5, 240)
-    os.kill(rank_process(run, 1), signal.SIGSTOP)
+    os.kill(the(run, "rank", "trainer", 1), signal.SIGSTOP)
     cluster.wait(lambda: status("hanging")["state"] == "failed", 120)
     told = vernier("status", "hanging").stdout
     assert re.search(r"ended .*; rank 1[: ].*; exit code 1", told)
@@ -157,7 +143,7 @@ def test_what_waits_in_the_queue_is_taken_out_and_what_runs_is_ended_at_once(
     launch(run, tiny_data, "eval.placement=separate")
     cluster.wait(lambda: steps(run) > 25, 240)
     for rank in (0, 1):
-        os.kill(rank_process(run, rank), signal.SIGSTOP)  # no step ends any more
+        os.kill(the(run, "rank", "trainer", rank), signal.SIGSTOP)  # no step ends any more
     begun = time.monotonic()
     told = vernier("stop", "stuck", "--now").stdout
     assert time.monotonic() - begun < 90

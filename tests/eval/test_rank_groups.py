@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, VERNIER, table_of, vernier
+from faults.running import the
 
 from eval.reference import load_reference
 from eval.tables import read_table
@@ -73,7 +74,7 @@ def test_a_killed_ranks_hole_is_scored_again_and_the_table_is_the_same(
     )
     folder = tmp_path / "out" / ".slow@causal.fp32.parquet.scoring"
     _wait_for(lambda: len(list(folder.glob("*.safetensors"))) >= 3, running)
-    os.kill(_rank(running.pid, 1), signal.SIGKILL)
+    os.kill(the(tmp_path / "out", "rank", "eval", 1), signal.SIGKILL)
     assert running.wait(timeout=200) == 0
     assert "a rank died" in running.stderr.read()
     (path,) = (tmp_path / "out").glob("*.parquet")
@@ -161,20 +162,3 @@ def _wait_for(there, running: subprocess.Popen) -> None:
         assert running.poll() is None, running.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def _rank(vernier_pid: int, local_rank: int) -> int:
-    """The process of a rank below a `vernier`."""
-    for pid in _below(vernier_pid):
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"LOCAL_RANK={local_rank}".encode() in environment:
-            return pid
-    raise AssertionError(f"no rank {local_rank}")
-
-
-def _below(pid: int) -> list[int]:
-    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return children + [deeper for child in children for deeper in _below(child)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.parent import kill_with_parent
 
+from . import running
 from .rounds import Kill, Round, Settings
 from .same import not_whole
 
@@ -63,30 +64,16 @@ def said(run: Path) -> Path:
 
 
 def processes(run: Path) -> dict[int, str]:
-    """Processes whose command line names the run: pid → which one it is ("rank 1", "torchrun", …)."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if any(str(run) in word for word in words) and int(entry.name) != os.getpid():
-                found[int(entry.name)] = _which(words, entry)
-        except OSError:  # gone meanwhile
-            continue
-    return found
+    """Processes whose command line names the run: pid → which one it is ("rank 1", "agent", …)."""
+    return {pid: _which(one) for pid, one in running.processes(run).items()}
 
 
-def _which(words: list[str], entry: Path) -> str:
-    if "torch.distributed.run" in words:
-        return "evaluator's torchrun" if "eval" in words else "torchrun"
-    if "launcher.cli" in words:
-        return "vernier"
-    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    if module == "eval":
-        return "evaluator"
-    for word in (entry / "environ").read_bytes().split(b"\0") if module == "trainer" else ():
-        if word.startswith(b"RANK="):
-            return f"rank {word[5:].decode()}"
-    return "another"
+def _which(one: running.Process) -> str:
+    if one.kind == "agent":
+        return "evaluator's agent" if one.module == "eval" else "agent"
+    if one.kind == "rank":
+        return "evaluator" if one.module == "eval" else f"rank {one.rank}"
+    return one.kind
 
 
 def pid_of(kill: Kill, run: Path) -> int | None:
@@ -207,7 +194,7 @@ def _alive(run: Path) -> str:
 
 
 def _killed_itself(run: Path, log_size: int) -> bool:
-    """Whether torchrun has seen a rank die of SIGKILL in this attempt."""
+    """Whether the agent has seen a rank die of SIGKILL in this attempt."""
     return b"(SIGKILL)" in _read(run / "logs" / "torchrun.log")[log_size:]
 
 

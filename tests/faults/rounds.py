@@ -19,8 +19,8 @@ ACCUMULATIONS = (1, 2)
 RANKS = 2
 WINDOWS_A_RANK = 4  # of a global batch; see torture.yaml
 
-EVALUATION = ("evaluator", "evaluator's torchrun")  # may be killed without ending the training
-PROCESSES = ("rank", "torchrun", "vernier", *EVALUATION)
+EVALUATION = ("evaluator", "evaluator's agent")  # may be killed without ending the training
+PROCESSES = ("rank", "agent", "vernier", *EVALUATION)
 FIRST_RANK_ONLY = ("told", "hashed", "renamed", "thinned")
 FAULTS = (*PROCESSES, *SAVE_POINTS)
 FAULTS_COME_ROUND = 11  # no divisor in common with the 12 combinations

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, VERNIER, ask, losses, vernier, wait_for
-from test_going_on import at_step, gone_within, torchrun_of
+from faults.running import the
+from test_going_on import at_step, gone_within
 
 STEPS = 300
 SETTINGS = [f"steps={STEPS}", "checkpoint.every=20", "snapshot.every=50", "eval.placement=separate"]
@@ -28,7 +29,7 @@ def test_no_step_is_shown_twice_and_none_is_missing(tiny_data: Path, tmp_path: P
         gone_within(run, 10)
 
     kill(70, None)
-    kill(130, lambda: torchrun_of(run, "trainer"))
+    kill(130, lambda: the(run, "agent", "trainer"))
     kill(200, None)
     vernier("train", *where)
 

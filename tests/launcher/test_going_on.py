@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, lines, losses, processes, table_of, vernier, wait_for
+from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
+from faults.running import processes, the
 
 STEPS = 600
 SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=300", "model.attention_dropout=0.1"]
@@ -30,11 +31,6 @@ def start(*settings: str) -> subprocess.Popen[str]:
 
 def gone_within(run: Path, seconds: float) -> None:
     wait_for(lambda: not processes(run), seconds)
-
-
-def torchrun_of(run: Path, module: str) -> int:
-    (pid,) = [p for p, c in processes(run).items() if "torch.distributed.run" in c and f"--module {module}" in c]
-    return pid
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +60,9 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     stopped_at = json.loads((run / "state.json").read_text())["step"]
     assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
 
-    training = start(*where)  # kill -9 of torchrun: its ranks and the evaluator go with it
+    training = start(*where)  # kill -9 of the agent: its ranks and the evaluator go with it
     wait_for(at_step(run, max(170, stopped_at + 60)))
-    os.kill(torchrun_of(run, "trainer"), signal.SIGKILL)
+    os.kill(the(run, "agent", "trainer"), signal.SIGKILL)
     said, _ = training.communicate(timeout=60)
     assert training.returncode == 1, said
     gone_within(run, 10)
@@ -75,7 +71,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
 
     training = start(*where)  # kill -9 of the evaluator: training does not notice; kill -9 of vernier: all go
     wait_for(at_step(run, 230))
-    os.kill(torchrun_of(run, "eval"), signal.SIGKILL)
+    os.kill(the(run, "agent", "eval"), signal.SIGKILL)
     wait_for(lambda: "evaluator died" in (run / "events.jsonl").read_text())
     training.kill()
     training.communicate(timeout=60)

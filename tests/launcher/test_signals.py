@@ -10,28 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conftest import ROOT, TINY, VERNIER, lines, losses, wait_for
+from faults.running import processes, the
 
 RARELY = ["checkpoint.every=100000", "snapshot.every=100000", "steps=100000"]
-
-
-def processes(run: Path, *words: str) -> list[int]:
-    """Processes whose command line names the run and has all the words."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(run) in command and int(entry.name) != os.getpid() and all(word in command for word in words):
-            found.append(int(entry.name))
-    return found
-
-
-def rank(pids: list[int], number: int) -> int:
-    """The process that is the rank of that number."""
-    wanted = f"RANK={number}".encode()
-    (pid,) = [p for p in pids if wanted in Path(f"/proc/{p}/environ").read_bytes().split(b"\0")]
-    return pid
 
 
 def state_of(run: Path) -> dict:
@@ -71,20 +52,19 @@ def test_whatever_is_signalled_all_ranks_stop_with_a_checkpoint(tiny_data: Path,
 
     def one_rank(_: int) -> None:
         before = steps_made(run)
-        os.kill(rank(processes(run, "-m trainer"), 1), signal.SIGTERM)
+        os.kill(the(run, "rank", "trainer", 1), signal.SIGTERM)
         wait_for(lambda: state_of(run)["exit_code"] is not None)
         assert state_of(run)["step"] <= before + 500  # of 100,000: at once, at most one more step after it was heard
 
-    def torchrun(_: int) -> None:
-        (pid,) = processes(run, "torch.distributed.run", "--module trainer")
-        os.kill(pid, signal.SIGUSR1)
+    def agent(_: int) -> None:
+        os.kill(the(run, "agent", "trainer"), signal.SIGUSR1)
 
-    def all_at_once(vernier: int) -> None:  # as Slurm does; torchrun's copies for its ranks come on top
-        for pid in [vernier, *processes(run, "-m trainer"), *processes(run, "--module trainer")]:
+    def all_at_once(vernier: int) -> None:  # as Slurm does; the agent's copies for its ranks come on top
+        for pid in [vernier, *processes(run, module="trainer")]:
             os.kill(pid, signal.SIGUSR2)
 
     stopped_by(one_rank, run, settings)
-    for act in (torchrun, all_at_once):
+    for act in (agent, all_at_once):
         before = state_of(run)["step"]
         assert f"going on from step {before}" in stopped_by(act, run, settings)
     stopped_by(lambda _: (run / "STOP").touch(), run, settings)
@@ -95,8 +75,8 @@ def test_an_evaluator_that_is_signalled_ends_no_training(tiny_data: Path, tmp_pa
     settings = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=separate", "eval.nproc=2"]
 
     def evaluator_then_vernier(vernier: int) -> None:
-        wait_for(lambda: len(processes(run, "-m eval")) == 2)
-        os.kill(rank(processes(run, "-m eval"), 1), signal.SIGTERM)
+        wait_for(lambda: len(processes(run, "rank", "eval")) == 2)
+        os.kill(the(run, "rank", "eval", 1), signal.SIGTERM)
         wait_for(lambda: "evaluator died" in (run / "events.jsonl").read_text())
         made = steps_made(run)
         wait_for(lambda: steps_made(run) > made + 20)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, VERNIER, lines, losses, vernier, wait_for
+from faults.running import processes
 
 from configs.rundir import RunDir, is_locked
 from launcher.job_log import add_job, read_jobs
@@ -59,7 +60,7 @@ def test_a_stop_is_a_checkpoint_and_a_clean_end_and_less_patience_ends_it_too(ti
     assert not (run / "STOP").exists()
 
     with training(run, tiny_data) as process:
-        ranks = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_rank(p, run)]
+        ranks = list(processes(run, "rank", "trainer"))
         assert len(ranks) == 2
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)  # nothing of it will ever come to the end of a step
@@ -74,16 +75,6 @@ def test_a_stop_is_a_checkpoint_and_a_clean_end_and_less_patience_ends_it_too(ti
     assert json.loads((run / "state.json").read_text())["state"] == "failed"  # it did not get as far as a checkpoint
     with training(run, tiny_data):  # and goes on
         vernier("stop", run)
-
-
-def _is_rank(process: Path, run: Path) -> bool:
-    try:
-        words = (process / "cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return (
-        b"trainer" in words and b"torch.distributed.run" not in words and f"{run}/train-config.yaml".encode() in words
-    )
 
 
 def test_only_the_process_that_has_the_lock_open_is_taken_for_the_trainer(tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""`python -m launcher.agent MODULE ARGUMENT…`: starts the ranks of one node, hands signals on, ends all when one fails.
+
+torch's own agent, which torchrun runs too, with two things of ours. What ranks import is imported once, and the ranks
+are forked from there: a node with eight GPUs reads torch from its file system once, not ten times. And where all ranks
+are on one machine their store listens on loopback alone; torchrun's listens everywhere, and it unpickles what it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from setproctitle import setproctitle
+
+from configs.parent import end_at_once
+
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without a handler the last two would kill the agent itself
+LOOPBACK = "127.0.0.1"
+TERM_GRACE_S = 5.0
+# What a rank comes to import on its way, by the module that it runs; else each would import it for itself. (pyarrow
+# imports pandas wherever it is installed.)
+IMPORTED: dict[str, tuple[str, ...]] = {
+    "trainer": ("trainer.run", "torch.utils.tensorboard", "eval.watch", "pandas"),
+    "eval": ("eval.once", "eval.watch", "pandas"),
+}
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The ranks of one node, `nproc` times `python -m module arguments`, of which other nodes may have more.
+
+    `patience_s`: ranks that were handed a signal are killed so many seconds later. `start`: fork or exec.
+    """
+
+    module: str
+    arguments: tuple[str, ...]
+    nproc: int
+    patience_s: int = int(TERM_GRACE_S)
+    nodes: int = 1
+    node_rank: int = 0
+    address: str = LOOPBACK
+    port: int = 0
+    start: str = "fork"
+
+    def command(self, python: str = sys.executable) -> list[str]:
+        """The command line that starts the agent of this node."""
+        meeting = ["--nnodes", str(self.nodes), "--node-rank", str(self.node_rank)]
+        meeting += ["--master-addr", self.address, "--master-port", str(self.port)]
+        return [
+            *(python, "-m", "launcher.agent", *(meeting if self.nodes > 1 else ())),
+            *("--nproc-per-node", str(self.nproc), "--shutdown-timeout", str(self.patience_s)),
+            *(("--start", self.start) if self.start != "fork" else ()),
+            *(self.module, *self.arguments),
+        ]
+
+
+def why_not_fork() -> str:
+    """What forbids to fork ranks from this process, "" where nothing does."""
+    if sys.platform != "linux":
+        return f"{sys.platform} does not fork with its libraries loaded"
+    if threading.active_count() > 1:
+        return f"{threading.active_count()} threads are running"
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        return "CUDA has been initialised"
+    with suppress(OSError):
+        if any(os.path.realpath(f"/proc/self/fd/{fd}") == "/dev/nvidia-uvm" for fd in os.listdir("/proc/self/fd")):
+            return "CUDA's driver has been opened"
+    try:
+        multiprocessing.get_context("fork").Event()
+    except OSError as error:
+        return f"semaphores cannot be made ({error}); is /dev/shm there?"
+    return ""
+
+
+def import_once(module: str, model_types: tuple[str, ...] = ()) -> None:
+    """Imports all that ranks of `module` need, and initialises nothing: no CUDA, no process group, no threads.
+
+    Args:
+        model_types: kinds of Hugging Face models (`llama`) whose class is wanted.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for GPUs must not open one
+    with _one_thread():
+        import_module("torch.distributed.launcher.api")
+        import_module(f"{module}.__main__" if module in IMPORTED else module)
+        for name in IMPORTED.get(module, ()):
+            with suppress(ImportError):  # only sooner; the rank says what is missing
+                import_module(name)
+        if module == "trainer":
+            from trainer.engine import import_optimizers
+
+            import_optimizers()
+        for kind in model_types:
+            _import_model(kind)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Has numeric libraries that are loaded meanwhile start no threads: none would live on in a fork."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _import_model(kind: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    with suppress(Exception):  # the rank says what is wrong with it
+        AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[kind]]
+
+
+def run(group: RankGroup) -> int:
+    """Starts the ranks of this node and waits for their end; gives 0 where all ended well, else 1."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    here = group.nodes == 1
+    if here:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    rendezvous_handler_registry.register("loopback", _on_loopback)
+    why = why_not_fork() if group.start == "fork" else f"launch.start is {group.start}"
+    config = LaunchConfig(
+        min_nodes=group.nodes,
+        max_nodes=group.nodes,
+        nproc_per_node=group.nproc,
+        run_id="vernier",
+        rdzv_backend="loopback" if here else "static",
+        rdzv_endpoint=f"{group.address}:{group.port}",
+        rdzv_configs={"rank": group.node_rank},
+        local_addr=LOOPBACK if here else None,
+        monitor_interval=0.1,
+        max_restarts=0,
+        start_method="fork",
+        signals_to_handle=SIGNALS,
+        shutdown_timeout=group.patience_s,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    try:
+        if not why:
+            elastic_launch(config, _rank)(group.module, group.arguments)
+        else:
+            print(f"ranks are not forked: {why}", file=sys.stderr, flush=True)
+            elastic_launch(config, sys.executable)("-u", "-m", group.module, *group.arguments)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    except SignalException as error:
+        print(f"the agent ends: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _on_loopback(_: Any) -> Any:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    class Loopback(StaticTCPRendezvous):
+        """torch's static rendezvous of one node, with a store on loopback: of itself it would listen everywhere."""
+
+        def get_backend(self) -> str:
+            return "loopback"
+
+        def next_rendezvous(self) -> Any:
+            if self._store is None:
+                listener = socket.create_server((LOOPBACK, 0))
+                self.master_port = listener.getsockname()[1]
+                self._store = TCPStore(
+                    LOOPBACK, self.master_port, 1, True, self.timeout, master_listen_fd=listener.detach()
+                )
+            return super().next_rendezvous()
+
+    return Loopback(LOOPBACK, 0, 0, 1, "vernier", 600)
+
+
+def _rank(module: str, arguments: tuple[str, ...]) -> None:
+    """A rank, in the process that torch's agent has forked for it."""
+    unheard()
+    setproctitle(f"vernier rank {os.environ['RANK']}: python -m {module} {' '.join(arguments)}")
+    main = getattr(import_module(module), "main", None) or import_module(f"{module}.__main__").main
+    code = main(list(arguments))
+    if code:
+        raise SystemExit(code)
+
+
+def unheard() -> None:
+    """Takes back the signal handlers that a fork has of its parent."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the agent of a node; gives its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.agent", description=__doc__)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--nproc-per-node", type=int, default=1)
+    parser.add_argument("--master-addr", default=LOOPBACK, help="where rank 0's node is reached")
+    parser.add_argument("--master-port", type=int, default=29500)
+    parser.add_argument("--shutdown-timeout", type=int, default=int(TERM_GRACE_S), metavar="SECONDS")
+    parser.add_argument("--start", choices=["fork", "exec"], default="fork", help="how ranks are started")
+    parser.add_argument("module", help="trainer or eval")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of each rank")
+    asked = parser.parse_args(arguments)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    group = RankGroup(
+        asked.module,
+        tuple(asked.arguments),
+        asked.nproc_per_node,
+        asked.shutdown_timeout,
+        asked.nnodes,
+        asked.node_rank,
+        asked.master_addr,
+        asked.master_port,
+        asked.start,
+    )
+    if group.start == "fork":
+        import_once(group.module, model_types_of(group.arguments))
+    return run(group)
+
+
+def model_types_of(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """The kinds of models that ranks with these arguments are about, as far as their config files tell."""
+    from configs.errors import VernierError
+    from configs.load import load_config
+    from configs.whole import read_json
+
+    kinds = []
+    for word in arguments:
+        with suppress(VernierError, OSError, ValueError):
+            if word.endswith(".yaml"):
+                settings = load_config(word, []).model
+                kinds.append(str(settings.type))
+                word = str(settings.path or "")
+            if (Path(word) / "config.json").is_file():
+                kinds.append(str(read_json(Path(word) / "config.json").get("model_type")))
+    return tuple(dict.fromkeys(kinds))
+
+
+if __name__ == "__main__":
+    end_at_once(main())

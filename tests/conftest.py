@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forkserver import ROOT, VERNIER, Vernier
 from testbed import Cluster, running_cluster
 
-ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny.yaml"
-VERNIER = [sys.executable, "-m", "launcher.cli"]
+subprocess.Popen = Vernier  # type: ignore[misc]  # forks `vernier` where it can; see forkserver.py
 
 
 def vernier(*arguments: object, code: int = 0, timeout: float = 240, **options) -> subprocess.CompletedProcess[str]:
@@ -81,6 +80,14 @@ def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
         os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def by_exec_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In tests marked `real` or `cluster` a command is a new process, as a user's shell makes it."""
+    Vernier.real = any(request.node.get_closest_marker(name) is not None for name in ("real", "cluster"))
+    yield
+    Vernier.real = False
 
 
 @pytest.fixture(scope="session")

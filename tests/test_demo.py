@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import vernier
 
+pytestmark = pytest.mark.real
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:

@@ -13,6 +13,8 @@ from conftest import ROOT, TINY, VERNIER, ask, losses, vernier, wait_for
 from faults.running import the
 from test_going_on import at_step, gone_within
 
+pytestmark = pytest.mark.real
+
 STEPS = 300
 SETTINGS = [f"steps={STEPS}", "checkpoint.every=20", "snapshot.every=50", "eval.placement=separate"]
 

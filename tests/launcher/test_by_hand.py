@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, VERNIER, ask, losses, table_of
 
+pytestmark = pytest.mark.real
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "127.0.0.1:0"]
 TORCHRUN += ["--rdzv-backend", "c10d", "--local-addr", "127.0.0.1", "-m"]
 

@@ -45,6 +45,7 @@ def weights(run: Path) -> str:
     return json.loads((run / "snapshots" / f"step-{STEPS:08d}" / "manifest.json").read_text())["weights"]
 
 
+@pytest.mark.real
 def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     where = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=separate", "eval.nproc=2"]
@@ -114,6 +115,7 @@ def test_extended_when_asked_anew_when_asked_and_not_from_a_damaged_checkpoint(t
     assert len(losses(run)) == 20
 
 
+@pytest.mark.real
 def test_a_second_trainer_started_by_hand_is_refused_and_a_stop_at_start_is_not_lost(
     tiny_data: Path, tmp_path: Path
 ) -> None:

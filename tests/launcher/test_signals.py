@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, TINY, VERNIER, lines, losses, wait_for
 from faults.running import processes, the
+
+pytestmark = pytest.mark.real
 
 RARELY = ["checkpoint.every=100000", "snapshot.every=100000", "steps=100000"]
 

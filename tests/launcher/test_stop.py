@@ -21,6 +21,8 @@ from launcher.job_log import add_job, read_jobs
 from launcher.known_runs import remember
 from launcher.stop import trainer_here
 
+pytestmark = pytest.mark.real
+
 ENDLESS = ["steps=100000", "checkpoint.every=100000", "snapshot.every=100000", "eval.placement=none"]
 
 

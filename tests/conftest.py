@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from forkserver import ROOT, VERNIER, Vernier
 from testbed import Cluster, running_cluster
 
@@ -36,6 +38,11 @@ def vernier(*arguments: object, code: int = 0, timeout: float = 240, **options) 
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def by_agent(ranks: int) -> list[str]:
+    """The command that starts so many ranks of the module that follows, which has a `main(arguments)`."""
+    return [sys.executable, "-m", "launcher.agent", "--nproc-per-node", str(ranks)]
 
 
 def lines(path: Path) -> list[dict]:
@@ -90,20 +97,29 @@ def by_exec_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     Vernier.real = False
 
 
+def made_once(name: str, tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path], None]) -> Path:
+    """A folder that is made by the first of pytest's workers that wants it, for all of them."""
+    session = tmp_path_factory.getbasetemp()
+    session = session.parent if os.environ.get("PYTEST_XDIST_WORKER") else session
+    folder = session / name
+    with FileLock(session / f"{name}.lock"):
+        if not (session / f"{name}.made").exists():
+            make(folder)
+            (session / f"{name}.made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set with its reference set."""
-    directory = tmp_path_factory.mktemp("tiny") / "data"
-    vernier("prepare", TINY, f"data.dir={directory}")
-    return directory
+    return made_once("tiny-data", tmp_path_factory, lambda data: vernier("prepare", TINY, f"data.dir={data}") and None)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny recipe, its checkpoints scored inline."""
-    run = tmp_path_factory.mktemp("tiny") / "run"
-    vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}")
-    return run
+    settings = [TINY, f"data.dir={tiny_data}"]
+    return made_once("tiny-run", tmp_path_factory, lambda run: vernier("train", *settings, f"run.dir={run}") and None)
 
 
 @pytest.fixture(scope="session")

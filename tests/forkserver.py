@@ -1,7 +1,7 @@
 """`vernier` for tests as a fork of one process that has imported everything: the same command at a tenth of its price.
 
-`subprocess.Popen` and `run` of a command that begins with `VERNIER` come here, except in tests marked `real`, which are
-about processes themselves, and where the environment says something that only a new process would heed.
+`subprocess.Popen` and `run` of `python -m` one of `PROGRAMS` come here, except in tests marked `real`, which are about
+processes themselves, and where the environment says something that only a new process would heed.
 tests/launcher/test_start.py holds forked and exec'd against each other.
 """
 
@@ -21,11 +21,13 @@ import tempfile
 import time
 import traceback
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 VERNIER = [sys.executable, "-m", "launcher.cli"]
+PROGRAMS = ("launcher.cli", "launcher.agent", "tests.trainer.hanging")
 # Heeded while Python and libraries are loaded, so never by a fork.
 AT_START = re.compile(r"(PYTHON|LD_|ATEN_|OMP_|MKL_|KMP_|TORCH|HF_|TRANSFORMERS_|DS_|CUDA_|MALLOC_).*")
 STREAMS = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
@@ -34,7 +36,7 @@ SIGNATURE = inspect.signature(EXEC._execute_child)  # type: ignore[attr-defined]
 
 
 class Vernier(EXEC):  # type: ignore[type-arg]
-    """`subprocess.Popen`, but `vernier` is forked where that comes to the same."""
+    """`subprocess.Popen`, but our programs are forked where that comes to the same."""
 
     real = False  # whether the test at work is marked so
     address = ""  # of this worker's server
@@ -46,11 +48,12 @@ class Vernier(EXEC):  # type: ignore[type-arg]
         environment = {os.fsdecode(k): os.fsdecode(v) for k, v in (given["env"] or os.environ).items()}
         words = [os.fsdecode(word) for word in given["args"]] if isinstance(given["args"], list | tuple) else []
         as_given = given["preexec_fn"] is None and not given["executable"] and not given["shell"]
-        if Vernier.real or words[: len(VERNIER)] != VERNIER or not as_given or not _is_heeded(environment):
+        ours = words[:2] == VERNIER[:2] and words[2:3] and words[2] in PROGRAMS
+        if Vernier.real or not ours or not as_given or not _is_heeded(environment):
             super()._execute_child(*arguments)  # type: ignore[misc]
             return
         asked = {
-            "words": words[len(VERNIER) :],
+            "words": words[2:],
             "environment": environment,
             "directory": os.path.abspath(given["cwd"] or "."),
             "session": given["start_new_session"],
@@ -176,15 +179,15 @@ def live(asked: dict[str, Any], descriptors: list[int]) -> NoReturn:
         sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
-        setproctitle(" ".join([*VERNIER, *asked["words"]]))
+        setproctitle(" ".join([*VERNIER[:2], *asked["words"]]))
         os.environ.clear()
         os.environ.update(asked["environment"])
         time.tzset()
         os.chdir(asked["directory"])
-        sys.argv = [str(ROOT / "launcher" / "cli.py"), *asked["words"]]
-        from launcher.cli import main
-
-        main()
+        program = import_module(asked["words"][0])
+        sys.argv = [str(program.__file__), *asked["words"][1:]]
+        sys.modules["__main__"].__package__ = program.__package__  # by which click tells `python -m`
+        code = program.main() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -197,8 +200,6 @@ def live(asked: dict[str, Any], descriptors: list[int]) -> NoReturn:
 
 def import_everything() -> None:
     """All that any verb and any rank comes to import."""
-    from importlib import import_module
-
     from launcher.agent import import_once
 
     for module in ("trainer", "eval"):

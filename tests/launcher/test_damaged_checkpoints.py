@@ -1,16 +1,14 @@
 """A damaged checkpoint is found before it is used and moved away, and the one before it leads to the same end."""
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, lines, losses, vernier
+from conftest import ROOT, TINY, by_agent, lines, losses, vernier
 
 from configs.rundir import step_name
 from trainer.quarantine import damage
@@ -147,31 +145,11 @@ def test_where_all_were_removed_or_their_disk_is_away_it_is_refused_too(
     assert len(losses(run)) == STEPS
 
 
-ANOTHER_NODE = """
-import os, sys
-from pathlib import Path
-from configs.rundir import RunDir
-os.environ["LOCAL_RANK"] = "0"  # as if each rank were the first of its own node, which sees the files in its own way
-from configs.parent import end_at_once
-from eval.ranks import join
-from trainer.quarantine import find_whole_checkpoint
-ranks = join(1)
-run = RunDir(Path(sys.argv[1 + ranks.rank]))
-found, damaged = find_whole_checkpoint(run, ranks)
-(run.path / "found").write_text(f"{found.name} {damaged[0]}")
-ranks.barrier()
-end_at_once(0)
-"""
-
-
 def test_what_another_node_finds_counts_for_all(straight: Path, tmp_path: Path) -> None:
     runs = [copy_to_go_on_from(straight, tmp_path / name) for name in ("first", "second")]
     truncate(checkpoint(runs[1], STEPS) / "state.json")
-    script = tmp_path / "look.py"
-    script.write_text(ANOTHER_NODE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*torchrun, str(script), *map(str, runs)], check=True, timeout=120, cwd=ROOT, env=environment)
+    command = [*by_agent(2), "tests.launcher.another_node", *map(str, runs)]
+    subprocess.run(command, check=True, timeout=120, cwd=ROOT)
     told = {(run / "found").read_text() for run in runs}
     (said,) = told
     assert said.startswith(

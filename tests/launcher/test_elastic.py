@@ -2,16 +2,14 @@
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, lines, losses, vernier
+from conftest import ROOT, TINY, by_agent, lines, losses, vernier
 from safetensors import safe_open
 
 STEPS = 40
@@ -74,13 +72,11 @@ def test_positions_windows_and_losses_are_those_of_the_straight_run(straight: Pa
 def test_the_state_is_handed_over_to_the_bit(elastic: Path, tmp_path: Path) -> None:
     for (end, _, _), (_, ranks, stage) in itertools.pairwise(LEGS):
         checkpoint = elastic / "checkpoints" / f"step-{end:08d}"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-        script = [str(ROOT / "tests" / "trainer" / "handover.py"), str(elastic / "train-config.yaml")]
         out = tmp_path / str(end)
+        given = [elastic / "train-config.yaml", checkpoint, out, stage]
         subprocess.run(
-            [*torchrun, *script, str(checkpoint), str(out), str(stage)],
+            [*by_agent(ranks), "tests.trainer.handover", *map(str, given)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             check=True,
             capture_output=True,
             timeout=240,

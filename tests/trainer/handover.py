@@ -1,9 +1,8 @@
-"""Run by torchrun in test_elastic: takes a checkpoint over at this world size and the stage given, and writes it again.
+"""A rank for test_elastic: takes a checkpoint over at this world size and the stage given, and writes it again.
 
 Arguments: config, checkpoint directory, run directory to write into, zero stage.
 """
 
-import sys
 from pathlib import Path
 
 from configs.load import load_config, resolve
@@ -15,14 +14,17 @@ from trainer.engine import make_engine
 from trainer.model import TrainableLM, hf_config, make_model
 from trainer.saving import HostCopy
 
-given, checkpoint, out, stage = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-config = resolve(load_config(given, [f"zero.stage={stage}"]), nproc=local_world_size())
-ranks = join(1)
-model = TrainableLM(make_model(config, hf_config(config.model, load_dataset_facts(config.data_dir))))
-engine, _ = make_engine(config, model, ranks.world)
-clock, _ = load_checkpoint(engine, checkpoint, 1)
-memory = HostCopy()
-copied = copy_checkpoint(engine, ranks, clock, memory)
-memory.fill()
-write_checkpoint(copied, RunDir(out), ranks)
-leave()
+
+def main(arguments: list[str]) -> None:
+    given, stage = arguments[0], arguments[3]
+    checkpoint, out = Path(arguments[1]), Path(arguments[2])
+    config = resolve(load_config(given, [f"zero.stage={stage}"]), nproc=local_world_size())
+    ranks = join(1)
+    model = TrainableLM(make_model(config, hf_config(config.model, load_dataset_facts(config.data_dir))))
+    engine, _ = make_engine(config, model, ranks.world)
+    clock, _ = load_checkpoint(engine, checkpoint, 1)
+    memory = HostCopy()
+    copied = copy_checkpoint(engine, ranks, clock, memory)
+    memory.fill()
+    write_checkpoint(copied, RunDir(out), ranks)
+    leave()

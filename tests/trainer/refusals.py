@@ -1,10 +1,9 @@
-"""Run by torchrun for test_guards.py: what a refused update leaves behind, at every stage. Prints a JSON line a case.
+"""Ranks for test_guards.py: what a refused update leaves behind, at every stage. Prints a JSON line a case.
 
 Each case trains two engines from the same weights. One has a batch more than the other; its update is refused.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -83,7 +82,7 @@ def case(
     return out
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     ranks = join(1)
     set_determinism(True)
     import_deepspeed().accelerator.get_accelerator().is_fp16_supported = lambda: True  # it is, if slow, for torch
@@ -92,15 +91,9 @@ def main() -> None:
     cases += [(s, "fp32", "cpu", 2, {}, "refuse") for s in (1, 2, 3)]
     cases += [(1, "bf16", "none", 2, {"data_types": {"grad_accum_dtype": "fp32"}}, "refuse")]
     cases += [(0, p, "none", 2, {}, "nan") for p in ("fp32", "amp")]
-    if len(sys.argv) > 2:
-        cases = [c for c in cases if c[1] in sys.argv[2:]]
     for one in cases:
-        out = case(ranks, sys.argv[1], *one)
+        out = case(ranks, arguments[0], *one)
         out["good_everywhere"] = ranks.agree(out["unchanged"] and all(out["follows"]) and not out["applied"])
         if ranks.first:
             print(json.dumps(out), flush=True)
     leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, lines
+from conftest import ROOT, TINY, by_agent, lines
 
 from configs.errors import DataError, VernierError
 from configs.faults import asked
@@ -38,16 +37,14 @@ from trainer.order import windows_at
 NOTHING = torch.zeros((), dtype=torch.float64)
 
 
-# Refused updates, at every stage: one torchrun of two ranks for all.
+# Refused updates, at every stage: one group of two ranks for all.
 
 
 @pytest.fixture(scope="module")
 def refusals() -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "tests/trainer/refusals.py", TINY],
+        [*by_agent(2), "tests.trainer.refusals", TINY],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=400,

@@ -12,63 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, by_agent
 
 from configs.rundir import RunDir
-from tests.conftest import ROOT
 
 HANG_S = 3.0
 BOUND_S = HANG_S + 15.0  # about 7 s on a machine of its own
 STEP = 5  # at which it happens
-
-STEPS = """
-import os, signal, sys, time
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-
-from configs.rundir import RunDir
-from eval.ranks import join, leave
-from trainer.watchdog import Watchdog
-
-run, what, culprit, steps = RunDir(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-signal.signal(signal.SIGTERM, lambda *_: None)
-ranks = join(1)
-if ranks.first:
-    run.write_state("running", attempt=7, exit_code=None, failure=None)
-ranks.barrier()
-watchdog = Watchdog(run, ranks, 3.0)
-watchdog.start()
-(run.path / f"pid-{ranks.rank}").write_text(str(os.getpid()))
-
-
-def happens():
-    (run.path / "happened").write_text("")
-    if what == "frozen":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif what == "asleep":
-        time.sleep(1000)  # the line that hangs
-    elif what == "endless":
-        while True: pass  # the line that hangs
-    elif what == "paused":
-        with watchdog.paused("scoring"):
-            time.sleep(7)
-
-
-try:
-    for step in range(1, steps + 1):
-        watchdog.mark(step - 1)
-        if step == 6 and ranks.rank == culprit:
-            happens()
-        dist.all_reduce(torch.ones(1))
-        time.sleep(0.05)
-except RuntimeError:
-    if run.read_state()["failure"] is None:  # of another rank's end, before that was told
-        run.add_event("failed", "connection closed")
-    raise
-watchdog.stop()
-leave()
-"""
 
 
 class Group:
@@ -113,17 +63,16 @@ def is_alive(pid: int) -> bool:
 @contextmanager
 def group(path: Path, what: str, culprit: int, *, world: int, steps: int = 1000, **environment: str) -> Iterator[Group]:
     """Ranks that make steps, until something happens to one of them."""
-    run, script, log = RunDir(path / "run"), path / "steps.py", path / "log"
+    run, log = RunDir(path / "run"), path / "log"
     run.path.mkdir()
-    script.write_text(STEPS)
-    alone = [sys.executable]
-    torchrun = [*alone, *("-m", "torch.distributed.run", "--nproc-per-node", str(world), "--rdzv-backend", "c10d")]
-    torchrun += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    arguments = [str(script), str(run.path), what, str(culprit), str(steps)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), **environment}
+    program = ["tests.trainer.hanging", str(run.path), what, str(culprit), str(steps)]
+    command = [*by_agent(world), *program] if world > 1 else [sys.executable, "-m", *program]
+    if environment:  # torchrun's own store, which heeds it
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone", "-m"]
+        command = [*torchrun, *program]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **environment}
     with open(log, "wb") as out:
-        command = [*(torchrun if world > 1 else alone), *arguments]
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
     started = Group(run, process, log)
     try:
         yield started

@@ -9,13 +9,15 @@ ROUNDS ?= 300
 SEED ?= 1
 WORKERS ?= 2
 TORTURE ?= build/torture
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
 
-.PHONY: help setup demo test gpu-test torture check format bench clean
+.PHONY: help setup demo test test-long gpu-test torture check format bench clean
 
 help:
 	@echo "make setup     .venv with pinned packages and the vernier command"
 	@echo "make demo      train a small model on two ranks, score its checkpoints beside it, show which are better"
-	@echo "make test      all tests, WORKERS=2 files at a time (make gpu-test: those that need a GPU)"
+	@echo "make test      tests of everything, WORKERS=2 files at a time (make gpu-test: those that need a GPU)"
+	@echo "make test-long the long tests besides: clusters, rounds of kills, the demo in full"
 	@echo "make torture   trainings killed at random, ROUNDS=300 SEED=1, each held against one that was not; goes on if stopped"
 	@echo "make check     lint, format, types"
 	@echo "make bench     benchmarks"
@@ -38,7 +40,10 @@ demo: setup
 	$(BIN)/vernier train configs/demo.yaml run.dir=$(RUN)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
+	$(PYTEST) -m "not long"
+
+test-long: setup
+	$(PYTEST) -m long
 
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu tests/gpu

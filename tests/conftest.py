@@ -80,6 +80,14 @@ def ask(url: str):
         return None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `make test` leaves to `make test-long`: all that is marked long or cluster, but one of each kind (smoke)."""
+    for item in items:
+        if item.get_closest_marker("cluster") and not item.get_closest_marker("smoke"):
+            item.add_marker("long")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests see the same machine whatever the shell around them has set, and leave nothing in its home."""

@@ -13,13 +13,30 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("demo")
-    data, run = folder / "data", folder / "run"
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("demo") / "data"
     vernier("prepare", "configs/demo.yaml", f"data.dir={data}")
+    return data
+
+
+@pytest.fixture(scope="module")
+def demo(data: Path) -> tuple[Path, str]:
+    run = data.with_name("run")
     return run, vernier("train", "configs/demo.yaml", f"data.dir={data}", f"run.dir={run}", timeout=290).stdout
 
 
+def test_in_small_it_ends_with_its_table_and_sees_one_optimizer_step(data: Path) -> None:
+    run = data.with_name("small")
+    settings = [f"data.dir={data}", f"run.dir={run}", "steps=80", "snapshot.every=40", "snapshot.at=[60,61]"]
+    said = vernier("train", "configs/demo.yaml", *settings).stdout
+    assert re.findall(r"^ *(\d+) +[\d,]+ +\d\.\d+ ± \d\.\d+", said, re.MULTILINE) == ["0", "40", "60", "61", "80"]
+    found = json.loads(vernier("compare", f"{run}@60", f"{run}@61", "--json").stdout)["difference"]
+    assert abs(found["t"]) > 2
+    assert abs(found["t_unpaired"]) < 1
+    assert f"vernier board {run}" in said
+
+
+@pytest.mark.long
 def test_it_ends_with_the_table_its_files_and_the_board(demo: tuple[Path, str]) -> None:
     run, said = demo
     assert len(re.findall(r"^ *\d+ +[\d,]+ +\d\.\d+ ± \d\.\d+", said, re.MULTILINE)) >= 5
@@ -27,6 +44,7 @@ def test_it_ends_with_the_table_its_files_and_the_board(demo: tuple[Path, str]) 
     assert re.search(r"One optimizer step, 150 → 151: paired t = −?[\d.]+ \(clustered by document\)", said)
 
 
+@pytest.mark.long
 def test_its_checkpoints_get_better_and_the_verdicts_agree_with_the_losses(demo: tuple[Path, str]) -> None:
     run, _ = demo
     found = json.loads(vernier("compare", run, "--json").stdout)["checkpoints"]
@@ -46,6 +64,7 @@ def test_its_checkpoints_get_better_and_the_verdicts_agree_with_the_losses(demo:
     assert all(c["versus_first"]["verdict"] == "better" for c in found[1:])
 
 
+@pytest.mark.long
 def test_one_optimizer_step_is_seen_paired_and_not_unpaired(demo: tuple[Path, str]) -> None:
     run, _ = demo
     found = json.loads(vernier("compare", f"{run}@150", f"{run}@151", "--json").stdout)["difference"]

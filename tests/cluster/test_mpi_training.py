@@ -54,6 +54,7 @@ def mpirun_of(run: Path, module: str) -> int:
     return pid
 
 
+@pytest.mark.smoke
 def test_mpirun_trains_and_scores_to_the_bits_of_torchrun(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = launch(f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=separate", "eval.nproc=2").stderr

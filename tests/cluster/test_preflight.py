@@ -151,6 +151,7 @@ def fit(tmp_path: Path) -> tuple[Path, dict[str, Any], str]:
     return run, report, out
 
 
+@pytest.mark.smoke
 def test_three_fit_nodes_are_good_and_each_has_its_line(cluster, tmp_path: Path) -> None:
     run, report, said = fit(tmp_path)
     assert (report["bad"], report["slow"], report["failed"]) == ([], [], None)

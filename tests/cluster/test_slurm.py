@@ -88,7 +88,7 @@ def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param(["eval.placement=separate", "eval.nodes=2"], id="two jobs, 2 + 2 nodes"),
+        pytest.param(["eval.placement=separate", "eval.nodes=2"], id="two jobs, 2 + 2 nodes", marks=pytest.mark.smoke),
         pytest.param(["eval.placement=het"], id="heterogeneous, 2 + 1 nodes"),
     ],
 )

@@ -109,6 +109,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
             process.wait(10)
 
 
+@pytest.mark.smoke
 def test_two_hosts_train_and_a_third_scores_to_the_bits_of_one(
     hosts: Hosts, tiny_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

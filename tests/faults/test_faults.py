@@ -39,6 +39,13 @@ def killed() -> set[str]:
     return set()
 
 
+def test_a_round_of_kills_ends_as_if_there_had_been_none(places: Places) -> None:
+    facts = play(draw_round(SEED, ROUNDS, brief=True), places)
+    print(f"VERNIER_FAULT_SEED={SEED}", tell(facts))
+    assert not facts["wrong"], f"VERNIER_FAULT_SEED={SEED}: {tell(facts)}"
+
+
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_a_killed_training_ends_as_if_it_had_not_been(number: int, places: Places, killed: set[str]) -> None:

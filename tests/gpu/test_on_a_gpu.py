@@ -86,3 +86,15 @@ def test_dropout_does_not_depend_on_the_micro_batch(tiny_data: Path, tmp_path: P
     settings = ["precision=fp32", "model.attention_dropout=0.2"]
     found = [losses(train(tmp_path / micro, tiny_data, *settings, f"batch.micro={micro}")) for micro in ("16", "4")]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_forked_ranks_come_from_a_process_without_cuda_and_train_as_execd_ones_do(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    runs = [train(tmp_path / start, tiny_data, f"launch.start={start}") for start in ("fork", "exec")]
+    told = [(run / "logs" / "torchrun.log").read_text() for run in runs]
+    assert "not forked" not in told[0]  # CUDA was not touched before the fork
+    assert "not forked: launch.start is exec" in told[1]
+    assert losses(runs[0]) == losses(runs[1])
+    for step in (0, 10, 20):
+        assert table_of(runs[0], step).read_bytes() == table_of(runs[1], step).read_bytes()

@@ -137,7 +137,7 @@ def run(group: RankGroup) -> int:
     if here:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous_handler_registry.register("loopback", _on_loopback)
-    why = why_not_fork() if group.start == "fork" else f"launch.start is {group.start}"
+    why = why_not_fork() if group.start == "fork" else f"--start is {group.start}"
     config = LaunchConfig(
         min_nodes=group.nodes,
         max_nodes=group.nodes,

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -299,11 +299,9 @@ def start_here(group: RankGroup, environment: dict[str, str], log: Path) -> Star
     log.parent.mkdir(parents=True, exist_ok=True)
     if group.start == "fork":
         import_once(group.module, model_types_of(group.arguments))
-        why = why_not_fork()
-        if not why:
+        if not why_not_fork():
             return fork(group, environment, log)
-        print(f"ranks are not forked from here: {why}", file=sys.stderr)
-    return start(replace(group, start="exec").command(), environment, log)
+    return start(group.command(), environment, log)
 
 
 def start(command: list[str], environment: dict[str, str], log: Path, *, held: bool = False) -> subprocess.Popen[bytes]:

@@ -94,7 +94,7 @@ def test_forked_ranks_come_from_a_process_without_cuda_and_train_as_execd_ones_d
     runs = [train(tmp_path / start, tiny_data, f"launch.start={start}") for start in ("fork", "exec")]
     told = [(run / "logs" / "torchrun.log").read_text() for run in runs]
     assert "not forked" not in told[0]  # CUDA was not touched before the fork
-    assert "not forked: launch.start is exec" in told[1]
+    assert "not forked: --start is exec" in told[1]
     assert losses(runs[0]) == losses(runs[1])
     for step in (0, 10, 20):
         assert table_of(runs[0], step).read_bytes() == table_of(runs[1], step).read_bytes()

@@ -15,8 +15,8 @@ from test_going_on import at_step, gone_within
 
 pytestmark = pytest.mark.real
 
-STEPS = 300
-SETTINGS = [f"steps={STEPS}", "checkpoint.every=20", "snapshot.every=50", "eval.placement=separate"]
+STEPS = 150
+SETTINGS = [f"steps={STEPS}", "checkpoint.every=10", "snapshot.every=25", "eval.placement=separate"]
 
 
 def test_no_step_is_shown_twice_and_none_is_missing(tiny_data: Path, tmp_path: Path) -> None:
@@ -30,9 +30,9 @@ def test_no_step_is_shown_twice_and_none_is_missing(tiny_data: Path, tmp_path: P
         training.communicate(timeout=60)
         gone_within(run, 10)
 
-    kill(70, None)
-    kill(130, lambda: the(run, "agent", "trainer"))
-    kill(200, None)
+    kill(35, None)
+    kill(65, lambda: the(run, "agent", "trainer"))
+    kill(100, None)
     vernier("train", *where)
 
     board = subprocess.Popen([*VERNIER, "board", run], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -50,7 +50,7 @@ def test_no_step_is_shown_twice_and_none_is_missing(tiny_data: Path, tmp_path: P
         assert [step for _, step, _ in trained] == list(range(1, STEPS + 1))
         assert [value for _, _, value in trained] == pytest.approx(losses(run), rel=1e-6)
         scored = ask(api + "scalars?run=eval&tag=eval/loss")
-        assert [step for _, step, _ in scored] == list(range(0, STEPS + 1, 50))
+        assert [step for _, step, _ in scored] == list(range(0, STEPS + 1, 25))
     finally:
         board.send_signal(signal.SIGINT)
         assert board.wait(20) == 0

@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
 from faults.running import processes, the
 
-STEPS = 600
-SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=300", "model.attention_dropout=0.1"]
+STEPS = 400
+SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=200", "model.attention_dropout=0.1"]
 
 
 def at_step(run: Path, step: int) -> Callable[[], bool]:
@@ -83,7 +83,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     gone_within(run, 10)
     assert losses(run) == losses(straight)
     assert weights(run) == weights(straight)
-    for step in (0, 300, 600):
+    for step in (0, 200, 400):
         assert table_of(run, step).read_bytes() == table_of(straight, step).read_bytes()
 
     again = vernier("train", TINY, *SETTINGS, *where)  # a finished run says so

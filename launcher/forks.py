@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from setproctitle import setproctitle
@@ -87,6 +88,15 @@ def fork(group: RankGroup, environment: dict[str, str], log: Path) -> Forked:
     return Forked(pid)
 
 
+def _close_as_exec_does() -> None:
+    """Closes files of the parent's: its locks and pipes are not to be held by its ranks. Devices stay: libraries that
+    have asked one (NVML) know its number."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if number > 2 and not os.readlink(f"/proc/self/fd/{number}").startswith("/dev/nvidia"):
+                os.close(number)
+
+
 def _live(
     group: RankGroup, environment: dict[str, str], output: int, parent: int, masked: set[int | signal.Signals]
 ) -> None:
@@ -103,8 +113,7 @@ def _live(
         os.dup2(2 if is_lent(environment) else os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        # As exec would have it: locks and pipes of the parent's are not to be held by its ranks.
-        os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+        _close_as_exec_does()
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, errors="replace", closefd=False) for fd in (1, 2))
         # Before the environment goes: it is found by it.
         setproctitle(f"vernier agent: {shlex.join(group.command('python'))}")

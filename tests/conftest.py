@@ -40,6 +40,15 @@ def vernier(*arguments: object, code: int = 0, timeout: float = 240, **options) 
     return done
 
 
+WITHOUT_SLURM = pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        pytest.param("PATH", str(Path(sys.executable).parent), id="no squeue"),
+        pytest.param("SLURM_CONF", "/no/slurm.conf", id="no answer", marks=pytest.mark.long),  # 15 s a question
+    ],
+)
+
+
 def by_agent(ranks: int) -> list[str]:
     """The command that starts so many ranks of the module that follows, which has a `main(arguments)`."""
     return [sys.executable, "-m", "launcher.agent", "--nproc-per-node", str(ranks)]

@@ -108,6 +108,7 @@ def settings_in(run: str, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_one_node_runs_vernier_train_with_its_evaluator(sky: Path, tiny_data: Path, tmp_path: Path) -> None:
     text = task(
         tiny_data, "eval.placement=separate", "launch.memory=64G", NCCL_DEBUG="INFO", HF_TOKEN="hf_secret", **HERE
@@ -129,6 +130,7 @@ def test_one_node_runs_vernier_train_with_its_evaluator(sky: Path, tiny_data: Pa
     assert there.eval.placement == "separate"
 
 
+@pytest.mark.long
 def test_several_gpu_nodes_meet_at_the_first_and_share_a_volume(sky: Path, tiny_data: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text("accelerators: A100:8\nenvironment: {NCCL_IB_HCA: mlx5}\n")
@@ -202,6 +204,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: py
         render_task(make_plan(tiny, [], Site()))
 
 
+@pytest.mark.long
 def test_a_bucket_keeps_the_run_of_one_node(sky: Path, tiny_data: Path, tmp_path: Path) -> None:
     text = task(tiny_data, "--runs", "s3://mine/runs")
     assert yaml.safe_load(text)["file_mounts"]["/vernier/runs"] == {"source": "s3://mine/runs", "mode": "MOUNT_CACHED"}

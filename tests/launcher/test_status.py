@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, losses, table_of, vernier
+from conftest import ROOT, WITHOUT_SLURM, losses, table_of, vernier
 
 from configs.errors import DataError
 from configs.rundir import RunDir
@@ -208,10 +208,11 @@ def test_both_jobs_are_told_as_one_run(run: RunDir) -> None:
     assert json.loads(json.dumps(facts_of(run, told=told).to_json()))["jobs"][0]["restarts"] == 1
 
 
+@WITHOUT_SLURM
 def test_a_scheduler_that_cannot_be_asked_is_said_and_the_run_is_told_of(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    variable: str, value: str, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "no-slurm.conf"))
+    monkeypatch.setenv(variable, value)
     add_job(run, "submitted", component="train", backend="slurm", job="12")
     set_state(run, state="requeued", exit_code=75, job="12", heard=300)
     told = vernier("status", run.path).stdout

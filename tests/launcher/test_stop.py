@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, VERNIER, lines, losses, vernier, wait_for
+from conftest import ROOT, TINY, VERNIER, WITHOUT_SLURM, lines, losses, vernier, wait_for
 from faults.running import processes
 
 from configs.rundir import RunDir, is_locked
@@ -96,10 +96,8 @@ def test_only_the_process_that_has_the_lock_open_is_taken_for_the_trainer(tmp_pa
             os.killpg(other.pid, signal.SIGKILL)
 
 
-def test_what_runs_elsewhere_is_asked_and_said_not_to_be_in_reach(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))
+@WITHOUT_SLURM
+def test_what_runs_elsewhere_is_asked_and_said_not_to_be_in_reach(variable: str, value: str, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "far")
     run.path.mkdir()
     run.write_state("running", steps=10, step=3)
@@ -107,7 +105,7 @@ def test_what_runs_elsewhere_is_asked_and_said_not_to_be_in_reach(
     add_job(run, "submitted", component="train", backend="slurm", job="12")
     beating = subprocess.Popen(["sh", "-c", f"while sleep 1; do touch {run.lock}; done"], start_new_session=True)
     try:
-        told = vernier("stop", run.path, "--now", code=2)
+        told = vernier("stop", run.path, "--now", code=2, env={**os.environ, variable: value})
     finally:
         os.killpg(beating.pid, signal.SIGKILL)
         beating.wait()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from configs.errors import ConfigError
@@ -20,13 +21,17 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`merged`, but another kind of model takes the place of the one beneath with all its fields."""
+    """`merged`, but another kind of model takes the place of the one beneath with all its fields.
+
+    A section that stands empty, as one with all its lines commented out does, says nothing: what is beneath it stays.
+    """
     before, now = base.get("model"), over.get("model")
     if isinstance(before, dict) and isinstance(now, dict):
         kind = now.get("type", before.get("type"))
         if now.get("path") is not None or kind != before.get("type"):
             base = {key: value for key, value in base.items() if key != "model"}
-    return merged(base, over)
+    said = {key: value for key, value in over.items() if value is not None or key not in sections()}
+    return merged(base, said)
 
 
 def sections() -> set[str]:
@@ -38,7 +43,8 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
     """`mapping` with `optimizer.lr=3e-4` and the like applied; the values are read as YAML.
 
     Raises:
-        ConfigError: one is no key=value.
+        ConfigError: one is no key=value, or it would throw away settings that it does not name. A whole section
+            (`model={type: gpt2, …}`) names what it replaces.
     """
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -48,5 +54,37 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
         nested = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        mapping = settings_merged(mapping, nested)
+        after = settings_merged(mapping, nested)
+        lost = _lost(mapping, after, key, emptied=value is None and key in sections())
+        if lost:
+            raise ConfigError(_loss(key, value, lost))
+        mapping = after
     return mapping
+
+
+def _lost(before: dict[str, Any], after: dict[str, Any], key: str, *, emptied: bool) -> list[str]:
+    """The settings that go although `key` does not name them; those in a section that is `emptied` go unnamed too."""
+    stay = set(_keys(after))
+    if emptied:
+        return [name for name in _keys(before) if name.startswith(f"{key}.")]
+    return [name for name in _keys(before) if name not in stay and not f"{name}.".startswith(f"{key}.")]
+
+
+def _keys(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all values that are set."""
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}"
+
+
+def _loss(key: str, value: Any, lost: list[str]) -> str:
+    section, _, leaf = key.partition(".")
+    names = ", ".join(name.removeprefix(f"{section}.") for name in lost)
+    shown = "null" if value is None else repr(str(value))
+    said = f"{key}: {shown} would throw away what the config sets in {section}: {names}"
+    if key in ("model.type", "model.path") and value is not None:
+        whole = f"model={{{leaf}: {value}{', …' if leaf == 'type' else ''}}}"
+        return f"{said}; for another model give it whole, {shlex.quote(whole)}, or in a file that `extends` this one"
+    return f"{said}; set each of them to what it should be instead"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.devices import gpu_count
 from configs.errors import ConfigError
-from configs.schema import Config
+from configs.overrides import apply_overrides, sections, settings_merged
+from configs.scalars import as_declared
+from configs.schema import Config, section_of
+from configs.yaml_text import dump_yaml, parse_mapping
 
 SHIPPED = Path(__file__).parent
 
@@ -40,29 +41,6 @@ OWNED_BY_US = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as text; people mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; `where` (a file or key) goes into the error."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
-    except ValueError as error:  # such as a date that is none
-        raise ConfigError(f"{where}: {text[:60]!r} cannot be read: {error}; quote it if it is text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}:{line} is not YAML: {getattr(error, 'problem', error)}") from None
-
-
 def find_config(name: str | Path, beside: Path | None = None) -> Path:
     """The file that `name` means: a path, a file beside the one that names it, or a shipped recipe's name."""
     given = Path(name)
@@ -84,46 +62,12 @@ def read_mapping(path: Path, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} cannot be read: {error}") from None
-    mapping = parse_yaml(text, str(path)) or {}
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected settings as `key: value` lines, found {type(mapping).__name__}")
+    mapping = parse_mapping(text, str(path))
     parent = mapping.pop("extends", None)
     if parent is None:
         return mapping
     base = read_mapping(find_config(str(parent), beside=path.parent), (*_below, path.resolve()))
-    return _settings_merged(base, mapping)
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `over` put in, section by section."""
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = merged(out[key], value) if both else value
-    return out
-
-
-def _settings_merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`merged`, but another kind of model takes the place of the one beneath with all its fields."""
-    before, now = base.get("model"), over.get("model")
-    if isinstance(before, dict) and isinstance(now, dict):
-        kind = now.get("type", before.get("type"))
-        if now.get("path") is not None or kind != before.get("type"):
-            base = {key: value for key, value in base.items() if key != "model"}
-    return merged(base, over)
-
-
-def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`mapping` with `optimizer.lr=3e-4` and the like applied; the values are read as YAML."""
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r}: expected key=value, such as optimizer.lr=3e-4")
-        nested: Any = parse_yaml(text, key)
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        mapping = _settings_merged(mapping, nested)
-    return mapping
+    return settings_merged(base, mapping)
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -133,11 +77,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: one line a problem, all that were found.
     """
     mapping = apply_overrides(read_mapping(find_config(source)), overrides)
-    # A section with all its lines commented out reads as null, and means its defaults.
-    sections = {(f.alias or n) for n, f in Config.model_fields.items() if section_of(f.annotation)}
-    mapping = {key: value for key, value in mapping.items() if value is not None or key not in sections}
+    # A section with all its lines commented out reads as null, and says nothing.
+    mapping = {key: value for key, value in mapping.items() if value is not None or key not in sections()}
     try:
-        config = Config.model_validate(mapping)
+        config = Config.model_validate(as_declared(mapping, Config))
     except ValidationError as error:
         raise ConfigError(*_problems(error)) from None
     problems = list(_contradictions(config))
@@ -154,6 +97,8 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{key}: unknown key{_nearest(key)}"
         elif item["type"] == "missing":
             yield f"{key}: missing; it must be set"
+        elif item["type"] == "string_type" and value is None:
+            yield f"{key}: is null or empty, and should be text; write '' for empty text, 'null' for that word"
         else:
             said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             shown = "" if isinstance(value, (dict, list)) else f" {value!r}"
@@ -168,11 +113,6 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
         section = section_of(field.annotation)
         if section is not None:
             yield from known_keys(section, key + ".")
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The settings model that a field holds, if it is a section."""
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _nearest(key: str) -> str:
@@ -304,10 +244,10 @@ def _absolute(source: str | list[str]) -> str | list[str]:
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to the same settings."""
+    """YAML that `load_config` reads back to the same settings, and PyYAML and other readers to the same values."""
     mapping = config.model_dump(mode="json", by_alias=True)
     mapping["model"] = {k: v for k, v in mapping["model"].items() if v is not None}
-    return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
+    return dump_yaml(mapping)
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:

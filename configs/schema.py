@@ -28,6 +28,11 @@ class Settings(BaseModel):
     )
 
 
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The settings model that a field holds, if it is a section."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
 class RunSettings(Settings):
     dir: Path | None = Field(None, description="directory of the run; default runs/NAME")
 
@@ -185,13 +190,12 @@ class LaunchSettings(Settings):
         "fork", description="ranks of a node: forked once all is imported, or exec'd, where forks make trouble"
     )
 
-    @field_validator("time", mode="before")
+    @field_validator("time")
     @classmethod
-    def time_is_slurms(cls, value: Any) -> Any:
-        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        if not isinstance(text, str) or not _SLURM_TIME.fullmatch(text):
-            raise ValueError("should be minutes, hours:minutes:seconds or days-hours:minutes:seconds; quote it")
-        return text
+    def time_is_slurms(cls, value: str) -> str:
+        if not _SLURM_TIME.fullmatch(value):
+            raise ValueError("should be minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+        return value
 
     @field_validator("memory")
     @classmethod

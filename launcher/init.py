@@ -10,8 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
-from configs.load import section_of
-from configs.schema import Config
+from configs.schema import Config, section_of
 
 HEAD = """\
 # A training of your own. Keys that are commented out show their defaults.

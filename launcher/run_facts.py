@@ -225,6 +225,7 @@ def _settings(run: RunDir) -> tuple[dict[str, Any], list[str]]:
     """(the run's settings, what is wrong with them). What `vernier` was given stands in before the trainer writes.
 
     As they stand: they were checked when they were written, and loading what checks them takes longer than all else.
+    `dump_config` wrote them, so that this faster reader takes them for the same.
     """
     path = run.config if run.config.is_file() else run.path / "train-config.yaml"
     try:

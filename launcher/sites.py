@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from configs.errors import ConfigError
-from configs.load import parse_yaml
+from configs.scalars import as_declared
 from configs.schema import Settings
+from configs.yaml_text import parse_mapping
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
@@ -100,15 +101,6 @@ class Site(Settings):
             raise ValueError("should be a path of letters, digits and _ . - /, with $NAME where a node has its own")
         return value
 
-    @field_validator("environment", mode="before")
-    @classmethod
-    def variables_are_text(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
-            }
-        return value
-
     @field_validator("environment")
     @classmethod
     def variables_are_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
@@ -153,13 +145,14 @@ def load_site(name: str | None) -> Site:
             known = ", ".join(sorted(p.stem for p in site_folder().glob("*.yaml"))) or "none yet"
             raise ConfigError(f"--site: {name} is no file, and no profile in {site_folder()} (there: {known})")
     try:
-        told = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--site: {path} cannot be read: {error}") from None
-    if not isinstance(told, dict):
-        raise ConfigError(f"--site: {path}: expected `key: value` lines, found {type(told).__name__}")
+    told = parse_mapping(text, f"--site: {path}")
     try:
-        site = Site.model_validate(told)
+        site = Site.model_validate(as_declared(told, Site))
+    except ConfigError as error:
+        raise ConfigError(*(f"--site: {path}: {problem}" for problem in error.problems)) from None
     except ValidationError as error:
         raise ConfigError(*(f"--site: {path}: {problem}" for problem in _problems(error))) from None
     if site.container.kind != "none" and site.container.image is None:
@@ -179,8 +172,10 @@ def _problems(error: ValidationError) -> Iterator[str]:
         if item["type"] == "extra_forbidden":
             known = sections.get(str(item["loc"][0]), Site).model_fields
             yield f"{key}: unknown key; known: {', '.join(known)}"
+        elif item["type"] == "string_type" and item["input"] is None:
+            yield f"{key}: is null or empty, and should be text; write '' for empty text, 'null' for that word"
         elif key.startswith("environment."):  # what is told may be a secret
-            yield f"{key}: should be text or a number; put it in quotes"
+            yield f"{key}: should be text, true, false or a number"
         else:
             said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             said = said.replace("String should", "should")

@@ -16,6 +16,7 @@ import yaml
 
 from configs.errors import ConfigError
 from configs.load import dump_config
+from configs.yaml_text import SettingsDumper
 from launcher.job_plan import JobPlan
 from launcher.processes import SECRET, carried
 
@@ -28,7 +29,7 @@ STORES = re.compile(r"[a-z0-9]+://")
 STATE = "import json, sys; s = json.load(open(sys.argv[1])); print('again' if s.get('again') else s.get('exit_code'))"
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(SettingsDumper):
     """Texts of several lines as they are read, not as one line with escapes."""
 
 

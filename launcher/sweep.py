@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError, DataError, VernierError
-from configs.load import dump_config, is_named, parse_yaml, resolve
+from configs.load import dump_config, is_named, resolve
 from configs.rundir import RunDir
 from configs.schema import NAME_PATTERN, Config
 from configs.whole import read_json, write_atomic
+from configs.yaml_text import parse_mapping
 from launcher.sweep_members import Member, Sweep, members, told_once
 
 __all__ = ["Member", "Sweep", "check_members", "member_of", "members", "read_sweep", "run_local", "write_sweep"]
@@ -201,7 +202,7 @@ def _is_over(run: RunDir) -> bool:
     state = run.read_state()
     if state.get("state") != "done":
         return False
-    settings = parse_yaml((run.path / "train-config.yaml").read_text(encoding="utf-8"), str(run.path))
+    settings = parse_mapping((run.path / "train-config.yaml").read_text(encoding="utf-8"), str(run.path))
     if settings["eval"]["placement"] == "none":
         return True
     last = max(run.whole_steps(run.snapshots), default=0)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.load import merged, micro_batch
+from configs.load import micro_batch
+from configs.overrides import merged
 from configs.schema import Config
 
 

@@ -46,10 +46,12 @@ def test_extends_merges_over_the_recipe_beneath(tmp_path: Path) -> None:
     assert (config.name, config.steps, config.optimizer.lr, config.optimizer.eps) == ("demo", 300, 0.5, 1e-6)
 
 
-def test_another_kind_of_model_takes_the_place_of_the_one_beneath() -> None:
-    assert load_config("demo", ["model.path=runs/a"]).model.fields == {}
-    assert load_config("demo", ["model.type=gpt2", "model.n_embd=48"]).model.fields == {"n_embd": 48}
+def test_another_kind_of_model_takes_the_place_of_the_one_beneath(tmp_path: Path) -> None:
+    assert load_config("demo", ["model={path: runs/a}"]).model.fields == {}
+    assert load_config("demo", ["model={type: gpt2}", "model.n_embd=48"]).model.fields == {"n_embd": 48}
     assert load_config("demo", ["model.hidden_size=64"]).model.fields["num_hidden_layers"] == 4
+    own = write(tmp_path, "extends: demo\nmodel: {type: gpt2, n_embd: 48}\n")
+    assert load_config(own).model.fields == {"n_embd": 48}
 
 
 def test_extends_in_a_circle_is_said(tmp_path: Path) -> None:
@@ -63,6 +65,12 @@ def test_a_section_with_all_its_lines_commented_out_means_its_defaults(tmp_path:
     assert load_config(write(tmp_path, "extends: demo\nrun:\n  # dir: x\n")).run.dir is None
 
 
+def test_such_a_section_throws_nothing_away_that_the_recipe_beneath_sets(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "extends: demo\noptimizer:\n  # lr: 1\nmodel:\n"))
+    assert config.optimizer == load_config("demo").optimizer
+    assert config.model == load_config("demo").model
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -70,6 +78,7 @@ def test_a_section_with_all_its_lines_commented_out_means_its_defaults(tmp_path:
         ("optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr?"),
         ("lr=1", "lr: unknown key; did you mean optimizer.lr?"),
         ("steps=many", "steps: 'many' should be a valid integer"),
+        ("name=null", "name: is null or empty, and should be text; write '' for empty text"),
         ("optimizer.lr=-1", "optimizer.lr: -1 should be greater than 0"),
         ("precision=fp8", "precision: 'fp8' should be 'fp32', 'amp', 'bf16' or 'fp16'"),
         ("name=../up", "name: '../up' use up to 100 letters"),

@@ -118,7 +118,7 @@ def test_more_steps_need_to_be_asked_for(tiny_run: Path, tiny_data: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.type=lama", "'lama' is no causal LM that transformers knows; did you mean llama"),
+        ("model={type: lama}", "'lama' is no causal LM that transformers knows; did you mean llama"),
         ("model.hidden_sizes=3", "llama has no such field; did you mean hidden_size?"),
         ("model.num_attention_heads=5", "llama refuses these fields"),
         ("batch.global=15", "batch.global: 15 is not divisible by 2 ranks"),
@@ -130,6 +130,20 @@ def test_a_model_that_cannot_be_is_said_before_anything_starts(
     run = tmp_path / "run"
     assert said in refused("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}", override)
     assert not run.exists()
+
+
+def test_a_time_limit_reaches_slurm_as_it_was_written(tmp_path: Path) -> None:
+    asked = ["launch", TINY, f"run.dir={tmp_path / 'run'}", "--dry-run"]
+    assert "#SBATCH --time=12:00:00 " in vernier(*asked, "launch.time=12:00:00").stdout  # not 43200 minutes
+    assert "launch.time: '12.5' should be minutes, hours:minutes:seconds" in refused(*asked, "launch.time=12.5")
+
+
+@pytest.mark.parametrize("override", ["model.type=gpt2", "model.path=runs/a@5"])
+def test_an_override_throws_away_no_sizes_of_the_users_model(override: str, tmp_path: Path) -> None:
+    said = refused("plan", TINY, f"run.dir={tmp_path / 'run'}", override)
+    assert "would throw away what the config sets in model: " in said
+    assert "hidden_size, intermediate_size, num_hidden_layers" in said
+    assert f"give it whole, 'model={{{override.removeprefix('model.').replace('=', ': ')}" in said
 
 
 def test_init_never_overwrites(tmp_path: Path) -> None:

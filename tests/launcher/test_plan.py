@@ -140,7 +140,7 @@ def test_before_data_is_prepared_the_vocabulary_is_that_of_the_settings(tmp_path
 
 def test_a_model_by_path_is_counted_from_its_files(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     snapshot = tiny_run / "snapshots" / step_name(20)
-    settings = [f"data.dir={tiny_data}", f"model.path={snapshot}"]
+    settings = [f"data.dir={tiny_data}", f"model={{path: {snapshot}}}"]
     config = resolve(load_config(TINY, settings))
     expected = json.loads((tiny_run / "manifest.json").read_text())["parameters"]
     assert find_model(config, None).parameters == expected
@@ -150,12 +150,12 @@ def test_a_model_by_path_is_counted_from_its_files(tiny_run: Path, tiny_data: Pa
     (strange / "config.json").write_text(json.dumps({**described, "model_type": "unheard-of"}))
     for path in snapshot.glob("*.safetensors"):
         (strange / path.name).symlink_to(path)
-    model = find_model(resolve(load_config(TINY, [settings[0], f"model.path={strange}"])), None)
+    model = find_model(resolve(load_config(TINY, [settings[0], f"model={{path: {strange}}}"])), None)
     assert (model.name, model.parameters) == ("unheard-of", expected)
     for path in strange.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(ConfigError, match="has no safetensors files"):
-        find_model(resolve(load_config(TINY, [settings[0], f"model.path={strange}"])), None)
+        find_model(resolve(load_config(TINY, [settings[0], f"model={{path: {strange}}}"])), None)
 
 
 def test_what_does_not_fit_is_said_with_the_settings_that_change_it(

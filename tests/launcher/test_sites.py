@@ -53,10 +53,15 @@ def test_every_commented_key_of_the_example_is_right_as_well(tmp_path: Path) -> 
         ("modules: cuda", "modules: 'cuda' should be a valid list"),
         ("environment: {TMPDIR: /x}", "environment: TMPDIR is set in every job; scratch names its folder"),
         ("environment: {A-B: x}", "environment: 'A-B' is no name of a variable"),
-        ("environment: {A: true}", "environment.A: should be text or a number; put it in quotes"),
+        ("environment: {A: [x]}", "environment.A: should be text, true, false or a number"),
+        ("environment: {A: }", "environment.A: is null or empty, and should be text; write '' for empty text"),
+        ("environment: {A: null}", "environment.A: is null or empty, and should be text"),
+        ("environment: {A: 1, A: 2}", "line 1: the key 'A' is given twice"),
+        ("gpus_per_node: 4\nmemory: 64G\ngpus_per_node: 8", "line 3: the key 'gpus_per_node' is given twice"),
+        ("gpus_per_node: 010", "gpus_per_node: '010' should be a valid integer"),
         ("container: {kind: pyxis}", "container.image: missing; pyxis needs one"),
         ("container: {kind: docker}", "container.kind: 'docker' should be 'none', 'pyxis', 'enroot' or 'apptainer'"),
-        ("just words", "expected `key: value` lines, found str"),
+        ("just words", "expected settings as `key: value` lines, found a single value"),
     ],
 )
 def test_a_wrong_profile_is_refused_in_one_line(text: str, said: str, tmp_path: Path) -> None:
@@ -65,6 +70,24 @@ def test_a_wrong_profile_is_refused_in_one_line(text: str, said: str, tmp_path: 
     assert said in str(refused.value)
     assert str(refused.value).startswith(f"--site: {tmp_path / 'site.yaml'}: ")
     assert "\n" not in str(refused.value)
+
+
+def test_variables_and_other_texts_are_taken_to_the_letter(tmp_path: Path) -> None:
+    told = site(
+        tmp_path,
+        "environment: {A: 0644, B: 1:20, C: on, D: 1e3, E: 007, F: 2024-01-01, G: 1.10, H: true, I: 1_000, J: ''}\n"
+        "modules: [12.10, 1:20]\nqueue: {account: 0042, partition: on}\ngpu_type: 3090\nmemory: 0\n",
+    )
+    assert told.environment == {
+        "A": "0644", "B": "1:20", "C": "on", "D": "1e3", "E": "007",
+        "F": "2024-01-01", "G": "1.10", "H": "true", "I": "1_000", "J": "",
+    }  # fmt: skip
+    assert told.modules == ["12.10", "1:20"]
+    assert (told.queue.account, told.queue.partition, told.gpu_type, told.memory) == ("0042", "on", "3090", "0")
+    script = vernier(
+        "launch", TINY, f"run.dir={tmp_path / 'run'}", "--site", tmp_path / "site.yaml", "--dry-run"
+    ).stdout
+    assert "\nexport A=0644\nexport B=1:20\nexport C=on\nexport D=1e3\nexport E=007\n" in script
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -44,7 +45,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
 
     Raises:
         ConfigError: one is no key=value, or it would throw away settings that it does not name. A whole section
-            (`model={type: gpt2, …}`) names what it replaces.
+            (`model={type: gpt2, …}`) names what it replaces. `model.path` does as well, and says so.
     """
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -56,7 +57,10 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
             nested = {part: nested}
         after = settings_merged(mapping, nested)
         lost = _lost(mapping, after, key, emptied=value is None and key in sections())
-        if lost:
+        if lost and key == "model.path" and value is not None:  # a directory brings its own: that is what it is for
+            names = ", ".join(lost)
+            logging.getLogger("vernier").warning(f"model.path: {value} takes the place of {names} in the config")
+        elif lost:
             raise ConfigError(_loss(key, value, lost))
         mapping = after
     return mapping
@@ -84,7 +88,7 @@ def _loss(key: str, value: Any, lost: list[str]) -> str:
     names = ", ".join(name.removeprefix(f"{section}.") for name in lost)
     shown = "null" if value is None else repr(str(value))
     said = f"{key}: {shown} would throw away what the config sets in {section}: {names}"
-    if key in ("model.type", "model.path") and value is not None:
-        whole = f"model={{{leaf}: {value}{', …' if leaf == 'type' else ''}}}"
+    if key == "model.type" and value is not None:
+        whole = f"model={{{leaf}: {value}, …}}"
         return f"{said}; for another model give it whole, {shlex.quote(whole)}, or in a file that `extends` this one"
     return f"{said}; set each of them to what it should be instead"

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -92,7 +93,7 @@ def import_once(module: str, model_types: tuple[str, ...] = ()) -> None:
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for GPUs must not open one
     with _one_thread():
-        import_module("torch.distributed.launcher.api")
+        import_module("torch.distributed.elastic.agent.server.local_elastic_agent")
         import_module(f"{module}.__main__" if module in IMPORTED else module)
         for name in IMPORTED.get(module, ()):
             with suppress(ImportError):  # only sooner; the rank says what is missing
@@ -127,68 +128,67 @@ def _import_model(kind: str) -> None:
 
 def run(group: RankGroup) -> int:
     """Starts the ranks of this node and waits for their end; gives 0 where all ended well, else 1."""
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    here = group.nodes == 1
-    if here:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    rendezvous_handler_registry.register("loopback", _on_loopback)
     why = why_not_fork() if group.start == "fork" else f"--start is {group.start}"
-    config = LaunchConfig(
-        min_nodes=group.nodes,
-        max_nodes=group.nodes,
-        nproc_per_node=group.nproc,
-        run_id="vernier",
-        rdzv_backend="loopback" if here else "static",
-        rdzv_endpoint=f"{group.address}:{group.port}",
-        rdzv_configs={"rank": group.node_rank},
-        local_addr=LOOPBACK if here else None,
-        monitor_interval=0.1,
-        max_restarts=0,
+    if why:
+        print(f"ranks are not forked: {why}", file=sys.stderr, flush=True)
+    if group.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in a line a rank
+    scratch = tempfile.TemporaryDirectory(prefix="vernier-agent-")  # torch's own would stay
+    agent = LocalElasticAgent(
+        WorkerSpec(
+            role="default",
+            local_world_size=group.nproc,
+            entrypoint=sys.executable if why else _rank,
+            args=("-u", "-m", group.module, *group.arguments) if why else (group.module, group.arguments),
+            rdzv_handler=_meeting(group),
+            max_restarts=0,
+        ),
+        logs_specs=DefaultLogsSpecs(log_dir=scratch.name),
         start_method="fork",
-        signals_to_handle=SIGNALS,
         shutdown_timeout=group.patience_s,
-        logs_specs=DefaultLogsSpecs(),
     )
     try:
-        if not why:
-            elastic_launch(config, _rank)(group.module, group.arguments)
-        else:
-            print(f"ranks are not forked: {why}", file=sys.stderr, flush=True)
-            elastic_launch(config, sys.executable)("-u", "-m", group.module, *group.arguments)
-    except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
-        return 1
+        with scratch:
+            result = agent.run()
     except SignalException as error:
         print(f"the agent ends: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    if not result.is_failed():
+        return 0
+    ends = {rank: (failure.pid, failure.exitcode) for rank, failure in result.failures.items()}
+    for rank, (pid, code) in sorted((_ends_of_forks(agent) | ends).items()):
+        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+        print(f"rank {rank} (pid {pid}): {how}", file=sys.stderr, flush=True)
+    return 1
 
 
-def _on_loopback(_: Any) -> Any:
+def _ends_of_forks(agent: Any) -> dict[int, tuple[int, int]]:
+    """(pid, exit code) of each rank that did not end well. Of forks torch tells but one, not always the first."""
+    first = agent.get_worker_group().workers[0].global_rank
+    forks = getattr(getattr(agent._pcontext, "_pc", None), "processes", ())
+    return {first + place: (one.pid, one.exitcode) for place, one in enumerate(forks) if one.exitcode}
+
+
+def _meeting(group: RankGroup) -> Any:
+    """Where the ranks' store is: that of the first of several nodes, or of this node on loopback alone."""
     from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    class Loopback(StaticTCPRendezvous):
-        """torch's static rendezvous of one node, with a store on loopback: of itself it would listen everywhere."""
-
-        def get_backend(self) -> str:
-            return "loopback"
-
-        def next_rendezvous(self) -> Any:
-            if self._store is None:
-                listener = socket.create_server((LOOPBACK, 0))
-                self.master_port = listener.getsockname()[1]
-                self._store = TCPStore(
-                    LOOPBACK, self.master_port, 1, True, self.timeout, master_listen_fd=listener.detach()
-                )
-            return super().next_rendezvous()
-
-    return Loopback(LOOPBACK, 0, 0, 1, "vernier", 600)
+    meeting = StaticTCPRendezvous(group.address, group.port, group.node_rank, group.nodes, "vernier", 600)
+    if group.nodes == 1:
+        listener = socket.create_server((LOOPBACK, 0))  # of itself the store would listen everywhere
+        meeting.master_addr, meeting.master_port = LOOPBACK, listener.getsockname()[1]
+        meeting._store = TCPStore(
+            LOOPBACK, meeting.master_port, 1, True, meeting.timeout, master_listen_fd=listener.detach()
+        )
+    return meeting
 
 
 def _rank(module: str, arguments: tuple[str, ...]) -> None:
@@ -222,7 +222,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("module", help="trainer or eval")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of each rank")
     asked = parser.parse_args(arguments)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     group = RankGroup(
         asked.module,
         tuple(asked.arguments),

@@ -29,7 +29,11 @@ ROOT = Path(__file__).parent.parent
 VERNIER = [sys.executable, "-m", "launcher.cli"]
 PROGRAMS = ("launcher.cli", "launcher.agent", "tests.trainer.hanging")
 # Heeded while Python and libraries are loaded, so never by a fork.
-AT_START = re.compile(r"(PYTHON|LD_|ATEN_|OMP_|MKL_|KMP_|TORCH|HF_|TRANSFORMERS_|DS_|CUDA_|MALLOC_).*")
+AT_START = re.compile(
+    r"(PYTHON|LD_|ATEN_|OMP_|MKL_|KMP_|TORCH|HF_|TRANSFORMERS_|DS_|CUDA_|MALLOC_|VERNIER_(LOGITS|JOURNAL)_).*"
+)
+    r"(PYTHON|LD_|ATEN_|OMP_|MKL_|KMP_|TORCH|HF_|TRANSFORMERS_|DS_|CUDA_|MALLOC_|VERNIER_LOGITS_|VERNIER_JOURNAL_).*"
+)
 STREAMS = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
 EXEC = subprocess.Popen
 SIGNATURE = inspect.signature(EXEC._execute_child)  # type: ignore[attr-defined]

@@ -196,7 +196,7 @@ def test_a_dry_run_shows_what_would_be_started(hosts: Hosts, tiny_data: Path, tm
     assert there[-1] == str(run / "train-config.yaml")
     assert " node-a " in first
     assert " node-c " in score
-    assert "--module eval" in score
+    assert " eval " in score
     assert "hf_secret" not in told
     assert not run.exists()
 

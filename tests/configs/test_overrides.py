@@ -12,7 +12,6 @@ SIZES = {"hidden_size": 48, "num_hidden_layers": 2}
     ("model", "override", "lost", "instead"),
     [
         ({"type": "llama", **SIZES}, "model.type=gpt2", "hidden_size, num_hidden_layers", "'model={type: gpt2, …}'"),
-        ({"type": "llama", **SIZES}, "model.path=a@5", "type, hidden_size, num_hidden_layers", "'model={path: a@5}'"),
         ({"path": "runs/a"}, "model.type=gpt2", "path", "'model={type: gpt2, …}'"),
         ({"type": "llama", **SIZES}, "model.type=null", "hidden_size, num_hidden_layers", "set each of them"),
         ({"type": "llama", **SIZES}, "model=", "type, hidden_size, num_hidden_layers", "set each of them"),
@@ -26,6 +25,13 @@ def test_no_part_of_a_model_is_thrown_away_unnamed(
     assert f"would throw away what the config sets in model: {lost}; " in str(refused.value)
     assert instead in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_directory_takes_the_place_of_a_model_and_says_of_what(caplog: pytest.LogCaptureFixture) -> None:
+    told = apply_overrides({"model": {"type": "llama", **SIZES}, "steps": 3}, ["model.path=a@5"])
+    assert told == {"model": {"path": "a@5"}, "steps": 3}
+    said = "model.path: a@5 takes the place of model.type, model.hidden_size, model.num_hidden_layers in the config"
+    assert caplog.messages == [said]
 
 
 @pytest.mark.parametrize("override", ["optimizer=null", "optimizer="])

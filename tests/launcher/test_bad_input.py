@@ -138,12 +138,11 @@ def test_a_time_limit_reaches_slurm_as_it_was_written(tmp_path: Path) -> None:
     assert "launch.time: '12.5' should be minutes, hours:minutes:seconds" in refused(*asked, "launch.time=12.5")
 
 
-@pytest.mark.parametrize("override", ["model.type=gpt2", "model.path=runs/a@5"])
-def test_an_override_throws_away_no_sizes_of_the_users_model(override: str, tmp_path: Path) -> None:
-    said = refused("plan", TINY, f"run.dir={tmp_path / 'run'}", override)
+def test_an_override_throws_away_no_sizes_of_the_users_model(tmp_path: Path) -> None:
+    said = refused("plan", TINY, f"run.dir={tmp_path / 'run'}", "model.type=gpt2")
     assert "would throw away what the config sets in model: " in said
     assert "hidden_size, intermediate_size, num_hidden_layers" in said
-    assert f"give it whole, 'model={{{override.removeprefix('model.').replace('=', ': ')}" in said
+    assert "give it whole, 'model={type: gpt2, …}'" in said
 
 
 def test_init_never_overwrites(tmp_path: Path) -> None:

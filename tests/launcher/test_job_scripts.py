@@ -269,7 +269,7 @@ def test_scratch_of_somebody_else_is_not_used(tmp_path: Path) -> None:
 def test_an_own_template_may_use_the_parts_of_ours(own_template: Path, tmp_path: Path) -> None:
     done = vernier("launch", TINY, f"run.dir={tmp_path / 'run'}", "--template", own_template, "--dry-run")
     assert "#SBATCH --comment=ours\n" in done.stdout
-    assert "-m torch.distributed.run" in done.stdout
+    assert "-m launcher.agent" in done.stdout
     assert not (tmp_path / "run").exists()
 
 

@@ -74,7 +74,8 @@ def test_the_evaluator_meets_at_master_addr_only_on_the_host_that_it_is_of(monke
     lines = show_ssh(ours, ("a", "b", "c", "d"))
     assert ["--master-addr 10.9.9.9 " in line for line in lines] == [True, True, False, False]
     beside = plan(Site(), "eval.placement=separate", "launch.nodes=2")
-    assert all("--master-addr 10.9.9.9 " in line for line in show_ssh(beside, ("a", "b")))
+    # The evaluator has one host, whose ranks meet on its loopback.
+    assert ["--master-addr " in line for line in show_ssh(beside, ("a", "b"))] == [True, True, False]
     assert all(" -oControlMaster=no -oClearAllForwardings=yes " in line for line in lines)
     assert all("PYTHONSAFEPATH=1" in line and " --across " in line for line in lines)
 

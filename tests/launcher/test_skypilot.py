@@ -148,7 +148,7 @@ def test_several_gpu_nodes_meet_at_the_first_and_share_a_volume(sky: Path, tiny_
         'MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n1)',
         '--nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK"',
         "--nproc-per-node=8",
-        "--module trainer /tmp/vernier-tiny.yaml",
+        " trainer /tmp/vernier-tiny.yaml",
     ):
         assert part in script
 

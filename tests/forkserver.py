@@ -32,8 +32,6 @@ PROGRAMS = ("launcher.cli", "launcher.agent", "tests.trainer.hanging")
 AT_START = re.compile(
     r"(PYTHON|LD_|ATEN_|OMP_|MKL_|KMP_|TORCH|HF_|TRANSFORMERS_|DS_|CUDA_|MALLOC_|VERNIER_(LOGITS|JOURNAL)_).*"
 )
-    r"(PYTHON|LD_|ATEN_|OMP_|MKL_|KMP_|TORCH|HF_|TRANSFORMERS_|DS_|CUDA_|MALLOC_|VERNIER_LOGITS_|VERNIER_JOURNAL_).*"
-)
 STREAMS = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
 EXEC = subprocess.Popen
 SIGNATURE = inspect.signature(EXEC._execute_child)  # type: ignore[attr-defined]

@@ -71,4 +71,5 @@ def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
         f"{reference['documents']:,} documents, {reference['samples']:,} samples, {reference['tokens']:,} tokens; "
         f"the largest document has {100 * reference['largest_document_share']:.2f} % of them",
     )
+    yield from (("caution", unmet) for unmet in facts.get("unmet", ()))  # not in data of an earlier version
     yield "data", str(data_dir)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from configs.load import dump_config
 from configs.schema import Config
+from eval.reference import retokenize
 from trainer.data.prepare import load_dataset_facts, prepare
+from trainer.run import check_run
 
 
 def config(tmp_path: Path, documents: int, **changes: Any) -> Config:
@@ -90,3 +93,23 @@ def test_prepare_prints_them_and_does_so_again_where_the_data_is_there(tmp_path:
         assert (
             "\nleft out   1 files of kinds that are not read\n           not read: more/old.jsonl.zst\n" in done.stdout
         )
+
+
+@pytest.mark.parametrize("length", [16, 32, 64])
+def test_training_in_other_windows_than_the_reference_set_is_told_and_not_refused(length: int, tmp_path: Path) -> None:
+    asked = config(tmp_path, 200)
+    prepare(asked, say=lambda _: None)
+    said: list[str] = []
+    check_run(asked.model_copy(update={"sequence_length": length}), tell=said.append)
+    if length == 32:
+        assert said == []
+        return
+    (line,) = said
+    assert line.startswith(f"caution: sequence_length: training has {length}, the windows of the reference set ")
+    assert "have 32: scores are of another length of context than training's" in line
+    assert line.endswith(f"--sequence-length {length} --out NEW_DIR")
+    retokenize(tmp_path / "out" / "reference", tmp_path / "out" / "tokenizer", tmp_path / "new", sequence_length=length)
+    other = asked.eval.model_copy(update={"reference": tmp_path / "new"})
+    said.clear()
+    check_run(asked.model_copy(update={"sequence_length": length, "eval": other}), tell=said.append)
+    assert said == []

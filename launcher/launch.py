@@ -169,7 +169,7 @@ def _check(plan: JobPlan, how: Launch) -> None:
     from trainer.run import check_run
 
     check_free(plan.run, lambda line: print(line))
-    check_run(as_checked(plan.config), extend=how.extend, force=how.force)
+    check_run(as_checked(plan.config), extend=how.extend, force=how.force, tell=print)
 
 
 def as_checked(config: Config) -> Config:

@@ -45,7 +45,7 @@ def launch_sweep(
     if how.dry_run:
         print(f"# ---- {script.path}\n{script.text}", end="")
         return EXIT_DONE
-    check_members(asked, as_checked)
+    check_members(asked, as_checked, print)
     with sole_starter(plan.run):
         return _submit(asked, plan, script, sweep.at_once, console)
 

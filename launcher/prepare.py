@@ -47,17 +47,14 @@ def run_retokenize(
 
 def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
     """(what, said) of each line of the data report."""
+    from trainer.data.read_report import left_out
+
     read, train, reference, split = (facts[k] for k in ("read", "train", "reference", "decontamination"))
     run, across = split["min_shared_run"], split["shared_runs_across"]
     yield "read", f"{read['documents_found']:,} documents; {read['bytes'] / 1e6:.1f} MB are used"
-    left_out = {
-        "empty": read["documents_empty"],
-        "exact duplicates": read["documents_duplicate"],
-        "beyond data.max_bytes": read["documents_beyond_max_bytes"],
-        "files not readable": read["files_skipped"],
-    }
-    yield "left out", ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count) or "nothing"
-    yield from (("", skipped) for skipped in read["skipped"])
+    first, *names = left_out(read, facts["settings"]["data.text_field"])
+    yield "left out", first
+    yield from (("", name) for name in names)
     yield "tokenizer", f"{facts['vocab_size']:,} entries"
     yield (
         "families",
@@ -74,4 +71,5 @@ def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
         f"{reference['documents']:,} documents, {reference['samples']:,} samples, {reference['tokens']:,} tokens; "
         f"the largest document has {100 * reference['largest_document_share']:.2f} % of them",
     )
+    yield from (("caution", unmet) for unmet in facts.get("unmet", ()))  # not in data of an earlier version
     yield "data", str(data_dir)

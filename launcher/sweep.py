@@ -30,11 +30,14 @@ FILE = "sweep.json"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-def check_members(sweep: Sweep, resolved: Callable[[Config], Config] = resolve) -> None:
+def check_members(
+    sweep: Sweep, resolved: Callable[[Config], Config] = resolve, tell: Callable[[str], None] | None = None
+) -> None:
     """Everything that can be found wrong with data, model and settings before any member starts.
 
     Args:
         resolved: fills in what hangs on the machine of the ranks; default that of this one.
+        tell: told, once, what is allowed and perhaps not meant.
 
     Raises:
         ConfigError: what is wrong, a line each.
@@ -42,14 +45,21 @@ def check_members(sweep: Sweep, resolved: Callable[[Config], Config] = resolve) 
     from trainer.run import check_run
 
     problems: dict[str, list[str]] = {}
+    cautions: dict[str, list[str]] = {}
     for member in sweep.members:
         try:
-            check_run(resolved(member.config))
+            said: list[str] = []
+            check_run(resolved(member.config), tell=said.append)
+            for caution in said:
+                cautions.setdefault(caution, []).append(member.name)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(member.name)
     if problems:
         raise ConfigError(*told_once(problems, len(sweep.members), sweep.axes))
+    if tell is not None:
+        for told in told_once(cautions, len(sweep.members), sweep.axes):
+            tell(told)
 
 
 def write_sweep(sweep: Sweep) -> Path:

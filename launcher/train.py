@@ -159,7 +159,7 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
 
     check_free(run, tell)
     _check_jobs(run)
-    check_run(config, extend=how.extend, fresh=how.fresh, force=how.force)
+    check_run(config, extend=how.extend, fresh=how.fresh, force=how.force, tell=tell)
     if how.fresh and run.path.exists():
         _move_away(run, tell)
     evaluator = config.eval.placement in ("separate", "het")

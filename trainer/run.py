@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -48,13 +50,19 @@ from trainer.watchdog import Watchdog
 
 
 def check_run(
-    config: Config, *, extend: bool = False, fresh: bool = False, force: bool = False
+    config: Config,
+    *,
+    extend: bool = False,
+    fresh: bool = False,
+    force: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """Everything that can be found wrong before a rank starts: gives (data facts, Hugging Face config).
 
     Args:
         fresh: what is in the run directory will be moved away, so it need not fit.
         force: go on with what may not change, too.
+        tell: told, in a line each, what is allowed and perhaps not meant.
 
     Raises:
         ConfigError: what is wrong, a line each.
@@ -64,7 +72,7 @@ def check_run(
     fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
     hf = check_model_settings(config, facts, fingerprint)
     if config.eval.placement != "none":
-        _check_reference(config, fingerprint, hf)
+        _check_reference(config, fingerprint, hf, tell)
     if len(Windows(config.data_dir, config.sequence_length)) < 1:
         raise ConfigError(
             f"sequence_length: {config.sequence_length} is longer than all training tokens; prepare more data"
@@ -78,8 +86,8 @@ def check_run(
     return facts, hf
 
 
-def _check_reference(config: Config, tokenizer: str, hf: Any) -> None:
-    """Refuses a reference set that the model, once trained, could not be scored on."""
+def _check_reference(config: Config, tokenizer: str, hf: Any, tell: Callable[[str], None] | None) -> None:
+    """Refuses a reference set that the model, once trained, could not be scored on; tells of other windows."""
     directory = config.reference_dir
     read_manifest(directory, "reference")
     facts = read_json(directory / "reference.json")
@@ -93,6 +101,13 @@ def _check_reference(config: Config, tokenizer: str, hf: Any) -> None:
         raise ConfigError(
             f"eval.reference: windows of {directory} have {facts['sequence_length']} tokens, the model {longest}; "
             "prepare a reference set with a shorter sequence_length"
+        )
+    if tell is not None and facts["sequence_length"] != config.sequence_length:
+        tell(
+            f"caution: sequence_length: training has {config.sequence_length}, the windows of the reference set "
+            f"{directory} have {facts['sequence_length']}: scores are of another length of context than training's; "
+            f"for a set in windows of {config.sequence_length}: vernier prepare --reference {directory} "
+            f"--tokenizer {config.data_dir / 'tokenizer'} --sequence-length {config.sequence_length} --out NEW_DIR"
         )
 
 
@@ -131,7 +146,10 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
         problems = list(batch_problems(config, ranks.world))
         if problems:
             raise ConfigError(*problems)
-        facts, hf = check_run(config, extend=extend, force=force_resume)
+        tell = None  # one rank tells, and none where `vernier` has told it already
+        if console is not None and not is_supervised():
+            tell = partial(console.print, markup=False)
+        facts, hf = check_run(config, extend=extend, force=force_resume, tell=tell)
         if ranks.first:
             if force_resume and console is not None:
                 changes = check_changes(config, extend=extend, force=True)

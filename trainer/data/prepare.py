@@ -26,6 +26,7 @@ from trainer.data.sources import Document
 from trainer.data.sources import read_documents as read_sources
 from trainer.data.split import Split, split_by_family
 from trainer.data.tokenizer import make_tokenizer
+from trainer.data.unmet import unmet_requests
 
 KIND = "dataset"
 FACTS = "dataset.json"
@@ -216,7 +217,7 @@ def _build(
             "give more data, or lower sequence_length or reference.max_fraction"
         )
     sha256 = shards.pop("sha256")
-    facts = {
+    facts: dict[str, Any] = {
         "name": config.name,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
@@ -235,6 +236,7 @@ def _build(
         "seconds": phases.seconds,
         "settings": settings,
     }
+    facts["unmet"] = list(unmet_requests(facts))
     write_atomic(part / FACTS, json.dumps(facts, indent=1))
     return facts
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataSettings
 from eval.samples import document_sha256
 from trainer.data.columns import COLUMN_SUFFIXES, is_saved_data_set, rows_of_file, rows_of_saved
+from trainer.data.read_report import ReadReport
 
 STDLIB = "python-stdlib"
 TEXT_SUFFIXES = frozenset(
@@ -64,7 +64,6 @@ TEXT_SUFFIXES = frozenset(
         ".cfg",
     ]
 )
-NAMED_SKIPS = 20
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -87,34 +86,6 @@ class Document(NamedTuple):
     def bytes(self) -> int:
         """Of prompt and text in UTF-8."""
         return len(self.prompt.encode()) + len(self.text.encode())
-
-
-@dataclass
-class ReadReport:
-    """What was met while reading."""
-
-    files: int = 0
-    rows: int = 0
-    bytes: int = 0
-    skipped: list[str] = field(default_factory=list)  # files that could not be read, and why
-    other_kinds: int = 0
-    empty: int = 0
-    duplicates: int = 0
-    beyond_max_bytes: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Counts, and the first of the skipped files by name."""
-        return {
-            "files": self.files,
-            "documents_found": self.rows,
-            "documents_empty": self.empty,
-            "documents_duplicate": self.duplicates,
-            "documents_beyond_max_bytes": self.beyond_max_bytes,
-            "bytes": self.bytes,
-            "files_of_other_kinds": self.other_kinds,
-            "files_skipped": len(self.skipped),
-            "skipped": self.skipped[:NAMED_SKIPS],
-        }
 
 
 def content_key(purpose: str, seed: int, sha256: str) -> str:
@@ -158,11 +129,13 @@ def read_documents(
     documents = _up_to([document for _, document in found], settings.max_bytes, report)
     if not documents:
         raise DataError(_nothing_found(names, settings, report))
-    if settings.prompt_field is not None and not any(document.prompt for document in documents):
-        raise ConfigError(
-            f"data.prompt_field: none of {len(documents)} documents has a prompt in {settings.prompt_field!r}; "
-            "name the column that has, or leave the setting out"
-        )
+    if settings.prompt_field is not None:
+        report.without_prompt = sum(not document.prompt for document in documents)
+        if report.without_prompt == len(documents):
+            raise ConfigError(
+                f"data.prompt_field: none of {len(documents)} documents has a prompt in {settings.prompt_field!r}; "
+                "name the column that has, or leave the setting out"
+            )
     return documents, report
 
 
@@ -185,11 +158,13 @@ def _up_to(documents: list[Document], max_bytes: int | None, report: ReadReport)
 def _nothing_found(names: list[str], settings: DataSettings, report: ReadReport) -> str:
     looked = (
         f"looked at {report.files} files: {report.rows} documents, {report.empty} of them empty, "
-        f"{len(report.skipped)} files not readable, {report.other_kinds} of other kinds"
+        f"{report.missing} without {settings.text_field!r}, {len(report.skipped)} files not readable, "
+        f"{len(report.other_kinds)} of other kinds"
     )
     if report.beyond_max_bytes:
         looked = f"data.max_bytes: {settings.max_bytes} is less than each of {report.beyond_max_bytes} documents"
-    first = f"; the first: {report.skipped[0]}" if report.skipped else ""
+    met = report.skipped + report.other_kinds
+    first = f"; the first: {met[0]}" if met else ""
     return f"data.source: no text in {', '.join(names)}; {looked}{first}"
 
 
@@ -201,14 +176,15 @@ def _all_rows(names: list[str], settings: DataSettings, report: ReadReport) -> I
         if name == STDLIB:
             yield from _standard_library(settings, report)
         elif path.is_dir() and is_saved_data_set(path):
-            report.files += 1
-            yield from _documents(rows_of_saved(path, settings.text_field, settings.prompt_field), path.name)
+            yield from _saved(path, path.name, settings, report)
         elif path.is_dir():
             yield from _folder(path, settings, report)
         elif path.exists() or path.is_symlink():
             if path.suffix.lower() not in TEXT_SUFFIXES | COLUMN_SUFFIXES:
                 kinds = ".txt .md .py … .jsonl .json .csv .parquet .arrow"
-                raise ConfigError(f"data.source: {name} is none of the kinds that are read ({kinds})")
+                raise ConfigError(
+                    f"data.source: {name} is none of the kinds that are read ({kinds}); unpack what is packed"
+                )
             yield from _file(path, path.name, settings, report, named=True)
         else:
             raise ConfigError(f"data.source: {name} does not exist")
@@ -216,7 +192,8 @@ def _all_rows(names: list[str], settings: DataSettings, report: ReadReport) -> I
 
 def _standard_library(settings: DataSettings, report: ReadReport) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root, report, without=_NOT_SOURCE):
+    # Its `.py` files are the source: what lies beside them is not passed over.
+    for path in _walk(root, ReadReport(skipped=report.skipped), without=_NOT_SOURCE):
         if path.suffix == ".py":
             yield from _file(path, f"{STDLIB}/{path.relative_to(root).as_posix()}", settings, report)
 
@@ -225,12 +202,11 @@ def _folder(root: Path, settings: DataSettings, report: ReadReport) -> Iterator[
     for path in _walk(root, report, without={"__pycache__"}):
         name = f"{root.name}/{path.relative_to(root).as_posix()}"
         if path.is_dir():
-            report.files += 1
-            yield from _documents(rows_of_saved(path, settings.text_field, settings.prompt_field), name)
+            yield from _saved(path, name, settings, report)
         elif path.suffix.lower() in TEXT_SUFFIXES | COLUMN_SUFFIXES:
             yield from _file(path, name, settings, report)
         else:
-            report.other_kinds += 1
+            report.other_kinds.append(name)
 
 
 def _walk(root: Path, report: ReadReport, without: set[str]) -> Iterator[Path]:
@@ -242,30 +218,44 @@ def _walk(root: Path, report: ReadReport, without: set[str]) -> Iterator[Path]:
     for where, folders, files in os.walk(root, onerror=unreadable):
         folder = Path(where)
         kept = sorted(n for n in folders if n not in without and not n.startswith("."))
+        shown = [n for n in files if not n.startswith(".")]
+        report.hidden += len(folders) - len(kept) + len(files) - len(shown)
         saved = [n for n in kept if is_saved_data_set(folder / n)]
         folders[:] = [n for n in kept if n not in saved]
-        yield from (folder / n for n in sorted([*saved, *files]) if not n.startswith("."))
+        linked = [folder / n for n in folders if (folder / n).is_symlink()]  # os.walk does not go into these
+        report.linked_folders += [f"{root.name}/{p.relative_to(root).as_posix()}" for p in linked]
+        yield from (folder / n for n in sorted([*saved, *shown]))
+
+
+def _saved(path: Path, name: str, settings: DataSettings, report: ReadReport) -> Iterator[Document]:
+    report.files += 1
+    try:
+        rows = list(rows_of_saved(path, settings.text_field, settings.prompt_field))
+    except UnicodeDecodeError as error:
+        report.skipped.append(f"{name}: not UTF-8 ({error.reason})")
+    else:
+        yield from _documents(rows, name, report)
 
 
 def _file(path: Path, name: str, settings: DataSettings, report: ReadReport, named: bool = False) -> Iterator[Document]:
     report.files += 1
     if path.suffix.lower() in COLUMN_SUFFIXES:
         try:
-            with open(path, "rb"):
-                pass
-        except OSError as error:
-            report.skipped.append(f"{name}: {error.strerror}")
-            return
-        try:
-            yield from _documents(rows_of_file(path, settings.text_field, settings.prompt_field), name)
+            # All its rows before the first is given on: a file that turns out to be broken is left out whole.
+            rows = list(rows_of_file(path, settings.text_field, settings.prompt_field))
         except UnicodeDecodeError as error:
             report.skipped.append(f"{name}: not UTF-8 ({error.reason})")
-        except ConfigError:
+        except OSError as error:
+            report.skipped.append(f"{name}: {error.strerror}")
+        except ConfigError as error:
             # In a folder of sources a .json file is most often somebody's settings, not a corpus.
             if named or path.suffix.lower() != ".json":
                 raise
             wanted = [repr(column) for column in (settings.text_field, settings.prompt_field) if column is not None]
-            report.skipped.append(f"{name}: no rows with {' and '.join(wanted)}")
+            why = "not JSON" if isinstance(error, DataError) else f"no rows with {' and '.join(wanted)}"
+            report.skipped.append(f"{name}: {why}")
+        else:
+            yield from _documents(rows, name, report)
         return
     try:
         # Bytes, not read_text(): line ends stay as they are. A byte order mark is no text.
@@ -278,5 +268,12 @@ def _file(path: Path, name: str, settings: DataSettings, report: ReadReport, nam
         yield Document(name, text)
 
 
-def _documents(rows: Iterable[tuple[str, str]], name: str) -> Iterator[Document]:
-    return (Document(f"{name}#{row}", text, prompt) for row, (text, prompt) in enumerate(rows))
+def _documents(rows: list[tuple[str | None, str]], name: str, report: ReadReport) -> Iterator[Document]:
+    if not rows:
+        report.without_rows.append(name)
+    for row, (text, prompt) in enumerate(rows):
+        if text is None:
+            report.rows += 1
+            report.missing += 1
+        else:
+            yield Document(f"{name}#{row}", text, prompt)

@@ -7,7 +7,7 @@ TORCH := 2.13.0
 RUN ?= runs/demo
 ROUNDS ?= 300
 SEED ?= 1
-WORKERS ?= 2
+WORKERS ?= 3
 TORTURE ?= build/torture
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
 
@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 help:
 	@echo "make setup     .venv with pinned packages and the vernier command"
 	@echo "make demo      train a small model on two ranks, score its checkpoints beside it, show which are better"
-	@echo "make test      tests of everything, WORKERS=2 files at a time (make gpu-test: those that need a GPU)"
+	@echo "make test      tests of everything, WORKERS=3 files at a time (make gpu-test: those that need a GPU)"
 	@echo "make test-long the long tests besides: clusters, rounds of kills, the demo in full"
 	@echo "make torture   trainings killed at random, ROUNDS=300 SEED=1, each held against one that was not; goes on if stopped"
 	@echo "make check     lint, format, types"

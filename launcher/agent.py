@@ -94,16 +94,16 @@ def import_once(module: str, model_types: tuple[str, ...] = ()) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for GPUs must not open one
     with _one_thread():
         import_module("torch.distributed.elastic.agent.server.local_elastic_agent")
-        import_module(f"{module}.__main__" if module in IMPORTED else module)
-        for name in IMPORTED.get(module, ()):
-            with suppress(ImportError):  # only sooner; the rank says what is missing
+        for name in (f"{module}.__main__", *IMPORTED[module]) if module in IMPORTED else (module,):
+            with suppress(Exception):  # only sooner; the rank says what is missing or broken
                 import_module(name)
-        if module == "trainer":
-            from trainer.engine import import_optimizers
+        with suppress(Exception):
+            if module == "trainer":
+                from trainer.engine import import_optimizers
 
-            import_optimizers()
-        for kind in model_types:
-            _import_model(kind)
+                import_optimizers()
+            for kind in model_types:
+                _import_model(kind)
 
 
 @contextmanager
@@ -122,8 +122,7 @@ def _one_thread() -> Iterator[None]:
 def _import_model(kind: str) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    with suppress(Exception):  # the rank says what is wrong with it
-        AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[kind]]
+    AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[kind]]
 
 
 def run(group: RankGroup) -> int:

@@ -118,25 +118,26 @@ def made_once(name: str, tmp_path_factory: pytest.TempPathFactory, make: Callabl
     """A folder that is made by the first of pytest's workers that wants it, for all of them."""
     session = tmp_path_factory.getbasetemp()
     session = session.parent if os.environ.get("PYTEST_XDIST_WORKER") else session
-    folder = session / name
-    with FileLock(session / f"{name}.lock"):
-        if not (session / f"{name}.made").exists():
+    folder = session / "tiny" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.made").exists():
             make(folder)
-            (session / f"{name}.made").touch()
+            Path(f"{folder}.made").touch()
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set with its reference set."""
-    return made_once("tiny-data", tmp_path_factory, lambda data: vernier("prepare", TINY, f"data.dir={data}") and None)
+    return made_once("data", tmp_path_factory, lambda data: vernier("prepare", TINY, f"data.dir={data}") and None)
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny recipe, its checkpoints scored inline."""
     settings = [TINY, f"data.dir={tiny_data}"]
-    return made_once("tiny-run", tmp_path_factory, lambda run: vernier("train", *settings, f"run.dir={run}") and None)
+    return made_once("run", tmp_path_factory, lambda run: vernier("train", *settings, f"run.dir={run}") and None)
 
 
 @pytest.fixture(scope="session")

@@ -27,10 +27,10 @@ def demo(data: Path) -> tuple[Path, str]:
 
 def test_in_small_it_ends_with_its_table_and_sees_one_optimizer_step(data: Path) -> None:
     run = data.with_name("small")
-    settings = [f"data.dir={data}", f"run.dir={run}", "steps=80", "snapshot.every=40", "snapshot.at=[60,61]"]
+    settings = [f"data.dir={data}", f"run.dir={run}", "steps=60", "snapshot.every=30", "snapshot.at=[40,41]"]
     said = vernier("train", "configs/demo.yaml", *settings).stdout
-    assert re.findall(r"^ *(\d+) +[\d,]+ +\d\.\d+ ± \d\.\d+", said, re.MULTILINE) == ["0", "40", "60", "61", "80"]
-    found = json.loads(vernier("compare", f"{run}@60", f"{run}@61", "--json").stdout)["difference"]
+    assert re.findall(r"^ *(\d+) +[\d,]+ +\d\.\d+ ± \d\.\d+", said, re.MULTILINE) == ["0", "30", "40", "41", "60"]
+    found = json.loads(vernier("compare", f"{run}@40", f"{run}@41", "--json").stdout)["difference"]
     assert abs(found["t"]) > 2
     assert abs(found["t_unpaired"]) < 1
     assert f"vernier board {run}" in said

@@ -46,7 +46,10 @@ def test_no_step_is_shown_twice_and_none_is_missing(tiny_data: Path, tmp_path: P
         while set(runs) != {"train", "eval"} and time.monotonic() < deadline:
             time.sleep(0.5)
             runs = ask(api + "tags") or {}
-        trained = ask(api + "scalars?run=train&tag=train/loss")
+        trained: list = []
+        while len(trained) < STEPS and time.monotonic() < deadline:  # it reads one file after another
+            time.sleep(0.5)
+            trained = ask(api + "scalars?run=train&tag=train/loss")
         assert [step for _, step, _ in trained] == list(range(1, STEPS + 1))
         assert [value for _, _, value in trained] == pytest.approx(losses(run), rel=1e-6)
         scored = ask(api + "scalars?run=eval&tag=eval/loss")

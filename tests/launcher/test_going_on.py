@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, TINY, VERNIER, lines, losses, table_of, vernier, wait_for
 from faults.running import processes, the
 
-STEPS = 400
-SETTINGS = [f"steps={STEPS}", "checkpoint.every=50", "snapshot.every=200", "model.attention_dropout=0.1"]
+STEPS = 240
+SETTINGS = [f"steps={STEPS}", "checkpoint.every=20", "snapshot.every=120", "model.attention_dropout=0.1"]
 
 
 def at_step(run: Path, step: int) -> Callable[[], bool]:
@@ -51,7 +51,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     where = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=separate", "eval.nproc=2"]
 
     training = start(*where)  # Ctrl-C: a checkpoint of the step it was at
-    wait_for(at_step(run, 60))
+    wait_for(at_step(run, 30))
     training.send_signal(signal.SIGINT)
     said, _ = training.communicate(timeout=60)
     assert training.returncode == 130, said
@@ -62,7 +62,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
 
     training = start(*where)  # kill -9 of the agent: its ranks and the evaluator go with it
-    wait_for(at_step(run, max(170, stopped_at + 60)))
+    wait_for(at_step(run, max(70, stopped_at + 30)))
     os.kill(the(run, "agent", "trainer"), signal.SIGKILL)
     said, _ = training.communicate(timeout=60)
     assert training.returncode == 1, said
@@ -71,7 +71,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     assert json.loads((run / "state.json").read_text())["state"] == "failed"
 
     training = start(*where)  # kill -9 of the evaluator: training does not notice; kill -9 of vernier: all go
-    wait_for(at_step(run, 230))
+    wait_for(at_step(run, 120))
     os.kill(the(run, "agent", "eval"), signal.SIGKILL)
     wait_for(lambda: "evaluator died" in (run / "events.jsonl").read_text())
     training.kill()
@@ -83,7 +83,7 @@ def test_stopped_and_killed_it_goes_on_to_the_same_bits(straight: Path, tiny_dat
     gone_within(run, 10)
     assert losses(run) == losses(straight)
     assert weights(run) == weights(straight)
-    for step in (0, 200, 400):
+    for step in (0, 120, 240):
         assert table_of(run, step).read_bytes() == table_of(straight, step).read_bytes()
 
     again = vernier("train", TINY, *SETTINGS, *where)  # a finished run says so

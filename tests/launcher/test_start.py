@@ -75,7 +75,7 @@ def test_both_leave_the_same_files_state_events_and_words(both: dict[str, tuple[
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", ["fork", pytest.param("exec", marks=pytest.mark.long)])
 def test_signals_and_deaths_come_to_the_same(start: str, tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [f"data.dir={tiny_data}", f"run.dir={run}", f"launch.start={start}", "eval.placement=separate"]

@@ -155,7 +155,7 @@ def test_a_process_alone_that_hangs_is_named_with_its_line(tmp_path: Path) -> No
 
 
 def test_neither_a_long_pause_of_one_rank_nor_a_suspended_job_is_a_hang(tmp_path: Path) -> None:
-    with group(tmp_path, "paused", 1, world=2, steps=400) as ranks:
+    with group(tmp_path, "paused", 1, world=2, steps=150) as ranks:
         ranks.wait_for("happened")
         time.sleep(7.0)  # the pause: rank 0 waits for it, for longer than it may wait for a rank that hangs
         pids = [ranks.pid(0), ranks.pid(1)]

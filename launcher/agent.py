@@ -92,7 +92,7 @@ def import_once(module: str, model_types: tuple[str, ...] = ()) -> None:
         model_types: kinds of Hugging Face models (`llama`) whose class is wanted.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for GPUs must not open one
-    with _one_thread():
+    with one_thread():
         import_module("torch.distributed.elastic.agent.server.local_elastic_agent")
         for name in (f"{module}.__main__", *IMPORTED[module]) if module in IMPORTED else (module,):
             with suppress(Exception):  # only sooner; the rank says what is missing or broken
@@ -107,8 +107,11 @@ def import_once(module: str, model_types: tuple[str, ...] = ()) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Has numeric libraries that are loaded meanwhile start no threads: none would live on in a fork."""
+def one_thread() -> Iterator[None]:
+    """Has numeric libraries that are loaded meanwhile start no threads, then or later: none would live on in a fork.
+
+    To be held around the first import of torch by whoever will fork ranks.
+    """
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -117,6 +120,8 @@ def _one_thread() -> Iterator[None]:
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
 
 
 def _import_model(kind: str) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
 from configs.whole import read_json
+from launcher.agent import one_thread
 from launcher.compare import parse_margin
 from launcher.processes import Started, end, last_lines, local_group, mpirun, start, start_here
 
@@ -50,8 +51,9 @@ def run_eval(
     Raises:
         ConfigError, DataError: usage, or a model that cannot be scored on this set. Nothing is scored then.
     """
-    from eval.models import check_fits, check_model
-    from eval.reference import load_reference
+    with one_thread():
+        from eval.models import check_fits, check_model
+        from eval.reference import load_reference
 
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is there and is no directory")
@@ -103,7 +105,8 @@ def table_for(model: Path, ensemble: str | None, reference: ReferenceSet, asked:
 
 def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc: int, **others: Any) -> Asked:
     """`Asked` with what was left open filled in."""
-    from eval.reference import load_reference
+    with one_thread():
+        from eval.reference import load_reference
 
     if dtype is None:
         dtype = "bf16" if gpu_count() else "fp32"

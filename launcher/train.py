@@ -27,6 +27,7 @@ from configs.rundir import RunDir
 from configs.scheduler import current_job
 from configs.schema import Config
 from configs.whole import write_atomic
+from launcher.agent import one_thread
 from launcher.eval_group import EvalGroup
 from launcher.job_log import job_ids, live_jobs, read_jobs
 from launcher.known_runs import remember
@@ -152,7 +153,8 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
         given: what the ranks are given. The same, unless they are on machines of another kind.
     """
     run = RunDir(config.run_dir)
-    from trainer.run import check_run, finished
+    with one_thread():
+        from trainer.run import check_run, finished
 
     def tell(line: str) -> None:
         console.print(line, markup=False)

@@ -53,6 +53,8 @@ def split_model(model: Any) -> tuple[Any, Head] | None:
         try:
             whole = model(input_ids=probe_BT, use_cache=False).logits
             parts = head(decoder(input_ids=probe_BT, use_cache=False).last_hidden_state)
+        except RuntimeError:  # a layer between the two changes the width (electra)
+            parts = whole.new_empty(0)
         finally:
             hook.remove()
     model.train(was_training)

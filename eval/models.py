@@ -188,21 +188,32 @@ def load_checked(auto: Any, kind: str, directory: Path, dtype: str, trust_remote
     return model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def check_causal(
     directory: Path, model: Any, logits_of: Callable[[torch.Tensor], torch.Tensor], device: torch.device | None = None
 ) -> None:
     """Refuses a model whose prediction hangs on what comes after: tried, since an encoder loads as a causal LM too."""
+    if sees_the_future(model, logits_of, device):
+        raise DataError(
+            f"{directory}: looks at what comes after a token, so it is no causal LM; use --objective masked or pll"
+        )
+
+
+@torch.no_grad()
+def sees_the_future(
+    model: Any, logits_of: Callable[[torch.Tensor], torch.Tensor], device: torch.device | None = None
+) -> bool:
+    """Whether another last token changes what is predicted before it.
+
+    Args:
+        logits_of: logits [1, T, V] of ids [1, T].
+    """
     last = model.config.get_text_config().vocab_size - 1
     ids = torch.arange(1, 9, device=device)[None] % (last + 1)
     other = torch.cat([ids[:, :-1], torch.full_like(ids[:, :1], last)], dim=1)
     a, b = (logits_of(given)[0, :-1].float() for given in (ids, other))
     if not bool(torch.isfinite(a).all()):
-        return  # its losses will be refused
-    if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())):
-        raise DataError(
-            f"{directory}: looks at what comes after a token, so it is no causal LM; use --objective masked or pll"
-        )
+        return False  # its losses will be refused
+    return not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
 
 
 def check_loaded(directory: Path, info: dict[str, Any]) -> None:

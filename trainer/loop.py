@@ -152,7 +152,8 @@ def micro_batches(
     for chosen in share_of(windows, rank=ranks.rank, world=ranks.world, micro=micro):
         rows, scored = data.rows(chosen)
         block = torch.from_numpy(rows)
-        ids_BT, target_BT = block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        # The targets are written to: of one window `contiguous` would copy nothing, and the ids would change with them.
+        ids_BT, target_BT = block[:, :-1].contiguous(), block[:, 1:].clone()
         if scored is not None:
             target_BT[~torch.from_numpy(scored)] = IGNORED
         if ranks.device.type == "cuda":

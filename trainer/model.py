@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from torch import nn
 from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
 from eval.losses import IGNORED, split_model, training_loss
-from eval.models import check_loaded, check_model
+from eval.models import check_loaded, check_model, sees_the_future
 from eval.ranks import environment_ranks, seed_everything
 from trainer.dropout import drops, recompute_contexts
 from trainer.weights import check_step, find_step, load_masters
+
+WIDEST_TRIED = 1536  # one layer of this takes half a second
 
 
 def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
@@ -100,7 +104,57 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
             )
     if problems:
         raise ConfigError(*problems)
+    check_looks_back(config, hf)
     return hf
+
+
+def check_looks_back(config: Config, hf: Any) -> None:
+    """Refuses a model that sees the token it is to predict, whose loss would mean nothing: one layer of it is tried.
+
+    Raises:
+        ConfigError: it does, or cannot be run at all; and what to do.
+    """
+    text = hf.get_text_config()
+    switch = getattr(text, "is_decoder", None)  # of encoders that can be made to look back only
+    width = getattr(text, "hidden_size", None)
+    if switch is None and (not isinstance(width, int) or width > WIDEST_TRIED):
+        return  # without the switch no type of transformers' causal LMs looks ahead; this is for a mistake of its own
+    kind = f"model.type: {hf.model_type}" if config.model.path is None else f"model.path: {config.model.path}"
+    what_to_do = "set model.is_decoder: true to train it as a causal LM (there is no masked training yet)"
+    if switch:
+        what_to_do = "take another type: a decoder such as llama or gpt2, or bert with is_decoder: true"
+    try:
+        model = _one_layer(hf)
+        ahead = sees_the_future(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
+    except Exception as error:  # each model class raises its own kinds
+        if switch is None:
+            return  # perhaps only as one layer; the ranks will say
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{kind} is an encoder that does not run as a causal LM ({said}); {what_to_do}") from None
+    if ahead:
+        raise ConfigError(f"{kind} sees the tokens after the one that it predicts, as encoders do; {what_to_do}")
+
+
+def _one_layer(hf: Any) -> Any:
+    """A model of this kind with one layer and few entries in its vocabulary (where it has these), at random, on the
+    CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    small = copy.deepcopy(hf)
+    text = small.get_text_config()
+    text.vocab_size = min(text.vocab_size, 1024)
+    with suppress(NotImplementedError):  # an encoder and a decoder, each with a number of its own
+        text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is wrong is said by us
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    finally:
+        logging.set_verbosity(before)
 
 
 def _home(path: Path | None) -> Path | None:

@@ -145,6 +145,25 @@ def test_an_override_throws_away_no_sizes_of_the_users_model(tmp_path: Path) -> 
     assert "give it whole, 'model={type: gpt2, …}'" in said
 
 
+@pytest.mark.parametrize("kind", ["bert", "electra", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("placement", ["inline", "separate"])
+def test_an_encoder_that_sees_what_it_is_to_predict_is_refused_before_a_rank_starts(
+    kind: str, placement: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    sizes = "hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4"
+    model, run = f"model={{type: {kind}, {sizes}, max_position_embeddings: 80}}", tmp_path / "run"
+    config = tmp_path / "encoder.yaml"
+    config.write_text((ROOT / TINY).read_text().split("model:")[0] + "batch: {global: 16, micro: 4}\n")
+    where = ["train", config, f"data.dir={tiny_data}", f"run.dir={run}", f"eval.placement={placement}"]
+    said = refused(*where, model)
+    assert said.startswith(f"error: model.type: {kind} ")
+    assert "set model.is_decoder: true to train it as a causal LM" in said
+    assert not run.exists()
+    if kind in ("bert", "electra"):
+        few = ["steps=2", "schedule.warmup_steps=0", "snapshot.every=2", "eval.placement=inline"]
+        vernier(*where, model, "model.is_decoder=true", *few)
+
+
 def test_init_never_overwrites(tmp_path: Path) -> None:
     vernier("init", tmp_path)
     (tmp_path / "vernier.yaml").write_text("mine")

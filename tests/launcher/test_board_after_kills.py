@@ -13,8 +13,6 @@ from conftest import ROOT, TINY, VERNIER, ask, losses, vernier, wait_for
 from faults.running import the
 from test_going_on import at_step, gone_within
 
-pytestmark = pytest.mark.real
-
 STEPS = 150
 SETTINGS = [f"steps={STEPS}", "checkpoint.every=10", "snapshot.every=25", "eval.placement=separate"]
 

@@ -50,6 +50,7 @@ def test_seeds_of_neighbouring_positions_have_nothing_in_common() -> None:
 CUTS = {
     "one rank, 8 × 4": ["nproc=1", "batch.micro=8"],
     "two ranks, 16 × 1": ["nproc=2", "batch.micro=16"],
+    "two ranks, 1 × 16": ["nproc=2", "batch.micro=1"],  # where out-of-memory leads, with masks too
 }
 
 
@@ -75,7 +76,8 @@ def test_both_cuts_of_a_batch_give_the_same_losses(ragged: bool, tiny_data: Path
         vernier("train", TINY, f"data.dir={data}", f"run.dir={run}", *settings, *cut)
         curves.append(np.array(losses(run)))
     assert len(curves[0]) == 50
-    assert np.max(np.abs(curves[0] / curves[1] - 1)) < 1e-4
+    for curve in curves[1:]:
+        assert np.max(np.abs(curves[0] / curve - 1)) < 1e-4
     if ragged:
         import json
 

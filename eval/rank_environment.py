@@ -309,6 +309,12 @@ def meet() -> Meeting:
     return meeting
 
 
+def forget() -> None:
+    """Has this process ask anew: it was forked, and is another rank than its parent was."""
+    this_rank.cache_clear()
+    meet.cache_clear()
+
+
 def environment_ranks() -> tuple[int, int, int]:
     """(rank, world, local rank) of this process."""
     told = this_rank()

@@ -197,7 +197,10 @@ def _meeting(group: RankGroup) -> Any:
 
 def _rank(module: str, arguments: tuple[str, ...]) -> None:
     """A rank, in the process that torch's agent has forked for it."""
+    from eval.rank_environment import forget
+
     unheard()
+    forget()
     setproctitle(f"vernier rank {os.environ['RANK']}: python -m {module} {' '.join(arguments)}")
     main = getattr(import_module(module), "main", None) or import_module(f"{module}.__main__").main
     code = main(list(arguments))

@@ -22,6 +22,7 @@ from configs.rundir import RunDir
 from configs.schema import NAME_PATTERN, Config
 from configs.whole import read_json, write_atomic
 from configs.yaml_text import parse_mapping
+from launcher.agent import one_thread
 from launcher.sweep_members import Member, Sweep, members, told_once
 
 __all__ = ["Member", "Sweep", "check_members", "member_of", "members", "read_sweep", "run_local", "write_sweep"]
@@ -42,7 +43,8 @@ def check_members(
     Raises:
         ConfigError: what is wrong, a line each.
     """
-    from trainer.run import check_run
+    with one_thread():
+        from trainer.run import check_run
 
     problems: dict[str, list[str]] = {}
     cautions: dict[str, list[str]] = {}

@@ -119,8 +119,12 @@ def check_looks_back(config: Config, hf: Any) -> None:
     width = getattr(text, "hidden_size", None)
     if switch is None and (not isinstance(width, int) or width > WIDEST_TRIED):
         return  # without the switch no type of transformers' causal LMs looks ahead; this is for a mistake of its own
-    kind = f"model.type: {hf.model_type}" if config.model.path is None else f"model.path: {config.model.path}"
-    what_to_do = "set model.is_decoder: true to train it as a causal LM (there is no masked training yet)"
+    if environment_ranks()[2] != 0:
+        return  # the first rank of a node tries it for all
+    kind, where = f"model.type: {hf.model_type}", "model.is_decoder: true"
+    if config.model.path is not None:
+        kind, where = f"model.path: {config.model.path}", '"is_decoder": true in its config.json'
+    what_to_do = f"set {where} to train it as a causal LM (there is no masked training yet)"
     if switch:
         what_to_do = "take another type: a decoder such as llama or gpt2, or bert with is_decoder: true"
     try:

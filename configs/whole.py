@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -45,18 +46,32 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # falls with its writer; see `clear_unfinished`
             os.fchmod(file.fileno(), 0o644)
             file.write(data)
+            file.flush()
             if durable:
-                file.flush()
                 os.fsync(file.fileno())
-        os.replace(name, path)
+            os.replace(name, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(name)
         raise
     if durable:
         fsync_path(path.parent)
+
+
+def clear_unfinished(folder: Path, pattern: str) -> None:
+    """Removes what writers that were killed inside `write_atomic` have left of files like `pattern` in a folder."""
+    for left in folder.glob(f".{pattern}.????????"):
+        with suppress(OSError):  # it has just got its name, or its writer is at work
+            descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:

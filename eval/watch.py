@@ -11,7 +11,7 @@ from configs.errors import DataError
 from configs.rundir import RunDir, step_name, step_of
 from configs.scheduler import current_job, is_active
 from configs.schema import Config
-from configs.whole import MANIFEST
+from configs.whole import MANIFEST, clear_unfinished
 from eval.board import EvalBoard, last_shown
 from eval.journal import Journal, clear
 from eval.models import check_fits, check_model, weights_fingerprint
@@ -76,6 +76,7 @@ class RunScores:
         self.run, self.reference, self.dtype = run, reference, dtype
         self.board: EvalBoard | None = None
         self.refused: dict[int, int] = {}  # steps, and when their snapshot was written; another of that step counts
+        clear_unfinished(self._path(0).parent, "step-*.parquet")
 
     def scored(self) -> list[int]:
         """Steps that have their table, ascending; the snapshots of some may be gone."""

@@ -11,7 +11,7 @@ import pytest
 
 from configs.errors import DataError
 from configs.rundir import RunDir, read_jsonl
-from configs.whole import verify, whole_directory
+from configs.whole import clear_unfinished, verify, whole_directory
 
 
 @pytest.fixture
@@ -108,3 +108,26 @@ def test_state_keeps_what_is_not_said_again(tmp_path: Path) -> None:
     assert (state["state"], state["step"], state["attempt"], state["exit_code"]) == ("done", 3, 1, 0)
     assert state["heartbeat"] > 0
     assert sorted(os.listdir(tmp_path)) == ["events.jsonl", "state.json"]  # the first is locked for a change
+
+
+def test_what_a_killed_writer_left_of_a_file_is_cleared_and_what_one_at_work_writes_stays(tmp_path: Path) -> None:
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from configs.whole import write_atomic
+        os.replace = lambda *_: os.kill(os.getpid(), int(sys.argv[2]))
+        write_atomic(Path(sys.argv[1]), "half")
+    """
+    root, path = Path(__file__).parents[2], tmp_path / "step-1.parquet"
+    command = [sys.executable, "-c", code, str(path)]
+    subprocess.run([*command, str(int(signal.SIGKILL))], cwd=root, check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".step-1.parquet.")
+    with subprocess.Popen([*command, str(int(signal.SIGSTOP))], cwd=root) as at_work:
+        os.waitid(os.P_PID, at_work.pid, os.WSTOPPED)
+        clear_unfinished(tmp_path, "step-*.parquet")
+        (its,) = tmp_path.iterdir()
+        assert its != left
+        at_work.kill()
+    clear_unfinished(tmp_path, "step-*.parquet")
+    assert not list(tmp_path.iterdir())

@@ -331,8 +331,7 @@ def test_ranks_end_with_a_doctor_that_is_interrupted(tmp_path: Path) -> None:
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=environment, stderr=-3) as doctor:
-        wait_until(lambda: len(of_preflight(tmp_path)) == 3)  # the agent and two ranks
-        os.kill(max(of_preflight(tmp_path)), signal.SIGSTOP)  # else they may be done by now
+        wait_until(lambda: len(of_preflight(tmp_path)) >= 2)  # the agent, and a rank at its start
         doctor.send_signal(signal.SIGINT)
         assert doctor.wait(30) != 0
     wait_until(lambda: not of_preflight(tmp_path))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setproctitle import setproctitle
 
-from configs.parent import kill_with_parent
+from configs.parent import end_at_once, kill_with_parent
 from configs.terminal import is_lent
 from launcher.agent import RankGroup, run, unheard
 
@@ -123,6 +123,4 @@ def _live(
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)

@@ -167,6 +167,7 @@ def live(asked: dict[str, Any], descriptors: list[int]) -> NoReturn:
     """The life of a forked command."""
     from setproctitle import setproctitle
 
+    from configs.parent import end_at_once
     from launcher.agent import unheard
 
     code = 1
@@ -195,9 +196,7 @@ def live(asked: dict[str, Any], descriptors: list[int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
 
 
 def import_everything() -> None:

@@ -52,9 +52,10 @@ def split_model(model: Any) -> tuple[Any, Head] | None:
         hook = head.register_forward_pre_hook(lambda _, given: (100 * given[0],))
         try:
             whole = model(input_ids=probe_BT, use_cache=False).logits
-            parts = head(decoder(input_ids=probe_BT, use_cache=False).last_hidden_state)
-        except RuntimeError:  # a layer between the two changes the width (electra)
-            parts = whole.new_empty(0)
+            try:
+                parts = head(decoder(input_ids=probe_BT, use_cache=False).last_hidden_state)
+            except RuntimeError:  # a layer between the two changes the width (electra)
+                parts = whole.new_empty(0)
         finally:
             hook.remove()
     model.train(was_training)
@@ -118,13 +119,18 @@ def mixture_nll(
 def training_loss(
     parts: tuple[Any, Head], ids_BT: torch.Tensor, target_BT: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable).
+    """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable)."""
+    decoder, head = parts
+    hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+    return loss_of_hidden(hidden_BTH, target_BT, head, vocab_size)
+
+
+def loss_of_hidden(hidden_BTH: torch.Tensor, target_BT: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
+    """As `training_loss`, of what the decoder gives.
 
     Where the logits of all targets would be large, they are made chunk by chunk and again in the backward pass.
     """
-    decoder, head = parts
-    hidden_NH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
-    target_N = target_BT.flatten()
+    hidden_NH, target_N = hidden_BTH.flatten(0, 1), target_BT.flatten()
 
     def summed(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(hidden).float(), target, ignore_index=IGNORED, reduction="sum")

@@ -1,8 +1,8 @@
 """`python -m benchmarks.model_kinds [KIND…]`: is what we train what transformers trains?
 
 Every kind of causal LM that transformers knows is made small, with random weights, and its own loss on a few tokens
-held against ours (`trainer.model.checked_router_weight`), with and without the auxiliary loss of a router. Kinds that refuse
-small sizes, or run with an encoder's mask, are named with the reason.
+held against ours (`trainer.model.checked_router_weight`), with and without the auxiliary loss of a router. Kinds that
+refuse small sizes, or run with an encoder's mask, are named with the reason.
 """
 
 from __future__ import annotations

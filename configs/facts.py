@@ -9,10 +9,10 @@ from configs.errors import DataError
 from configs.rundir import RunDir
 from configs.whole import read_json
 
-_TABLES_ON_IT: dict[str, type] = {"name": str, "fingerprints.tokens": str}
 _REFERENCE: dict[str, type] = {
-    **_TABLES_ON_IT,
+    "name": str,
     "fingerprints.text": str,
+    "fingerprints.tokens": str,
     "tokenizer.fingerprint": str,
     "tokenizer.vocab_size": int,
     "sequence_length": int,
@@ -23,16 +23,16 @@ _DATASET: dict[str, type] = {"fingerprints.data": str, "vocab_size": int}
 _RUN: dict[str, type] = {"data.data": str}
 
 
-def read_reference_facts(directory: Path, *, named_only: bool = False) -> dict[str, Any]:
+def read_reference_facts(directory: Path, *needed: str) -> dict[str, Any]:
     """What `reference.json` of a reference set says.
 
     Args:
-        named_only: what tells which loss tables are on it will do: its name, and the fingerprint of its tokens.
+        needed: what has to be there, such as `fingerprints.tokens`; without any, all that scoring needs.
 
     Raises:
         DataError: it is missing or damaged.
     """
-    keys = _TABLES_ON_IT if named_only else _REFERENCE
+    keys = {key: kind for key, kind in _REFERENCE.items() if not needed or key in needed}
     return _read(directory / "reference.json", keys, "make the reference set again, or take a good copy")
 
 

@@ -129,7 +129,7 @@ def _change(
 
 
 def _check_reference(table: LossTable, reference_dir: Path) -> None:
-    found = read_reference_facts(reference_dir, named_only=True)["fingerprints"]["tokens"]
+    found = read_reference_facts(reference_dir, "fingerprints.tokens")["fingerprints"]["tokens"]
     wanted = table.meta.get("reference")
     if found != wanted:
         raise DataError(

@@ -244,13 +244,19 @@ def find_reference(given: Path | None, table: LossTable, found: list[Found]) -> 
     if given is not None:
         if not (given / "reference.json").is_file():
             raise ConfigError(f"--reference: {given} is not a reference set (it has no reference.json)")
-        if read_reference_facts(given, named_only=True)["fingerprints"]["tokens"] != table.meta.get("reference"):
+        try:
+            tokens = read_reference_facts(given, "fingerprints.tokens")["fingerprints"]["tokens"]
+        except DataError as error:
+            raise ConfigError(
+                f"--reference: {given}/reference.json does not say which tokens it has ({error})"
+            ) from None
+        if tokens != table.meta.get("reference"):
             raise ConfigError(f"--reference: {given} is not the set that these tables were scored on")
         return given
     for run in dict.fromkeys(one.run for one in found if one.run is not None):
         try:
             directory = load_config(run / "config.yaml").reference_dir
-            if read_reference_facts(directory, named_only=True)["fingerprints"]["tokens"] == table.meta.get(
+            if read_reference_facts(directory, "fingerprints.tokens")["fingerprints"]["tokens"] == table.meta.get(
                 "reference"
             ):
                 return directory

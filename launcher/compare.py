@@ -356,7 +356,7 @@ def _sources(reference: Path | None) -> list[str]:
 def _length(reference: Path | None) -> int | None:
     from configs.facts import read_reference_facts
 
-    return None if reference is None else int(read_reference_facts(reference)["sequence_length"])
+    return None if reference is None else int(read_reference_facts(reference, "sequence_length")["sequence_length"])
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], json_out: bool, console: Console) -> None:

@@ -56,5 +56,5 @@ def can_be_scored(run: RunDir, config: Config) -> bool:
 
 
 def _folder(reference: Path) -> str:
-    facts = read_reference_facts(reference, named_only=True)
+    facts = read_reference_facts(reference, "name", "fingerprints.tokens")
     return tables_folder(facts["name"], facts["fingerprints"]["tokens"])

@@ -72,7 +72,7 @@ def _remove(folder: Path, steps: list[int]) -> None:
 def _losses(run: RunDir, config: Config, steps: list[int]) -> dict[int, float]:
     """Mean loss (nats per token) of each snapshot that is scored as the run's evaluator does it, with these weights."""
     try:
-        facts = read_reference_facts(config.reference_dir, named_only=True)
+        facts = read_reference_facts(config.reference_dir, "name", "fingerprints.tokens")
     except DataError:
         return {}
     folder = run.losses / tables_folder(facts["name"], facts["fingerprints"]["tokens"])

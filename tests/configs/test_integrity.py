@@ -62,7 +62,7 @@ def test_an_older_manifest_is_held_to_its_keys(kind: str) -> None:
             {k: v for k, v in whole.items() if k != key},
             {f"x{k}" if k == key else k: v for k, v in whole.items()},
         ):
-            with pytest.raises(ValueError, match="changed since|expected a"):
+            with pytest.raises(ValueError, match=r"changed since|expected a"):
                 parse_manifest(json.dumps(changed).encode(), "any", kind)
     (name, *_) = whole["files"]
     for fact in ({"sha256": "0" * 64}, {"shb256": "0" * 64, "bytes": 7}, {"sha256": "0", "bytes": 7}, 7):

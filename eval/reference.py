@@ -247,7 +247,9 @@ def read_documents(directory: Path) -> tuple[list[str], list[str], list[str]]:
 
     path = directory / "documents.parquet"
     there = pq.read_schema(path).names
-    table = pq.read_table(path, columns=["source", "text", *(["prompt"] if "prompt" in there else [])])
+    table = pq.read_table(
+        path, columns=["source", "text", *(["prompt"] if "prompt" in there else [])], page_checksum_verification=True
+    )
     texts = table["text"].to_pylist()
     prompts = table["prompt"].to_pylist() if "prompt" in there else [""] * len(texts)
     return table["source"].to_pylist(), texts, prompts
@@ -274,7 +276,7 @@ def _write_documents(
     }
     if prompts is not None:  # a set without prompts is the same files as ever
         columns["prompt"] = pa.array(prompts, pa.large_string())
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, write_page_checksum=True)
 
 
 def _write_samples(path: Path, samples: Samples) -> None:
@@ -294,7 +296,7 @@ def _write_samples(path: Path, samples: Samples) -> None:
             "bytes": pa.array(samples.bytes),
         }
     )
-    pq.write_table(table, path)
+    pq.write_table(table, path, write_page_checksum=True)
 
 
 def _read_samples(path: Path) -> Samples:
@@ -302,7 +304,7 @@ def _read_samples(path: Path) -> Samples:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
         ids = table["input_ids"]
         lengths = np.asarray(pa.compute.list_value_length(ids), dtype=np.int64)
         columns = {

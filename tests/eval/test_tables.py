@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from configs.errors import DataError
 from eval.compare import compare_tables
+from eval.journal import Journal, folder_of, no_scores, scores_of_table
 from eval.tables import LossTable, parse_table_name, read_table, table_name, write_table
 
 
@@ -206,3 +208,21 @@ def test_a_table_of_an_older_vernier_is_compared_with_a_caution(tmp_path: Path) 
         "old: its table has no digest, so damage to it would not be seen"
     ]
     assert not any("digest" in caution for caution in compare_tables(a_table(), a_table()).cautions)
+
+
+def test_a_turned_bit_in_what_a_killed_scoring_left_is_scored_again(tmp_path: Path) -> None:
+    found, table = scores_of_table(a_table()), tmp_path / "t.parquet"
+    assert found is not None
+    sums, counts = found
+    journal = Journal(table, a_table().meta, rank=0)
+    for half in (torch.arange(20), torch.arange(20, 40)):
+        journal.add(half, sums[half], counts[half])
+        journal.flush()
+    first = min(folder_of(table).iterdir())
+    content = bytearray(first.read_bytes())
+    content[-3] ^= 16  # in the numbers, which are behind the header
+    first.write_bytes(content)
+    into = no_scores(40)
+    journal.read(into)
+    assert into.has().tolist() == [False] * 20 + [True] * 20
+    assert torch.equal(into.sums[20:], sums[20:])

@@ -242,14 +242,22 @@ def _tokens_fingerprint(text: str, tokenizer: str, sequence_length: int, samples
 
 
 def read_documents(directory: Path) -> tuple[list[str], list[str], list[str]]:
-    """(sources, texts, prompts) of a reference set's documents, in its order; a prompt is "" where there is none."""
+    """(sources, texts, prompts) of a reference set's documents, in its order; a prompt is "" where there is none.
+
+    Raises:
+        DataError: they are missing or damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = directory / "documents.parquet"
-    there = pq.read_schema(path).names
-    table = pq.read_table(
-        path, columns=["source", "text", *(["prompt"] if "prompt" in there else [])], page_checksum_verification=True
-    )
+    try:
+        there = pq.read_schema(path).names
+        asked = ["source", "text", *(["prompt"] if "prompt" in there else [])]
+        table = pq.read_table(path, columns=asked, page_checksum_verification=True)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        said = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as a reference set's documents ({said})") from None
     texts = table["text"].to_pylist()
     prompts = table["prompt"].to_pylist() if "prompt" in there else [""] * len(texts)
     return table["source"].to_pylist(), texts, prompts

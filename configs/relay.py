@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO, cast
 
+from configs.files import open_to_read
 from configs.terminal import VARIABLE
 
 MARK = "vernier> "
@@ -54,7 +55,7 @@ class Relay:
     def new_lines(self) -> list[str]:
         """Marked lines that have come to be whole since the last look, without their mark."""
         try:
-            with open(self.log, "rb") as file:
+            with open_to_read(self.log) as file:
                 file.seek(self.offset)
                 new = file.read()
         except OSError:

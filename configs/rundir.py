@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -13,25 +12,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from configs.errors import DataError, VernierError
-from configs.whole import MANIFEST, read_json, write_atomic
+from configs.files import open_to_read, open_to_write, read_bytes
+from configs.json_lines import append_line as append_line
+from configs.json_lines import read_jsonl as read_jsonl
+from configs.json_lines import wait_for_flock
+from configs.seal import parsed, sealed
+from configs.steps import step_name as step_name  # for those who name what lies in a run
+from configs.steps import step_of as step_of
+from configs.whole import MANIFEST, write_atomic
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "failed"]
-STATE_PATIENCE_S = 5.0  # a process may be stopped while it writes; nobody else is to hang for that
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
-
-
-def step_name(step: int) -> str:
-    """Folder or table name of a step, sorted as text like the steps themselves."""
-    return f"step-{step:08d}"
-
-
-def step_of(name: str) -> int | None:
-    """The step that a folder or table name starts with, or None."""
-    match = _STEP_FOLDER.match(name)
-    return int(match.group(1)) if match else None
+_LOGS = ("rank-*.log", "eval-rank-*.log", "*torchrun*.log", "*mpirun.log")
+# What a run's state says of itself, where it says it: whoever reads it counts with these kinds.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("attempt", "step", "steps", "exit_code"), (int,)),
+    **dict.fromkeys(("state", "again", "job", "host"), (str,)),
+    "heartbeat": (int, float),
+    "failure": (dict,),
+    "job_ended": (bool,),
+}
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,59 @@ class RunDir:
         return sorted(s for name, s in steps.items() if s is not None and name == step_name(s))
 
     def read_state(self) -> dict[str, Any]:
-        """`state.json`; empty where the run has none, or one that a power cut left empty: the run will mend it."""
+        """`state.json`; empty where the run has none, or a damaged one: nothing is believed of that, see `check_state`.
+
+        What a run goes on from are its checkpoints, and these do not hang on it.
+        """
         try:
-            return dict(read_json(self.state))
-        except (DataError, TypeError, ValueError):
+            return self._state()
+        except DataError:
             return {}
+
+    def check_state(self) -> None:
+        """Refuses a `state.json` that is damaged; not one that a power cut has left empty, which the run will mend.
+
+        Raises:
+            DataError: says what is wrong with it, and what to do.
+        """
+        self._state()
+
+    def check_files(self) -> None:
+        """Refuses what a start would write through or wait for: a link or a pipe in the place of a file of the run.
+
+        Folders may be links: to a larger disk, say.
+
+        Raises:
+            DataError: names it; or `state.json` is damaged.
+        """
+        own = (self.config, self.manifest, self.state, self.lock, self.starter, self.stop_request, self.save_request)
+        others = (self.events, self.jobs, self.metrics, self.path / "adapted.json")
+        for path in (*own, *others, *(log for pattern in _LOGS for log in self.logs.glob(pattern))):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                what = "a symbolic link" if path.is_symlink() else "no regular file"
+                raise DataError(f"{path}: is {what}, and a run reads and writes files of its own; move it away")
+        self.check_state()
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            text = read_bytes(self.state)
+            found = parsed(text) if text.strip(b"\0 \n") else {}
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+            for key, kinds in _KINDS.items():
+                value = found.get(key)
+                if value is not None and (not isinstance(value, kinds) or (kinds == (int,) and value is True)):
+                    raise ValueError(f"{key} is {value!r}")
+            if found.get("state") not in (None, *get_args(State)):
+                raise ValueError(f"state is {found['state']!r}")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise DataError(
+                f"{self.state}: damaged ({why}); move it away, and the run goes on from its newest checkpoint"
+            ) from None
+        return found
 
     def write_state(self, state: State | None, **facts: Any) -> None:
         """Renames a new `state.json` into place; what is not given (`state` None too) stays as it was.
@@ -169,24 +219,32 @@ class RunDir:
 
     def _change_state(self, change: Callable[[dict[str, Any]], dict[str, Any] | None], *, durable: bool) -> None:
         """Reads, changes and writes the state with no other process (or thread) between."""
+        damage = ""
         with self._to_ourselves():
-            after = change(self.read_state())
+            try:
+                before = self._state()
+            except DataError as error:
+                before, damage = {}, str(error).partition(";")[0]
+            after = change(before)
             if after is None:
                 return
-            text = json.dumps({**after, "host": socket.gethostname(), "heartbeat": time.time()}, indent=1)
+            after = {**after, "host": socket.gethostname(), "heartbeat": time.time()}
+            text = json.dumps(sealed(after), indent=1)
             try:
                 write_atomic(self.state, text, durable=durable)
             except OSError:
                 if not durable or not self.state.is_file():
                     raise
                 _overwrite(self.state, text.encode())  # a full disk has no room for a new file; the old one has its own
+        if damage:  # told once the file is free again, which events are written to
+            self.add_event("damaged", f"{damage}; it is written anew")
 
     @contextmanager
     def _to_ourselves(self) -> Iterator[None]:
         # A file that is always there, is never replaced and may be written: NFS locks nothing that is opened to read.
-        descriptor = os.open(self.events, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_to_write(self.events, os.O_RDWR)
         try:
-            _wait_for_flock(descriptor)
+            wait_for_flock(descriptor)
             yield
         finally:
             os.close(descriptor)
@@ -198,12 +256,12 @@ class RunDir:
     def beat(self) -> None:
         """Says that the run is alive, without touching what its state says."""
         with suppress(OSError):
-            os.utime(self.lock)
+            os.utime(self.lock, follow_symlinks=False)
 
     def last_heartbeat(self) -> float:
         """When the holder of the lock was last heard of, in seconds since the epoch; 0 where there was none."""
         try:
-            with open(self.lock, "rb") as file:  # opened, since NFS then asks its server and not its cache
+            with open_to_read(self.lock) as file:  # opened, since NFS then asks its server and not its cache
                 return os.fstat(file.fileno()).st_mtime
         except OSError:
             return 0.0
@@ -236,7 +294,7 @@ class RunDir:
 def is_locked(path: Path) -> bool:
     """Whether a process holds a lock on a file; False where there is no such file, or no locks."""
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -245,27 +303,9 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _try_flock(descriptor: int) -> bool:
-    """Whether there is no more to wait for: it is locked, or the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def _wait_for_flock(descriptor: int) -> None:
-    """Locks an open file, or gives up after a while: whoever holds it may be stopped, and must not stop us."""
-    deadline = time.monotonic() + STATE_PATIENCE_S
-    while not _try_flock(descriptor) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def _overwrite(path: Path, content: bytes) -> None:
     """Puts content into a file in place: not whole-or-not-there, so only where that cannot be had."""
-    with open(path, "r+b", buffering=0) as file:
+    with os.fdopen(open_to_write(path, os.O_RDWR), "r+b", buffering=0) as file:
         file.write(content)
         file.truncate()
         os.fsync(file.fileno())
@@ -274,44 +314,6 @@ def _overwrite(path: Path, content: bytes) -> None:
 def tables_folder(reference: str, tokens: str) -> str:
     """What the folder of loss tables on a reference set is called, by the set's name and its tokens' fingerprint."""
     return f"{reference}-{tokens[:8]}"
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Appends a line of JSON, on a line of its own also where the last one was cut. Several processes may do it.
-
-    The file is locked meanwhile, where it can be: a write over the end of a page shows its first part before the rest,
-    which would pass for a line that was cut; and on NFS a lock is what makes an append go to the end.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        _wait_for_flock(descriptor)
-        size = os.fstat(descriptor).st_size
-        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash or a full disk
-        os.write(descriptor, (b"\n" if cut else b"") + (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(descriptor)
-
-
-def read_jsonl(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last one cut by a crash is left out, any other broken one is an error.
-
-    Args:
-        strict: False: others that are broken are left out as well.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    out = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is not whole
-        try:
-            out.append(json.loads(line))
-        except ValueError:
-            if strict and number < len(lines) - 1:
-                raise DataError(f"{path}: line {number} is not JSON") from None
-    return out
 
 
 def open_run(path: Path) -> RunDir:

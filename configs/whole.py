@@ -15,6 +15,9 @@ from typing import Any
 
 from configs.errors import DataError
 from configs.faults import reached
+from configs.files import open_to_read, read_bytes
+from configs.manifests import parse_manifest
+from configs.seal import NOT_JSON, parsed, sealed
 
 MANIFEST = "manifest.json"
 MISSING = "missing"
@@ -22,7 +25,7 @@ MISSING = "missing"
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         if hasattr(hashlib, "file_digest"):
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256()
@@ -75,13 +78,27 @@ def clear_unfinished(folder: Path, pattern: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file of ours. Raises DataError where it is missing or broken."""
+    """Content of a JSON file, without the seal that those of `write_json` have.
+
+    Raises:
+        DataError: missing, broken, or not what was sealed.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parsed(read_bytes(path))
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        said = str(error)
+        raise DataError(
+            f"{path}: cannot be read as JSON ({said})" if said.startswith(NOT_JSON) else f"{path}: {said}"
+        ) from None
+
+
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
+    """Puts a JSON file in place by rename, sealed, so that `read_json` sees a changed letter in it."""
+    write_atomic(path, json.dumps(sealed(content), indent=1), durable=durable)
 
 
 def partial_path(final: Path) -> Path:
@@ -118,7 +135,7 @@ def commit(final: Path, manifest: dict[str, Any], hashes: dict[str, str] | None 
     lost = sorted(set(known) - set(files))
     if lost:
         raise DataError(f"{part}: {lost[0]} was written and is gone")
-    write_atomic(part / MANIFEST, json.dumps({**manifest, "files": files}, indent=1), durable=True)
+    write_json(part / MANIFEST, {**manifest, "files": files}, durable=True)
     for folder in folders:
         fsync_path(folder)
     reached("hashed")
@@ -140,27 +157,37 @@ def whole_directory(final: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 
 
 def read_manifest(directory: Path, kind: str | None = None) -> dict[str, Any]:
-    """The manifest of a whole directory of ours. Raises DataError where it has none or is of another kind."""
+    """The manifest of a whole directory of ours.
+
+    Raises:
+        DataError: it has none, a damaged one, or one of another kind.
+    """
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory")
     path = directory / MANIFEST
     if not path.is_file():
         raise DataError(f"{directory}: has no {MANIFEST}, so it was not written to its end (or not by Vernier)")
-    manifest = read_json(path)
-    found = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind is not None and found != kind:
-        raise DataError(f"{directory}: expected a {kind}, found {found or 'something else'}")
-    return dict(manifest)
+    try:
+        return parse_manifest(read_bytes(path), directory.name, kind)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        said = str(error)
+        if said.startswith(NOT_JSON):
+            raise DataError(f"{path}: cannot be read as JSON ({said})") from None
+        raise DataError(f"{directory if said.startswith('expected') else path}: {said}") from None
 
 
 def verify(directory: Path, kind: str | None = None, *, hashes: bool = True) -> dict[str, Any]:
-    """The manifest, after every file named in it was found with its size and (unless asked otherwise) its hash.
+    """The manifest, after every file named in it was found with its size and its hash.
+
+    Without `hashes` only JSON files, which are small and decide what the others are taken for, are hashed.
 
     Raises:
         DataError: names the first file that is missing, cut short or changed.
     """
     manifest = read_manifest(directory, kind)
-    found = first_damaged(directory, manifest.get("files", {}), hashes=hashes)
+    found = first_damaged(directory, manifest["files"], hashes=hashes)
     if found is not None:
         name, what = found
         raise DataError(f"{directory}: {name} is missing" if what == MISSING else f"{directory / name}: {what}")
@@ -176,6 +203,6 @@ def first_damaged(directory: Path, files: dict[str, dict[str, Any]], *, hashes: 
         size = path.stat().st_size
         if size != fact["bytes"]:
             return name, f"cut short or changed: {size:,} bytes, its manifest says {fact['bytes']:,}"
-        if hashes and sha256_file(path) != fact["sha256"]:
+        if (hashes or path.suffix == ".json") and sha256_file(path) != fact["sha256"]:
             return name, "changed since it was written (its SHA-256 is not the manifest's)"
     return None

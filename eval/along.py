@@ -204,4 +204,6 @@ def _tokens_at(trained: tuple[list[int], list[int]], step: int) -> int | None:
     at = bisect_right(steps, step)
     if step == 0:
         return 0
-    return tokens[at - 1] if at else None
+    if not at or (steps[at - 1] != step and at < len(steps)):  # its line is missing among others: not known
+        return None
+    return tokens[at - 1]

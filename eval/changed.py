@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from configs.whole import read_json
+from configs.facts import read_reference_facts
 from eval.compare import compare_tables
 from eval.statistics import by_cluster
 from eval.tables import LossTable
@@ -129,11 +129,7 @@ def _change(
 
 
 def _check_reference(table: LossTable, reference_dir: Path) -> None:
-    facts = read_json(reference_dir / "reference.json")
-    try:
-        found = facts["fingerprints"]["tokens"]
-    except (KeyError, TypeError):
-        raise DataError(f"{reference_dir / 'reference.json'}: has no fingerprint; not a reference set") from None
+    found = read_reference_facts(reference_dir, "fingerprints.tokens")["fingerprints"]["tokens"]
     wanted = table.meta.get("reference")
     if found != wanted:
         raise DataError(

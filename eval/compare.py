@@ -374,6 +374,9 @@ def _cautions(a: LossTable, b: LossTable, found: PairedDifference, unit: str) ->
         )
     if any(table.meta.get("until_verdict") and part_of(table) for table in (a, b)):
         out.append("stopped early: the estimate is inflated, read the interval of the stop")
+    for table in (a, b):
+        if table.undigested:
+            out.append(f"{table.meta.get('label')}: its table has no digest, so damage to it would not be seen")
     return out
 
 

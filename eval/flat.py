@@ -92,6 +92,6 @@ def _is_ours(path: Path) -> bool:
     import pyarrow.parquet as pq
 
     try:
-        return METADATA_KEY in (pq.read_schema(path).metadata or {})
+        return path.is_file() and METADATA_KEY in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError):
         return False

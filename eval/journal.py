@@ -80,6 +80,15 @@ def clear(table: Path) -> None:
     shutil.rmtree(folder_of(table), ignore_errors=True)
 
 
+def _digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 of what a file of the journal holds."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 class Journal:
     """The batches that this rank has scored, on disk every few seconds in files that appear whole."""
 
@@ -94,12 +103,17 @@ class Journal:
     def read(self, into: Scores) -> None:
         """Puts in what earlier attempts left; what is not of this scoring, or not readable, is passed over."""
         for path in sorted(self.folder.glob("*.safetensors")):
+            if not path.is_file():
+                continue
             try:
                 with safe_open(path, "pt") as file:
                     if (file.metadata() or {}).get("key") != self.key:
                         continue
                     samples, sums, counts = (file.get_tensor(name) for name in ("samples", "sums", "counts"))
+                    told = (file.metadata() or {}).get("digest")
             except (SafetensorError, OSError):
+                continue
+            if told != _digest(samples, sums, counts):  # a bit has turned: these are scored again
                 continue
             fits = samples.numel() and int(samples.max()) < len(into.sums) and int(samples.min()) >= 0
             if fits and sums.shape[1] == into.sums.shape[1] and bool((counts[:, 0] == 1).all()):
@@ -120,7 +134,8 @@ class Journal:
         samples, sums, counts = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
         path = self.folder / f"{self.stem}-{self.files:06d}.safetensors"
         part = path.with_suffix(".part")
-        save_file({"samples": samples, "sums": sums, "counts": counts}, part, metadata={"key": self.key})
+        metadata = {"key": self.key, "digest": _digest(samples, sums, counts)}
+        save_file({"samples": samples, "sums": sums, "counts": counts}, part, metadata=metadata)
         part.rename(path)
         self.files += 1
         self.rows = []

@@ -40,7 +40,10 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map", {})
+        described = read_json(index)
+        weight_map = described.get("weight_map") if isinstance(described, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise DataError(f"{index}: does not say which tensor is in which file (weight_map)")
         files = sorted({directory / name for name in weight_map.values()})
         for file in files:
             if not file.is_file():
@@ -69,11 +72,12 @@ def check_model(directory: Path) -> None:
     """
     if not directory.is_dir():
         raise DataError(f"model: {directory} is not a directory")
-    if is_ours(directory):
-        verify(directory, "snapshot")
+    files = verify(directory, "snapshot")["files"] if is_ours(directory) else None
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory}: not a Hugging Face model directory (it has no config.json)")
     for file in weight_files(directory):
+        if files is not None and file.name not in files:
+            raise DataError(f"{directory}: {file.name} is not in its {MANIFEST}, so nothing tells whether it is whole")
         with _opened(file):  # reads the header, which says how long the file must be
             pass
 
@@ -101,6 +105,8 @@ def snapshot_step(directory: Path) -> int | None:
 def _opened(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    if not file.is_file():
+        raise DataError(f"{file}: missing, or no regular file")
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:

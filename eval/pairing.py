@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
+from configs.facts import read_run_manifest
+from configs.json_lines import read_lines
 from configs.load import differences, is_named, load_config
-from configs.rundir import RunDir, open_run, read_jsonl
+from configs.rundir import RunDir, open_run
 from configs.schema import Config
-from configs.whole import read_json
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -34,6 +35,9 @@ NOT_THE_EXPERIMENT = (
     "snapshot.",
     "threads_per_rank",
 )
+
+
+_GOOD_COPY = "put a good copy of the file in its place"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def pairing_of_run(run: Path) -> Pairing:
     opened = open_run(run)
     if not opened.manifest.is_file():
         raise DataError(f"{run}: has no manifest.json yet, and so does not say what data it trains on; start it first")
-    return pairing_of(load_config(opened.config), read_json(opened.manifest).get("data", {}).get("data"), str(run))
+    return pairing_of(load_config(opened.config), read_run_manifest(opened)["data"]["data"], str(run))
 
 
 def pairing_problems(a: Pairing, b: Pairing) -> list[str]:
@@ -105,7 +109,9 @@ def read_curve(run: Path) -> Curve:
         DataError: there are none, or they are not in order.
     """
     path = RunDir(run).metrics
-    lines = read_jsonl(path)
+    lines, wrong = read_lines(path)
+    if wrong:
+        raise DataError(f"{wrong[0]}: the curve has a hole; {_GOOD_COPY}")
     if not lines:
         raise DataError(f"{path}: no step is written yet")
     try:
@@ -117,6 +123,13 @@ def read_curve(run: Path) -> Curve:
     spanned_T = np.diff(position_T, prepend=-1)
     if np.any(spanned_T <= 0) or np.any(np.diff(step_T) <= 0):
         raise DataError(f"{path}: its steps and positions do not ascend; it is damaged")
+    wanted_T = np.arange(1, len(step_T) + 1)
+    if np.any(step_T != wanted_T):
+        at = int(np.argmax(step_T != wanted_T))
+        raise DataError(
+            f"{path}: line {at + 1} is of step {step_T[at]}, where step {wanted_T[at]} belongs: the curve has a hole; "
+            f"{_GOOD_COPY}"
+        )
     grown_T = np.diff(tokens_T, prepend=0) / spanned_T
     return Curve(
         step_T,
@@ -138,7 +151,7 @@ def settings_changed(a: Config, b: Config) -> list[str]:
 
 
 def _hardware(run: Path) -> str:
-    manifest = read_json(RunDir(run).manifest)
+    manifest = read_run_manifest(RunDir(run))
     hardware = manifest.get("hardware", {})
     own = ", ".join(sorted(set(hardware.get("gpus") or []))) or f"a CPU with {hardware.get('cpu_capability')}"
     return f"{own}, torch {manifest.get('versions', {}).get('torch')}"

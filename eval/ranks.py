@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import VernierError
+from configs.files import open_to_write
 from configs.relay import marked_terminal
 from configs.terminal import lent_terminal, that_may_go
 from eval.rank_environment import environment_ranks, load_mpi, local_world_size, meet, this_rank
@@ -198,7 +199,7 @@ def log_to_file(path: Path) -> TextIO:
     console = lent_terminal() or marked_terminal()
     if console is None:
         console = that_may_go(os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace"))
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = open_to_write(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

@@ -8,7 +8,6 @@ Legend: `_N` one entry a sample, `_D` one a document, `_BT` rows of a batch by p
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
+from configs.facts import read_reference_facts
 from configs.rundir import tables_folder
-from configs.whole import read_json, read_manifest, verify, whole_directory, write_atomic
+from configs.whole import read_manifest, verify, whole_directory, write_json
 from eval.samples import LARGEST_SHARE, Samples, cut_documents, document_sha256, make_samples
 from eval.tokenization import TextTokenizer, copy_tokenizer_files, open_tokenizer, tokenizer_fingerprint
 
@@ -161,7 +161,7 @@ def build_reference(
         asked = [d.prompt for d in documents] if prompted else None
         _write_documents(part / "documents.parquet", sources, [d.text for d in documents], sha256s, asked)
         _write_samples(part / "samples.parquet", samples)
-        write_atomic(part / "reference.json", json.dumps(facts, indent=1))
+        write_json(part / "reference.json", facts)
     return facts
 
 
@@ -175,7 +175,7 @@ def load_reference(directory: Path, check: bool = True) -> ReferenceSet:
         verify(directory, KIND)
     else:
         read_manifest(directory, KIND)
-    facts = read_json(directory / "reference.json")
+    facts = read_reference_facts(directory)
     samples = _read_samples(directory / "samples.parquet")
     prints = facts["fingerprints"]
     if check:
@@ -213,7 +213,7 @@ def retokenize(
     if out_dir.exists():
         raise DataError(f"--out: {out_dir} is there already; name a directory that is not")
     verify(reference_dir, KIND)
-    facts = read_json(reference_dir / "reference.json")
+    facts = read_reference_facts(reference_dir)
     sources, texts, prompts = read_documents(reference_dir)
     made = build_reference(
         out_dir,
@@ -242,12 +242,22 @@ def _tokens_fingerprint(text: str, tokenizer: str, sequence_length: int, samples
 
 
 def read_documents(directory: Path) -> tuple[list[str], list[str], list[str]]:
-    """(sources, texts, prompts) of a reference set's documents, in its order; a prompt is "" where there is none."""
+    """(sources, texts, prompts) of a reference set's documents, in its order; a prompt is "" where there is none.
+
+    Raises:
+        DataError: they are missing or damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = directory / "documents.parquet"
-    there = pq.read_schema(path).names
-    table = pq.read_table(path, columns=["source", "text", *(["prompt"] if "prompt" in there else [])])
+    try:
+        there = pq.read_schema(path).names
+        asked = ["source", "text", *(["prompt"] if "prompt" in there else [])]
+        table = pq.read_table(path, columns=asked, page_checksum_verification=True)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        said = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as a reference set's documents ({said})") from None
     texts = table["text"].to_pylist()
     prompts = table["prompt"].to_pylist() if "prompt" in there else [""] * len(texts)
     return table["source"].to_pylist(), texts, prompts
@@ -274,7 +284,7 @@ def _write_documents(
     }
     if prompts is not None:  # a set without prompts is the same files as ever
         columns["prompt"] = pa.array(prompts, pa.large_string())
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, write_page_checksum=True)
 
 
 def _write_samples(path: Path, samples: Samples) -> None:
@@ -294,7 +304,7 @@ def _write_samples(path: Path, samples: Samples) -> None:
             "bytes": pa.array(samples.bytes),
         }
     )
-    pq.write_table(table, path)
+    pq.write_table(table, path, write_page_checksum=True)
 
 
 def _read_samples(path: Path) -> Samples:
@@ -302,7 +312,7 @@ def _read_samples(path: Path) -> Samples:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
         ids = table["input_ids"]
         lengths = np.asarray(pa.compute.list_value_length(ids), dtype=np.int64)
         columns = {

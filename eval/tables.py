@@ -1,11 +1,13 @@
 """Loss tables: what scoring one model on a reference set leaves behind, a row a sample, as a Parquet file.
 
-A table is checked when it is written and when it is read: a hole or a NaN never becomes a wrong mean.
+A table is checked when it is written and when it is read: a hole or a NaN never becomes a wrong mean, nor does a bit
+that a disk has turned: a digest of the columns and of what the metadata says goes with them.
 Legend: `_N` one entry a sample.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -18,9 +20,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs.errors import DataError
+from configs.files import open_to_read
 from configs.whole import write_atomic
 
 METADATA_KEY = b"vernier"
+DIGEST = "digest"  # its key in the metadata
 POSITION_BINS = 16
 _NAME = re.compile(r"(?P<label>.+)@(?P<objective>[^@./]+)\.(?P<dtype>[^@./]+)\.parquet")
 
@@ -46,6 +50,7 @@ class LossTable:
     was scored and how; every key may be absent: reference, reference_text, reference_name, model, source,
     label, step, dtype, objective, weights, attention, hardware, threads, versions; partial (blocks, of, samples) where
     the table is a prefix of the set's blocks, until_verdict where scoring was asked to stop at one.
+    `undigested`: it was read from a file without a digest, of an older Vernier or another program.
     """
 
     sample: NDArray[np.int64]
@@ -57,6 +62,7 @@ class LossTable:
     position_loss: NDArray[np.float64] | None = None  # [n, 16]
     position_tokens: NDArray[np.int32] | None = None  # [n, 16]
     meta: dict[str, Any] = field(default_factory=dict)
+    undigested: bool = False
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -96,12 +102,13 @@ def write_table(path: Path, table: LossTable) -> None:
             values = getattr(table, name)
             if values is not None:
                 columns[name] = _column(values, kind)
-        metadata = json.dumps(table.meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        meta = {**table.meta, DIGEST: table_digest(table)}
+        metadata = json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be written as a loss table: {error}") from None
     content = pa.table(columns).replace_schema_metadata({METADATA_KEY: metadata})
     sink = pa.BufferOutputStream()
-    pq.write_table(content, sink, compression="zstd")
+    pq.write_table(content, sink, compression="zstd", write_page_checksum=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, sink.getvalue().to_pybytes(), durable=True)
 
@@ -122,10 +129,12 @@ def read_table(path: Path) -> LossTable:
         raise DataError(f"{path}: no such loss table")
     try:
         # A handle, not the path: pyarrow's dataset reader would make columns of folders named key=value.
-        with open(path, "rb") as file:
-            content = pq.ParquetFile(file).read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        with open_to_read(path) as file:
+            content = pq.ParquetFile(file, page_checksum_verification=True).read()
+        content.validate(full=True)
+    except Exception as error:  # of a damaged file pyarrow may say anything: no memory, no UTF-8, an overflow
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: cannot be read as Parquet ({said})") from None
     meta = _metadata(path, content.schema.metadata or {})
     missing = [name for name in REQUIRED if name not in content.column_names]
     if missing:
@@ -133,24 +142,42 @@ def read_table(path: Path) -> LossTable:
     columns = {
         n: _values(path, content, n, k) for n, k in {**REQUIRED, **OPTIONAL}.items() if n in content.column_names
     }
-    table = LossTable(**columns, meta=meta)
-    check_table(table, path)
+    told = meta.pop(DIGEST, None)
+    table = LossTable(**columns, meta=meta, undigested=told is None)
+    check_table(table, path)  # first, since it can say what is wrong
+    if told is not None and told != table_digest(table):
+        raise DataError(f"{path}: changed since it was written (its digest does not fit); score it again with --force")
     return table
 
 
+def table_digest(table: LossTable) -> str:
+    """SHA-256 of a table: of its metadata, and of each column's name, kind and values, whatever file they are in."""
+    meta = {key: value for key, value in table.meta.items() if key != DIGEST}
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, kind in {**REQUIRED, **OPTIONAL}.items():
+        values = getattr(table, name)
+        if values is not None:
+            number = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
+            # Little-endian on any machine, as Parquet has them.
+            plain = np.ascontiguousarray(values, dtype=np.dtype(number.to_pandas_dtype()).newbyteorder("<"))
+            digest.update(f"\n{name} {kind} {plain.shape}\n".encode())
+            digest.update(plain.data)
+    return digest.hexdigest()
+
+
 def read_mean_loss(path: Path) -> tuple[float, dict[str, Any]]:
-    """(mean loss in nats per token, metadata) of a table, from two of its columns and without checking the others.
+    """(mean loss in nats per token, metadata) of a table.
 
     Raises:
-        DataError: missing, not Parquet, or not a loss table.
+        DataError: as `read_table`: all of it is read, since only all of it can be checked.
     """
-    try:
-        with open(path, "rb") as file:
-            content = pq.ParquetFile(file).read(columns=["loss", "tokens"])
-        loss, tokens = (content.column(name).to_numpy().sum(dtype=np.float64) for name in ("loss", "tokens"))
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as a loss table ({str(error).splitlines()[0]})") from None
-    return float(loss / max(1.0, tokens)), _metadata(path, content.schema.metadata or {})
+    table = read_table(path)
+    return mean_loss(table), table.meta
+
+
+def mean_loss(table: LossTable) -> float:
+    """In nats per token."""
+    return float(table.loss.sum() / table.tokens.sum(dtype=np.float64))
 
 
 def _metadata(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
@@ -168,6 +195,8 @@ def _metadata(path: Path, metadata: dict[bytes, bytes]) -> dict[str, Any]:
 def _values(path: Path, content: pa.Table, name: str, kind: pa.DataType) -> NDArray[Any]:
     try:
         column = content.column(name).cast(kind).combine_chunks()
+    except KeyError:
+        raise DataError(f"{path}: column {name} is there more than once") from None
     except pa.ArrowException:
         raise DataError(f"{path}: column {name} is {content.schema.field(name).type}, expected {kind}") from None
     values = column.flatten() if pa.types.is_fixed_size_list(kind) else column

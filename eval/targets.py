@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError
+from configs.facts import read_reference_facts
 from configs.load import load_config
 from configs.rundir import RunDir, step_name, step_of
-from configs.whole import read_json
 from eval.tables import LossTable, parse_table_name, read_table
 
 _STEP = re.compile(r"(?:step-)?(\d+)")
@@ -245,10 +245,10 @@ def find_reference(given: Path | None, table: LossTable, found: list[Found]) -> 
         if not (given / "reference.json").is_file():
             raise ConfigError(f"--reference: {given} is not a reference set (it has no reference.json)")
         try:
-            tokens = read_json(given / "reference.json")["fingerprints"]["tokens"]
-        except (KeyError, TypeError):
+            tokens = read_reference_facts(given, "fingerprints.tokens")["fingerprints"]["tokens"]
+        except DataError as error:
             raise ConfigError(
-                f"--reference: {given}/reference.json does not say which tokens it has; make the set again"
+                f"--reference: {given}/reference.json does not say which tokens it has ({error})"
             ) from None
         if tokens != table.meta.get("reference"):
             raise ConfigError(f"--reference: {given} is not the set that these tables were scored on")
@@ -256,9 +256,10 @@ def find_reference(given: Path | None, table: LossTable, found: list[Found]) -> 
     for run in dict.fromkeys(one.run for one in found if one.run is not None):
         try:
             directory = load_config(run / "config.yaml").reference_dir
-            facts = read_json(directory / "reference.json")
-            if facts["fingerprints"]["tokens"] == table.meta.get("reference"):
+            if read_reference_facts(directory, "fingerprints.tokens")["fingerprints"]["tokens"] == table.meta.get(
+                "reference"
+            ):
                 return directory
-        except (ConfigError, KeyError, TypeError):  # a run from elsewhere: its data may not be here
+        except (ConfigError, DataError):  # a run from elsewhere: its data may not be here
             continue
     return None

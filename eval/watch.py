@@ -36,6 +36,10 @@ def table_path(run: RunDir, reference: ReferenceSet, step: int, dtype: str) -> P
 
 def training_is_over(run: RunDir) -> bool:
     """Whether no further snapshot will come: the trainer said its last word, or is plainly gone."""
+    try:
+        run.check_state()
+    except DataError:  # who trains will write it anew; where nobody does, no snapshot will come
+        return time.time() - run.last_heartbeat() > ABANDONED_S and not run.is_held()
     state = run.read_state()
     if not state:
         return False
@@ -75,6 +79,7 @@ class RunScores:
     def __init__(self, run: RunDir, reference: ReferenceSet, dtype: str) -> None:
         self.run, self.reference, self.dtype = run, reference, dtype
         self.board: EvalBoard | None = None
+        self.damaged: set[int] = set()  # steps whose table is, as was told
         self.refused: dict[int, int] = {}  # steps, and when their snapshot was written; another of that step counts
         clear_unfinished(self._path(0).parent, "step-*.parquet")
 
@@ -106,9 +111,20 @@ class RunScores:
         self.run.add_event("not scored", why, step=step)
 
     def before(self, step: int) -> tuple[LossTable | None, int]:
-        """The table scored before `step` (or none), and how many looks the run has had with this one."""
+        """The table scored before `step` (or none), and how many looks the run has had with this one.
+
+        One that is damaged is told of, and that before it is taken.
+        """
         earlier = [s for s in self.scored() if s < step]
-        return (read_table(self._path(earlier[-1])) if earlier else None), max(1, len(earlier))
+        looks = max(1, len(earlier))
+        for one in reversed(earlier):
+            try:
+                return read_table(self._path(one)), looks
+            except DataError as error:
+                if one not in self.damaged:
+                    self.damaged.add(one)
+                    self.run.add_event("damaged", str(error), step=one)
+        return None, looks
 
     def add_or_refuse(self, step: int, table: LossTable, seconds: float) -> None:
         """`add`, but a table that cannot be (a loss that is not finite, say) is its snapshot's fault, nobody else's."""

@@ -354,14 +354,9 @@ def _sources(reference: Path | None) -> list[str]:
 
 
 def _length(reference: Path | None) -> int | None:
-    from configs.whole import read_json
+    from configs.facts import read_reference_facts
 
-    if reference is None:
-        return None
-    try:
-        return int(read_json(reference / "reference.json")["sequence_length"])
-    except (KeyError, TypeError, ValueError):
-        raise ConfigError(f"{reference}/reference.json: sequence_length is missing; make the set again") from None
+    return None if reference is None else int(read_reference_facts(reference, "sequence_length")["sequence_length"])
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], json_out: bool, console: Console) -> None:

@@ -29,7 +29,7 @@ GRAVE = (
     "evaluator died",
     "not scored",
 )
-NOTABLE = ("spike", "skipped", "quarantined", "replaced", "started again", "took over", "stopped")
+NOTABLE = ("spike", "skipped", "quarantined", "damaged", "replaced", "started again", "took over", "stopped")
 
 
 @dataclass(frozen=True)

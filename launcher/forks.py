@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setproctitle import setproctitle
 
+from configs.files import open_to_write
 from configs.parent import end_at_once, kill_with_parent
 from configs.terminal import is_lent
 from launcher.agent import RankGroup, run, unheard
@@ -72,7 +73,7 @@ def fork(group: RankGroup, environment: dict[str, str], log: Path) -> Forked:
     Raises:
         OSError: the log cannot be opened, or there is no room for another process.
     """
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    output = open_to_write(log, os.O_WRONLY | os.O_APPEND, 0o666)
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()

@@ -20,7 +20,7 @@ from configs.rundir import RunDir
 from configs.scheduler import current_job, is_active
 from configs.schema import Config
 from launcher.job_facts import jobs_of
-from launcher.job_log import add_job, read_jobs
+from launcher.job_log import DAMAGED, add_job, read_jobs
 from launcher.processes import last_lines
 from launcher.scored import can_be_scored
 
@@ -283,6 +283,9 @@ def _stopped_by_hand(run: RunDir) -> bool:
     for line in reversed(read_jobs(run)):
         if line.get("kind") == "started" and line.get("component") == "train":
             return False
+        if line.get("kind") == DAMAGED:
+            print(f"{line['why']}; it may say that the run was asked to stop, so it is taken for that")
+            return True
         if line.get("kind") == "stop asked":
             return True
     return False

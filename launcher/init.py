@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
+from configs.files import open_to_write
 from configs.schema import Config, section_of
 
 HEAD = """\
@@ -44,10 +46,12 @@ MODEL_FIELDS = """\
 def run_init(directory: Path) -> Path:
     """Writes `vernier.yaml` into `directory`; gives its path. Never overwrites."""
     path = directory / "vernier.yaml"
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ConfigError(f"init: {path} is there already; remove it, or name another directory")
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(HEAD.format(file=path.name) + "\n".join(_lines(Config, "")) + "\n", encoding="utf-8")
+    text = HEAD.format(file=path.name) + "\n".join(_lines(Config, "")) + "\n"
+    with os.fdopen(open_to_write(path, os.O_WRONLY | os.O_EXCL), "w", encoding="utf-8") as file:
+        file.write(text)
     return path
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from configs.rundir import RunDir, append_line, read_jsonl
+from configs.json_lines import append_line, each_line
+from configs.rundir import RunDir
 from configs.scheduler import SlurmJob, slurm_jobs
+from configs.seal import sealed
+
+DAMAGED = "damaged"
 
 
 def add_job(run: RunDir, kind: str, **facts: Any) -> None:
     """Appends a line: `kind` is submitted, started, requeued, successor, started again, stop asked, …"""
-    append_line(run.jobs, {"time": time.time(), "kind": kind, **facts})
+    append_line(run.jobs, sealed({"time": time.time(), "kind": kind, **facts}))
 
 
 def read_jobs(run: RunDir) -> list[dict[str, Any]]:
-    """All whole lines, oldest first; none where the run never had a job."""
-    return [line for line in read_jsonl(run.jobs, strict=False) if isinstance(line, dict)]
+    """All lines, oldest first; none where the run never had a job. In a damaged one's place is its `why` alone, and
+    the kind DAMAGED: it may have said anything, that somebody asked to stop for instance."""
+    return [line if isinstance(line, dict) else {"kind": DAMAGED, "why": line} for line in each_line(run.jobs)]
 
 
 def job_ids(lines: list[dict[str, Any]]) -> dict[str, str]:

@@ -127,6 +127,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     from trainer.run import finished
 
     with sole_starter(run):
+        run.check_files()
         if finished(run, plan.config) and plan.eval is not None and can_be_scored(run, plan.config):
             if plan.het:  # only a part of it is wanted
                 beside = plan.config.eval.model_copy(update={"placement": "separate"})

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, DataError
+from configs.files import open_to_read
 from configs.rundir import RunDir, is_locked
 from launcher.event_table import printable
 from launcher.job_facts import Told, ask_scheduler, is_active
@@ -155,7 +156,7 @@ def _natural(name: str) -> list[Any]:
 def tail(path: Path, count: int) -> tuple[list[bytes], int]:
     """(the last lines of a file, and what follows its last newline; where it ended), read from its end backwards."""
     pieces: list[bytes] = []
-    with open(path, "rb") as file:
+    with open_to_read(path) as file:
         end = position = file.seek(0, os.SEEK_END)
         newlines = 0
         while position > max(0, end - TAIL_BYTES) and newlines <= count:
@@ -220,7 +221,7 @@ class Follower:
             self.file.close()
             self.file = None
         try:
-            self.file = open(path, "rb")  # noqa: SIM115  # until another takes its place
+            self.file = open_to_read(path)  # until another takes its place
         except OSError:
             return False
         self.path = path

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from configs.errors import ConfigError
+from configs.files import open_to_write
 from configs.parent import kill_with_parent
 from configs.relay import ask_for_marks
 from configs.schema import Config
@@ -317,7 +318,7 @@ def start(command: list[str], environment: dict[str, str], log: Path, *, held: b
     output: IO[bytes]
     # Lent to the ranks, see configs.terminal; mpirun would read from it.
     stdin = sys.stderr if is_lent(environment) else subprocess.DEVNULL
-    with open(log, "ab") as output:
+    with os.fdopen(open_to_write(log, os.O_WRONLY | os.O_APPEND, 0o666), "ab") as output:
         return subprocess.Popen(
             command,
             env=environment,

@@ -6,7 +6,6 @@ at once.
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 import statistics
@@ -18,11 +17,13 @@ from typing import Any
 import yaml
 
 from configs.errors import DataError
+from configs.files import open_to_read, read_bytes
 from configs.rundir import RunDir, is_locked
+from configs.seal import parsed
 from configs.whole import read_json
 from launcher.board import live_board
 from launcher.job_facts import UNKNOWN, RunJobs, Told, is_active, jobs_of, standing_in_queue
-from launcher.job_log import read_jobs
+from launcher.job_log import DAMAGED, read_jobs
 from launcher.known_runs import is_run
 from launcher.scored import loss_tables
 from trainer.lock import FRESH_S, holder
@@ -123,7 +124,7 @@ def tail_lines(path: Path, *, count: int | None = None, most_bytes: int | None =
     pieces: list[bytes] = []
     newlines = 0
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path) as file:
             end = position = file.seek(0, 2)
             first = 0 if most_bytes is None else max(0, end - most_bytes)
             while position > first and (count is None or newlines <= count):
@@ -139,7 +140,7 @@ def tail_lines(path: Path, *, count: int | None = None, most_bytes: int | None =
     found = []
     for line in whole if count is None else whole[-count:]:
         try:
-            read = json.loads(line)
+            read = parsed(line)
         except ValueError:
             continue
         if isinstance(read, dict):
@@ -164,11 +165,17 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
     settings, notes = _settings(run)
     heard = max(run.last_heartbeat(), float(state.get("heartbeat") or 0))
     host = lock.get("host") or state.get("host")
-    jobs = jobs_of(read_jobs(run), told)
+    noted = read_jobs(run)
+    notes += [line["why"] for line in noted if line.get("kind") == DAMAGED]
+    try:
+        run.check_state()
+    except DataError as error:
+        notes.append(str(error))
+    jobs = jobs_of(noted, told)
     held = run.is_held() or is_locked(run.starter)
     alive = held or _heard_lately(state, jobs, elsewhere=host not in (None, socket.gethostname()), silent_s=now - heard)
     word, words, why = _standing(state, jobs, alive=alive, held=held, silent_s=now - heard)
-    steps_made = tail_lines(run.metrics, count=BAND)
+    steps_made = [line for line in tail_lines(run.metrics, count=BAND) if isinstance(line.get("step"), int)]
     step = int(steps_made[-1]["step"] if steps_made else state.get("step") or 0)
     steps = state.get("steps") or settings.get("steps")
     speed = _speed(steps_made)
@@ -229,7 +236,7 @@ def _settings(run: RunDir) -> tuple[dict[str, Any], list[str]]:
     """
     path = run.config if run.config.is_file() else run.path / "train-config.yaml"
     try:
-        found = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = yaml.load(read_bytes(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         return {}, []
     except (OSError, ValueError, yaml.YAMLError):

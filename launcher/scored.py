@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import DataError
+from configs.facts import read_reference_facts
 from configs.rundir import RunDir, step_name, step_of, tables_folder
 from configs.schema import Config
-from configs.whole import read_json
 
 
 def loss_tables(run: RunDir, reference: Path | None, dtype: str | None) -> dict[int, Path]:
@@ -39,6 +39,14 @@ def unscored(run: RunDir, config: Config) -> int:
     return sum(step not in scored for step in run.whole_steps(run.snapshots))
 
 
+def why_unscored(run: RunDir, config: Config) -> list[str]:
+    """As `unscored`, a line for each: its step, and why the evaluator has passed over it where it has said so."""
+    scored = loss_tables(run, config.reference_dir, config.eval.dtype)
+    said = {event.get("step"): event.get("message") for event in run.read_events() if event.get("kind") == "not scored"}
+    steps = [step for step in run.whole_steps(run.snapshots) if step not in scored]
+    return [f"step {step}: {said.get(step) or 'the evaluator ended before it'}" for step in steps]
+
+
 def can_be_scored(run: RunDir, config: Config) -> bool:
     """Whether a snapshot waits for its loss table, and the reference set can be read."""
     try:
@@ -48,8 +56,5 @@ def can_be_scored(run: RunDir, config: Config) -> bool:
 
 
 def _folder(reference: Path) -> str:
-    facts = read_json(reference / "reference.json")
-    try:
-        return tables_folder(facts["name"], facts["fingerprints"]["tokens"])
-    except (KeyError, TypeError):
-        raise DataError(f"{reference / 'reference.json'}: it names no reference set") from None
+    facts = read_reference_facts(reference, "name", "fingerprints.tokens")
+    return tables_folder(facts["name"], facts["fingerprints"]["tokens"])

@@ -6,7 +6,6 @@ Here it is written down, found again by a job array's index, and run on this mac
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPE
 from configs.load import dump_config, is_named, resolve
 from configs.rundir import RunDir
 from configs.schema import NAME_PATTERN, Config
-from configs.whole import read_json, write_atomic
+from configs.whole import read_json, write_atomic, write_json
 from configs.yaml_text import parse_mapping
 from launcher.agent import one_thread
 from launcher.sweep_members import Member, Sweep, members, told_once
@@ -86,7 +85,7 @@ def write_sweep(sweep: Sweep) -> Path:
                 given.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(given, dump_config(member.config), durable=True)
         if not (sweep.path / FILE).exists():
-            write_atomic(sweep.path / FILE, json.dumps(_content(sweep), indent=1, ensure_ascii=False), durable=True)
+            write_json(sweep.path / FILE, _content(sweep), durable=True)
     except OSError as error:
         raise ConfigError(f"{sweep.path}: the sweep cannot be written ({error.strerror})") from None
     return sweep.path

@@ -41,7 +41,7 @@ from launcher.processes import (
     divided,
     last_lines,
 )
-from launcher.scored import unscored
+from launcher.scored import unscored, why_unscored
 from trainer.lock import FRESH_S, check_free, kept_free, sole_starter
 from trainer.stop import ONE_WISH_S
 
@@ -161,6 +161,8 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
 
     check_free(run, tell)
     _check_jobs(run)
+    if not how.fresh:
+        run.check_files()
     check_run(config, extend=how.extend, fresh=how.fresh, force=how.force, tell=tell)
     if how.fresh and run.path.exists():
         _move_away(run, tell)
@@ -349,9 +351,9 @@ def _outcome(
         return int(code)
     failure = state.get("failure")
     if failure:
-        rank, said = f"rank {failure['rank']}", failure["error"]
+        rank, said = f"rank {failure.get('rank')}", str(failure.get("error"))
         console.print(f"error: {said if said.startswith(rank) else f'{rank}: {said}'}", markup=False)
-        console.print(f"its log: {run.logs / ('rank-' + str(failure['rank']) + '.log')}", markup=False)
+        console.print(f"its log: {run.logs / ('rank-' + str(failure.get('rank')) + '.log')}", markup=False)
     elif code != EXIT_DONE:
         console.print(f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False)
     return int(code)
@@ -385,9 +387,12 @@ def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, w
     if interrupts.count:
         console.print("stopped waiting; vernier train, once more, scores the rest", markup=False)
         return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
-    left = unscored(run, group.config)
+    left = why_unscored(run, group.config)
     if left:
-        console.print(f"error: {left} snapshots could not be scored; see {run.logs / 'eval-rank-0.log'}", markup=False)
+        many = "1 snapshot" if len(left) == 1 else f"{len(left)} snapshots"
+        console.print(f"error: {many} could not be scored; see {run.logs / 'eval-rank-0.log'}", markup=False)
+        for line in left:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
         return EXIT_FAILED
     return EXIT_DONE
 

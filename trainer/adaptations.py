@@ -15,10 +15,11 @@ from configs.errors import EXIT_STOPPED, DataError, VernierError
 from configs.load import micro_batch
 from configs.rundir import RunDir
 from configs.schema import Config
-from configs.whole import read_json, write_atomic
+from configs.whole import read_json, write_json
 from eval.ranks import Ranks, StoppedByAnotherRank
 
 FILE = "adapted.json"
+_WITHOUT = "remove it, and the run goes on as its config says"
 
 
 class StartAgain(VernierError):
@@ -54,10 +55,13 @@ def read_adaptations(run: RunDir) -> Adaptations:
     path = _path(run)
     if not path.exists():
         return Adaptations()
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; {_WITHOUT}") from None
     problem = _problem(found)
     if problem is not None:
-        raise DataError(f"{path}: {problem}; remove it, and the run goes on as its config says")
+        raise DataError(f"{path}: {problem}; {_WITHOUT}")
     return Adaptations(**{**found, "passed_over": tuple(found["passed_over"])})
 
 
@@ -86,7 +90,7 @@ def shared_adaptations(run: RunDir, ranks: Ranks) -> Adaptations:
 def write_adaptations(run: RunDir, adaptations: Adaptations) -> None:
     """Puts them on the disk. Ranks that write the same at once leave the same."""
     run.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(_path(run), json.dumps(asdict(adaptations)), durable=True)
+    write_json(_path(run), asdict(adaptations), durable=True)
 
 
 def adapted(config: Config, adaptations: Adaptations) -> Config:

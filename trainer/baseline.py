@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import ConfigError, DataError
+from configs.files import open_to_read
 from configs.rundir import RunDir
 from configs.schema import Config
 from eval.pairing import pairing_of, pairing_of_run, pairing_problems
@@ -157,7 +158,7 @@ class Baseline:
         """Reads the lines that the baseline has written since the last look."""
         self.looked = time.monotonic()
         try:
-            with open(self.path, "rb") as file:
+            with open_to_read(self.path) as file:
                 about = os.fstat(file.fileno())
                 if (about.st_dev, about.st_ino) != self.file or about.st_size < self.offset:
                     self.offset, self.file = 0, (about.st_dev, about.st_ino)  # it went on from a checkpoint

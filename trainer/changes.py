@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import ConfigError
+from configs.facts import read_run_manifest
 from configs.load import differences, is_named, load_config
 from configs.rundir import RunDir
 from configs.schema import Config
-from configs.whole import read_json
 from eval.pairing import NOT_THE_EXPERIMENT
 from trainer.data.prepare import load_dataset_facts
 
@@ -110,7 +110,7 @@ def check_changes(config: Config, *, extend: bool, force: bool) -> list[Change]:
     if not run.config.is_file():
         return []
     changes = forbidden_changes(load_config(run.config), config, extend=extend)
-    before = read_json(run.manifest).get("data", {}).get("data") if run.manifest.is_file() else None
+    before = read_run_manifest(run)["data"]["data"] if run.manifest.is_file() else None
     now = load_dataset_facts(config.data_dir)["fingerprints"]["data"]
     if before is not None and before != now:
         changes.append(

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,10 @@ def clear_up(run: RunDir) -> None:
             replaced.rename(final)
     for folder in (run.checkpoints, run.snapshots, run.ema):
         for part in folder.glob(".step-*.partial"):
-            shutil.rmtree(part)
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
 
 
 def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
@@ -218,6 +221,40 @@ def load_checkpoint(
 def file_names(state: dict[str, Any]) -> list[str]:
     """The files of tensors that a checkpoint's `state.json` leads to; the first rank's also holds the buffers."""
     return sorted({_file_name(0), *(part[2] for entry in state["parameters"].values() for part in entry["parts"])})
+
+
+def state_problem(state: Any, step: int | None) -> str | None:
+    """What is wrong with the `state.json` of a checkpoint; None for a good one, or one of another format.
+
+    Args:
+        step: that which its directory is called by; None: any.
+    """
+    if not isinstance(state, dict):
+        return "no object"
+    if state.get("version") != VERSION:
+        return None  # refused, with a reason of its own, when it is loaded
+    clock = state.get("clock")
+    known = {field.name for field in fields(Clock)}
+    if not isinstance(clock, dict) or not {"step", "position", "tokens"} <= set(clock) <= known:
+        return f"its clock is {clock!r}"
+    if any(type(count) is not int or count < 0 for count in clock.values()):
+        return f"its clock is {clock!r}"
+    if step is not None and clock["step"] != step:
+        return f"its clock stands at step {clock['step']}, its directory is called {step_name(step)}"
+    lacks = {"world", "zero_stage", "adam_step", "counters", "loss_scale", "parameters"} - set(state)
+    if lacks:
+        return f"it has no {min(lacks)}"
+    parameters = state["parameters"]
+    whole = isinstance(parameters, dict) and all(map(_is_entry, parameters.values()))
+    return None if whole else "it does not say where its parameters are"
+
+
+def _is_entry(entry: Any) -> bool:
+    try:
+        parts = [(type(start), type(length), type(file)) for start, length, file in entry["parts"]]
+        return bool(parts) and set(parts) == {(int, int, str)} and all(type(size) is int for size in entry["shape"])
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _check_tiling(directory: Path, state: dict[str, Any], engine: Any) -> None:

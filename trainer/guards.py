@@ -17,15 +17,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configs.errors import VernierError
+from configs.errors import DataError, VernierError
 from configs.faults import asked
-from configs.rundir import RunDir, read_jsonl, step_name
+from configs.rundir import RunDir, step_name
 from configs.schema import Config
 from configs.whole import read_json
 from eval.ranks import Ranks
 from trainer.adaptations import StartAgain, read_adaptations, write_adaptations
 from trainer.checkpoints import STATE, Clock
 from trainer.data.shards import Windows
+from trainer.metrics import lines_up_to
 from trainer.order import windows_at
 
 LEAST_LOSSES = 16  # before a spike can be told from the rest
@@ -241,7 +242,11 @@ class Guard:
         """Up to `count` positions before one, ascending, that were trained on since a checkpoint (0: the start)."""
         start = 0
         if checkpoint:
-            start = int(read_json(self.run.checkpoints / step_name(checkpoint) / STATE)["clock"]["position"])
+            state = self.run.checkpoints / step_name(checkpoint) / STATE
+            try:
+                start = int(read_json(state)["clock"]["position"])
+            except (KeyError, TypeError, ValueError):
+                raise DataError(f"{state}: damaged: it has no clock; the next start takes an older one") from None
         trained = (p for p in range(position - 1, start - 1, -1) if p not in passed)
         return sorted(islice(trained, count))
 
@@ -265,7 +270,7 @@ def recent_losses(run: RunDir, ranks: Ranks, step: int, steps: int) -> list[floa
     """The losses of the last `steps` + 1 updates up to `step`, on every rank alike (a collective)."""
     box = torch.zeros(steps + 2, dtype=torch.float64)
     if ranks.first and step:
-        found = [line["loss"] for line in read_jsonl(run.metrics) if line["step"] <= step][-steps - 1 :]
+        found = [line["loss"] for line in lines_up_to(run, step)][-steps - 1 :]
         box[: len(found) + 1] = torch.tensor([len(found), *found], dtype=torch.float64)
     count, *losses = ranks.broadcast(box).tolist()
     return list(losses[: int(count)])

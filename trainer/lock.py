@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, VernierError
+from configs.files import open_to_write, read_bytes
 from configs.rundir import RunDir
 from configs.scheduler import current_job
 
@@ -59,7 +60,7 @@ class RunLock:
         if self.descriptor is None:
             return False
         try:
-            there, here = os.stat(self.run.lock), os.fstat(self.descriptor)
+            there, here = os.lstat(self.run.lock), os.fstat(self.descriptor)
         except FileNotFoundError:
             return False
         except OSError:  # a network file system that stutters says nothing about who holds the run
@@ -165,14 +166,14 @@ def _described(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(read_bytes(path)))
     except (OSError, ValueError, TypeError):
         return {}
 
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return open_to_write(path, os.O_RDWR)
     except OSError as error:
         raise ConfigError(f"run.dir: {path} cannot be written ({error.strerror})") from None
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs.errors import VernierError
-from configs.rundir import RunDir, read_jsonl
+from configs.files import open_to_write
+from configs.json_lines import read_jsonl, read_lines, sealed_line
+from configs.rundir import RunDir
 from configs.schema import Config
-from configs.whole import write_atomic
+from configs.whole import write_atomic, write_json
 from trainer.baseline import Baseline
 
 HEARTBEAT_S = 2.0
@@ -31,6 +34,26 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def lines_up_to(run: RunDir, step: int) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` up to a step that are as they were written."""
+    lines = read_jsonl(run.metrics, strict=False)
+    return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+
+
+def _keep_damaged(run: RunDir) -> None:
+    """Copies a metrics file with damaged lines away, which are about to be cut, and tells of them."""
+    _, wrong = read_lines(run.metrics)
+    if not wrong:
+        return
+    run.quarantine.mkdir(exist_ok=True)
+    places = (run.quarantine / f"{run.metrics.name}.{number}" for number in count(1))
+    place = next(p for p in places if not p.exists())
+    shutil.copyfile(run.metrics, place)
+    more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    told = f"{wrong[0]}{more}: the curve has a hole; the file as it was is {run.quarantine.name}/{place.name}"
+    run.add_event("damaged", told, rank=0)
+
+
 class Metrics:
     """Writer of a run's step metrics. Going on from step N cuts what was written after it."""
 
@@ -41,9 +64,11 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.check_current = run, check_current
-        lines = [line for line in read_jsonl(run.metrics) if line["step"] <= step]
-        write_atomic(run.metrics, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
-        self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        lines = lines_up_to(run, step)
+        _keep_damaged(run)
+        write_atomic(run.metrics, "".join(map(sealed_line, lines)), durable=True)
+        appended = open_to_write(run.metrics, os.O_WRONLY | os.O_APPEND)
+        self.file = os.fdopen(appended, "a", buffering=1, encoding="utf-8")  # lives as long as the run
         purge = step + 1 if run.train_board.is_dir() else None
         self.board: Any = SummaryWriter(log_dir=str(run.train_board), purge_step=purge)
         self._hparams(config, parameters)
@@ -83,7 +108,7 @@ class Metrics:
             VernierError: there is no room for it.
         """
         try:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(sealed_line(line))
         except OSError as error:
             raise VernierError(
                 f"{self.run.metrics}: cannot be written ({error.strerror}), so training stops; "
@@ -140,4 +165,4 @@ def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:
         },
         **facts,
     }
-    write_atomic(run.manifest, json.dumps(manifest, indent=1))
+    write_json(run.manifest, manifest)

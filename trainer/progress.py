@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs.files import open_to_read
+
 PLAIN_S = 10.0
 LIVE_S = 0.2
 
@@ -60,19 +62,21 @@ class ProgressLine:
     def tell_events(self) -> None:
         """Prints what the evaluator has said, and what was asked for and done, since the last look."""
         try:
-            with open(self.events, encoding="utf-8") as file:
+            with open_to_read(self.events) as file:
                 file.seek(self.offset)
                 new = file.read()
         except OSError:
             return
-        whole, newline, _ = new.rpartition("\n")
-        self.offset += len((whole + newline).encode())
+        whole, newline, _ = new.rpartition(b"\n")
+        self.offset += len(whole + newline)
         for text in whole.splitlines():
             try:
                 event = json.loads(text)
             except ValueError:  # cut by a full disk
                 continue
-            if event["kind"] in ("scored", "not scored", "saved on request"):
+            if not isinstance(event, dict) or not isinstance(event.get("message"), str):
+                continue
+            if event.get("kind") in ("scored", "not scored", "damaged", "saved on request"):
                 self.console.print(f"  {event['message']}", markup=False)
 
     def close(self) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-import json
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from configs.errors import ConfigError, DataError
+from configs.files import read_bytes
+from configs.manifests import parse_manifest
 from configs.rundir import RunDir, step_name, step_of
-from configs.whole import MANIFEST, first_damaged, fsync_path, read_json
+from configs.whole import MANIFEST, MISSING, first_damaged, fsync_path, read_json
 from eval.ranks import Ranks, StoppedByAnotherRank
-from trainer.checkpoints import STATE, VERSION, file_names
+from trainer.checkpoints import STATE, VERSION, file_names, state_problem
 
 NONE = -1
 
@@ -91,41 +91,37 @@ def damage(directory: Path, step: int) -> tuple[str, str] | None:
     """
     name = MANIFEST
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-        files = _named_files(manifest, step)
-        if files is None:
-            return MANIFEST, f"changed since it was written: not that of a checkpoint of step {step}"
+        if not (directory / MANIFEST).is_file():
+            return MANIFEST, MISSING
+        try:
+            files = parse_manifest(read_bytes(directory / MANIFEST), step_name(step), "checkpoint")["files"]
+        except ValueError as error:
+            said = str(error)
+            return MANIFEST, said if said.startswith("changed") else f"changed since it was written: {said}"
+        if STATE not in files:
+            return MANIFEST, f"changed since it was written: does not name {STATE}"
         for name, fact in files.items():
             found = first_damaged(directory, {name: fact})
             if found is not None:
                 return found
     except (FileNotFoundError, NotADirectoryError):
-        return name, "missing"
-    except ValueError:
-        return name, "changed since it was written: not JSON"
+        return name, MISSING
     except OSError as error:
         if error.errno == errno.EIO:
             return name, "the disk does not give it back (input/output error)"
         raise
-    state = read_json(directory / STATE)
+    try:
+        state = read_json(directory / STATE)
+    except DataError as error:
+        return STATE, str(error)
+    problem = state_problem(state, step)
+    if problem is not None:
+        return STATE, problem
     if state.get("version") == VERSION:  # another is refused, with a reason of its own, when it is loaded
         unnamed = sorted(set(file_names(state)) - set(files))
         if unnamed:
             return MANIFEST, f"changed since it was written: does not name {unnamed[0]}"
     return None
-
-
-def _named_files(manifest: Any, step: int) -> dict[str, Any] | None:
-    """The files with their hashes, if this is a manifest as `write_checkpoint` writes it; else a bit of it is wrong."""
-    if not isinstance(manifest, dict) or (manifest.get("kind"), manifest.get("step")) != ("checkpoint", step):
-        return None
-    files = manifest.get("files")
-    if not isinstance(files, dict) or STATE not in files:
-        return None
-    for fact in files.values():
-        if not isinstance(fact, dict) or not isinstance(fact.get("sha256"), str) or type(fact.get("bytes")) is not int:
-            return None
-    return files
 
 
 def _steps(run: RunDir) -> list[int]:

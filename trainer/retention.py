@@ -8,13 +8,13 @@ from __future__ import annotations
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from configs.errors import DataError
+from configs.facts import read_reference_facts
 from configs.rundir import RunDir, step_name, tables_folder
 from configs.schema import CheckpointSettings, Config
-from configs.whole import read_json, read_manifest
-from eval.tables import read_mean_loss, table_name
+from configs.whole import read_manifest
+from eval.tables import mean_loss, read_table, table_name
 
 
 def thin_checkpoints(run: RunDir, settings: CheckpointSettings) -> None:
@@ -72,7 +72,7 @@ def _remove(folder: Path, steps: list[int]) -> None:
 def _losses(run: RunDir, config: Config, steps: list[int]) -> dict[int, float]:
     """Mean loss (nats per token) of each snapshot that is scored as the run's evaluator does it, with these weights."""
     try:
-        facts: dict[str, Any] = read_json(config.reference_dir / "reference.json")
+        facts = read_reference_facts(config.reference_dir, "name", "fingerprints.tokens")
     except DataError:
         return {}
     folder = run.losses / tables_folder(facts["name"], facts["fingerprints"]["tokens"])
@@ -90,6 +90,12 @@ def _losses(run: RunDir, config: Config, steps: list[int]) -> dict[int, float]:
 
 @lru_cache(maxsize=4096)
 def _mean_loss(table: Path, _written: int) -> tuple[float, str | None]:
-    """(mean loss, fingerprint of the weights) from a table; read once as long as it is the same file."""
-    loss, meta = read_mean_loss(table)
-    return loss, meta.get("source")
+    """(mean loss, fingerprint of the weights) from a table; read once as long as it is the same file.
+
+    Raises:
+        DataError: it is damaged, or has no digest to tell: what would be deleted by it cannot be had again.
+    """
+    found = read_table(table)
+    if found.undigested:
+        raise DataError(f"{table}: has no digest")
+    return mean_loss(found), found.meta.get("source")

@@ -11,12 +11,13 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
+from configs.facts import read_reference_facts
 from configs.load import batch_problems, dump_config, micro_batch
-from configs.rundir import RunDir, step_name
+from configs.rundir import RunDir
 from configs.scheduler import current_job
 from configs.schema import Config
 from configs.terminal import is_supervised
-from configs.whole import read_json, read_manifest, verify, write_atomic
+from configs.whole import read_manifest, verify, write_atomic
 from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
 from eval.reference import tokenizer_fingerprint
 from trainer import stop
@@ -45,7 +46,6 @@ from trainer.model import TrainableLM, check_model_settings, make_model, paramet
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
 from trainer.saves import Due, RunSaves
-from trainer.snapshots import weights_of
 from trainer.watchdog import Watchdog
 
 
@@ -93,7 +93,7 @@ def _check_reference(config: Config, tokenizer: str, hf: Any, tell: Callable[[st
     """Refuses a reference set that the model, once trained, could not be scored on; tells of other windows."""
     directory = config.reference_dir
     read_manifest(directory, "reference")
-    facts = read_json(directory / "reference.json")
+    facts = read_reference_facts(directory)
     if facts["tokenizer"]["fingerprint"] != tokenizer:
         raise ConfigError(
             f"eval.reference: {directory} has another tokenizer than the data; tokenize it again: "
@@ -117,7 +117,7 @@ def _check_reference(config: Config, tokenizer: str, hf: Any, tell: Callable[[st
 def finished(run: RunDir, config: Config) -> bool:
     """Whether the run has made all its steps."""
     state = run.read_state()
-    return state.get("state") == "done" and int(state.get("step", 0)) >= config.steps
+    return state.get("state") == "done" and int(state.get("step") or 0) >= config.steps
 
 
 def run_training(config: Config, terminal: TextIO, *, extend: bool = False, force_resume: bool = False) -> int:
@@ -137,7 +137,8 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
         if ranks.first:
             try:
                 run.path.mkdir(parents=True, exist_ok=True)
-                attempt = int(run.read_state().get("attempt", 0)) + 1
+                run.check_files()
+                attempt = int(run.read_state().get("attempt") or 0) + 1
                 lock.acquire(attempt)
                 run.write_state(None, exit_code=None, failure=None, again=None)  # what stands there is of another start
             except BaseException:
@@ -316,8 +317,9 @@ def _train(
     guard = Guard(config, run, ranks, data, losses=losses, passed_over=passed_over, finish_saving=finish_saving)
     if inline is not None and checkpoint is not None:  # killed between the checkpoint and the score of this step?
         with watchdog.paused("scoring"):
-            if ranks.broadcast_int(int(ranks.first and clock.step in run.whole_steps(run.snapshots))):
-                inline.score(clock.step, weights_of(run.snapshots / step_name(clock.step)))
+            source = saves.shown_before(clock.step)
+            if source is not None:
+                inline.score(clock.step, source)
     made = clock.step
 
     def mark(step: int) -> None:

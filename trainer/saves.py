@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from configs.errors import VernierError
+from configs.errors import DataError, VernierError
 from configs.faults import reached
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from configs.whole import MANIFEST
 from eval.ranks import Ranks
 from trainer.checkpoints import Clock, copy_checkpoint, write_checkpoint
 from trainer.ema import MovingAverage
@@ -96,11 +96,22 @@ class RunSaves:
         self.saver.wait()
         directory, found = self.run.snapshots / step_name(step), ""
         if self.ranks.first:  # who renamed it; on other nodes it may not be seen yet
-            found = weights_of(directory) if (directory / MANIFEST).is_file() else ""
+            with suppress(DataError):  # it failed, which was told
+                found = weights_of(directory)
         _, weights = self.ranks.first_words(found)
         if not weights and self.ranks.first:
             self.run.add_event("not scored", f"step {step}: its snapshot could not be written", step=step, rank=0)
         return weights or None
+
+    def shown_before(self, step: int) -> str | None:
+        """The fingerprint of a snapshot that an earlier attempt has left; None where there is none to score."""
+        found = ""
+        if self.ranks.first and step in self.run.whole_steps(self.run.snapshots):
+            try:
+                found = weights_of(self.run.snapshots / step_name(step))
+            except DataError as error:
+                self.run.add_event("not scored", str(error), step=step, rank=0)
+        return self.ranks.first_words(found)[1] or None
 
     def wait(self) -> None:
         """Waits for the save in flight."""

@@ -22,7 +22,7 @@ from configs.errors import DataError
 from configs.faults import reached
 from configs.rundir import RunDir, step_name
 from configs.schema import Config
-from configs.whole import MANIFEST, commit, partial_path, read_json
+from configs.whole import commit, partial_path, read_manifest, verify
 from eval.models import DTYPES, fingerprint_of_digests, tensor_digest
 from eval.ranks import Ranks
 from eval.tables import read_mean_loss
@@ -138,8 +138,8 @@ def write_snapshot(copied: SnapshotCopy, lm: Any, hf: Any, config: Config, ranks
 
 
 def weights_of(directory: Path) -> str:
-    """The fingerprint of the weights in a snapshot."""
-    return str(read_json(directory / MANIFEST)["weights"])
+    """The fingerprint of the weights in a snapshot. Raises DataError where its manifest is missing or damaged."""
+    return str(read_manifest(directory, "snapshot")["weights"])
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -256,16 +256,22 @@ def _write_index(part: Path, copied: SnapshotCopy, dtype: str) -> None:
 
 
 def _put_in_place(final: Path, run: RunDir, manifest: dict[str, Any], hashes: dict[str, str]) -> None:
-    if _same_weights_are_there(final, manifest["weights"]):
+    there, damaged = _weights_there(final)
+    if there == manifest["weights"]:
         shutil.rmtree(partial_path(final))
         return
-    _move_aside(final, run, manifest["weights"])
+    _move_aside(final, run, manifest["weights"], damaged)
     commit(final, manifest, hashes)
 
 
-def _same_weights_are_there(final: Path, weights: str) -> bool:
-    manifest = final / MANIFEST
-    return manifest.is_file() and read_json(manifest).get("weights") == weights
+def _weights_there(final: Path) -> tuple[str, str]:
+    """(fingerprint of the weights of the snapshot that is there and whole, else ""; what is wrong with it, else "")."""
+    if not final.exists():
+        return "", ""
+    try:
+        return str(verify(final, "snapshot").get("weights")), ""
+    except DataError as error:
+        return "", str(error)
 
 
 def _is_of(table: Path, weights: str) -> bool:
@@ -276,11 +282,14 @@ def _is_of(table: Path, weights: str) -> bool:
         return False
 
 
-def _move_aside(final: Path, run: RunDir, weights: str) -> None:
-    """What an earlier attempt left at this step is kept, out of the way, with the tables that were made from it."""
+def _move_aside(final: Path, run: RunDir, weights: str, damaged: str) -> None:
+    """What an earlier attempt left at this step is kept, out of the way, with the tables that were made from it.
+
+    A table of these very weights stays where it is: what it was made from was whole then.
+    """
     label = f"{final.name}.ema" if final.parent == run.ema else final.name  # as `vernier eval` names its tables
-    tables = list(run.losses.glob(f"*/{label}@*"))
-    if not final.exists() and all(_is_of(table, weights) for table in tables):
+    tables = [table for table in run.losses.glob(f"*/{label}@*") if not _is_of(table, weights)]
+    if not final.exists() and not tables:
         return
     places = (run.path / "replaced" / f"{label}.{number}" for number in count(1))
     place = next(p for p in places if not p.exists())
@@ -289,4 +298,5 @@ def _move_aside(final: Path, run: RunDir, weights: str) -> None:
         final.rename(place / "snapshot")
     for table in tables:
         table.rename(place / table.name)
-    run.add_event("replaced", f"{label} of an earlier attempt had other weights; it is in {place}")
+    told = f"{label} of an earlier attempt {'is damaged: ' + damaged if damaged else 'had other weights'}"
+    run.add_event("replaced", f"{told}; it is in {place}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from configs.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from configs.files import read_bytes
 
 POLL_S = 0.5
 INTERRUPT = "interrupt"  # content of a STOP file that stands for Ctrl-C
@@ -85,7 +86,7 @@ class Requests:
             if not self.in_background:
                 self.save |= self.save_file.exists()
             try:
-                self.interrupt |= self.stop_file.read_text(encoding="utf-8", errors="replace").strip() == INTERRUPT
+                self.interrupt |= read_bytes(self.stop_file).strip() == INTERRUPT.encode()
                 self.stop = True
             except OSError:
                 pass  # not asked

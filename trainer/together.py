@@ -87,13 +87,16 @@ def _begin(final: Path, size: int) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> str:
-    """Writes CPU tensors to the disk as safetensors; gives the file's SHA-256.
+    """Writes CPU tensors to the disk as safetensors; gives the file's SHA-256. Equal tensors give equal bytes.
+
+    Args:
+        metadata: one key at most, since safetensors writes several in any order; without it what transformers asks for.
 
     Raises:
         OSError: it could not be written.
     """
     try:
-        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        save_file(tensors, path, metadata=metadata or {"format": "pt"})
     except OSError:
         raise
     except Exception as error:  # safetensors turns errors of the disk into errors of its own

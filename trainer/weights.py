@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 
 from configs.errors import ConfigError, DataError
-from configs.rundir import RunDir, step_name
+from configs.rundir import RunDir, step_name, step_of
 from configs.whole import read_json, verify
-from trainer.checkpoints import STATE, VERSION, file_names
+from trainer.checkpoints import STATE, VERSION, file_names, state_problem
 
 _NAMED = re.compile(r"(.+)@(\d+)")
 
@@ -72,6 +72,9 @@ def load_masters(model: Any, checkpoint: Path) -> None:
     state = read_json(checkpoint / STATE)
     if state.get("version") != VERSION:
         raise DataError(f"{checkpoint}: checkpoint format {state.get('version')}, this Vernier reads {VERSION}")
+    problem = state_problem(state, step_of(checkpoint.name))
+    if problem is not None:
+        raise DataError(f"{checkpoint / STATE}: {problem}")
     files = {name: safe_open(checkpoint / name, "pt") for name in file_names(state)}
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     odd = sorted(set(wanted) ^ set(state["parameters"]))

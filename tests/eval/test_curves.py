@@ -210,3 +210,18 @@ def test_it_is_drawn(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         draw_training(compare_training(*pair), tmp_path / "file" / "training-curve.png")
+
+
+def test_a_curve_with_a_hole_is_refused_with_its_line(pair: tuple[Path, Path]) -> None:
+    a, b = pair
+    path = a / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:99] + whole[102:]))
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 100 is of step 103, where step 100 belongs: .* a hole"):
+        compare_training(a, b)
+    path.write_text("".join([*whole[:99], "{" + whole[99], *whole[100:]]))
+    with pytest.raises(DataError, match=r"metrics\.jsonl: line 100 is not JSON: the curve has a hole"):
+        compare_training(a, b)
+    path.write_text("".join(whole[1:]))
+    with pytest.raises(DataError, match="line 1 is of step 2, where step 1 belongs"):
+        compare_training(a, b)

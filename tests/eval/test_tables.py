@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from configs.errors import DataError
+from eval.compare import compare_tables
+from eval.journal import Journal, folder_of, no_scores, scores_of_table
 from eval.tables import LossTable, parse_table_name, read_table, table_name, write_table
 
 
@@ -159,3 +163,66 @@ def test_names_of_tables() -> None:
         assert parse_table_name(other) is None
     with pytest.raises(DataError, match="file name"):
         table_name("a/b", "causal", "fp32")
+
+
+def test_no_turned_bit_in_a_table_is_believed(tmp_path: Path) -> None:
+    """Columns, footer, metadata: what is read is either what was written, or refused in a line."""
+    path = tmp_path / "t.parquet"
+    write_table(path, a_table())
+    content, whole = path.read_bytes(), read_table(path)
+    refused = 0
+    for place in np.random.default_rng(7).choice(8 * len(content), 200, replace=False):
+        turned = bytearray(content)
+        turned[place // 8] ^= 1 << place % 8
+        path.write_bytes(turned)
+        try:
+            found = read_table(path)
+        except DataError:
+            refused += 1
+            continue
+        assert all(np.array_equal(getattr(found, name), getattr(whole, name)) for name in COLUMNS)
+        assert found.meta == whole.meta or found.undigested
+    assert refused > 100
+
+
+@pytest.mark.parametrize("key", ["reference", "dtype", "versions"])
+def test_what_the_metadata_say_is_under_the_digest_too(tmp_path: Path, key: str) -> None:
+    def other(content: pa.Table) -> pa.Table:
+        meta = json.loads(content.schema.metadata[b"vernier"])
+        return content.replace_schema_metadata({"vernier": json.dumps({**meta, key: "else"})})
+
+    with pytest.raises(DataError, match="its digest does not fit"):
+        read_table(rewritten(tmp_path / "t.parquet", other))
+
+
+def test_a_table_of_an_older_vernier_is_compared_with_a_caution(tmp_path: Path) -> None:
+    def older(content: pa.Table) -> pa.Table:
+        meta = json.loads(content.schema.metadata[b"vernier"])
+        del meta["digest"]
+        return content.replace_schema_metadata({"vernier": json.dumps({**meta, "label": "old"})})
+
+    found = read_table(rewritten(tmp_path / "t.parquet", older))
+    assert found.undigested
+    cautions = compare_tables(a_table(), found).cautions
+    assert [caution for caution in cautions if "has no digest" in caution] == [
+        "old: its table has no digest, so damage to it would not be seen"
+    ]
+    assert not any("digest" in caution for caution in compare_tables(a_table(), a_table()).cautions)
+
+
+def test_a_turned_bit_in_what_a_killed_scoring_left_is_scored_again(tmp_path: Path) -> None:
+    found, table = scores_of_table(a_table()), tmp_path / "t.parquet"
+    assert found is not None
+    sums, counts = found
+    journal = Journal(table, a_table().meta, rank=0)
+    for half in (torch.arange(20), torch.arange(20, 40)):
+        journal.add(half, sums[half], counts[half])
+        journal.flush()
+    first = min(folder_of(table).iterdir())
+    content = bytearray(first.read_bytes())
+    content[-3] ^= 16  # in the numbers, which are behind the header
+    first.write_bytes(content)
+    into = no_scores(40)
+    journal.read(into)
+    assert into.has().tolist() == [False] * 20 + [True] * 20
+    assert torch.equal(into.sums[20:], sums[20:])

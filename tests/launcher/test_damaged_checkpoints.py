@@ -1,5 +1,6 @@
 """A damaged checkpoint is found before it is used and moved away, and the one before it leads to the same end."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT, TINY, by_agent, lines, losses, vernier
 
 from configs.rundir import step_name
+from configs.whole import verify
 from trainer.quarantine import damage
 
 FILES = ("manifest.json", "state.json", "rank-00000.safetensors", "rank-00001.safetensors")
@@ -156,3 +158,52 @@ def test_what_another_node_finds_counts_for_all(straight: Path, tmp_path: Path) 
         f"{step_name(STEPS - 1)} step {STEPS}'s checkpoint is damaged: {step_name(STEPS)}/state.json:"
     )
     assert (runs[0] / "quarantine" / f"{step_name(STEPS)}.1").is_dir()  # the first rank has moved it
+
+
+def test_a_clock_of_another_step_is_damage(straight: Path, tmp_path: Path) -> None:
+    """Of a folder that somebody has put together, hashes and all."""
+    here = tmp_path / step_name(STEPS)
+    shutil.copytree(checkpoint(straight, STEPS), here)
+    older = (checkpoint(straight, STEPS - 1) / "state.json").read_bytes()
+    (here / "state.json").write_bytes(older)
+    manifest = json.loads((here / "manifest.json").read_bytes())
+    del manifest["seal"]
+    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(older).hexdigest(), "bytes": len(older)}
+    (here / "manifest.json").write_text(json.dumps(manifest))
+    assert damage(here, STEPS) == (
+        "state.json",
+        f"its clock stands at step {STEPS - 1}, its directory is called {step_name(STEPS)}",
+    )
+
+
+def test_a_damaged_snapshot_that_is_made_again_gives_way_to_the_good_one(
+    straight: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = copy_to_go_on_from(straight, tmp_path / "run")
+    shutil.rmtree(checkpoint(run, STEPS))
+    snapshot = run / "snapshots" / step_name(STEPS)
+    flip_a_bit(sorted(snapshot.glob("*.safetensors"))[0])
+    vernier("train", *settings(tiny_data, run))
+    verify(snapshot, "snapshot")
+    assert (run / "replaced" / f"{step_name(STEPS)}.1" / "snapshot").is_dir()
+    (event,) = [line for line in lines(run / "events.jsonl") if line["kind"] == "replaced"]
+    assert "is damaged" in event["message"]
+    for made in (checkpoint(run, STEPS), snapshot):  # equal state, equal bytes
+        for file in made.iterdir():
+            assert file.read_bytes() == (straight / made.relative_to(run) / file.name).read_bytes(), file
+
+
+def test_a_letter_in_one_snapshots_manifest_sets_that_step_alone_aside(
+    straight: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    manifest = run / "snapshots" / step_name(0) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"files"', '"filet"'))
+    scored = [word for word in settings(tiny_data, run) if word != "eval.placement=none"]
+    said = vernier("train", *scored, "eval.placement=separate", code=1).stderr
+    assert f"scored step {STEPS}: loss" in said
+    assert "error: 1 snapshot could not be scored" in said
+    assert f"step 0: {manifest}: changed since it was written" in said
+    assert not [line for line in lines(run / "events.jsonl") if line["kind"] == "evaluator died"]
+    assert [path.name[:13] for path in run.glob("losses/*/*.parquet")] == [step_name(STEPS)]

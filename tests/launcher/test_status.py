@@ -22,6 +22,7 @@ from conftest import ROOT, WITHOUT_SLURM, losses, table_of, vernier
 from configs.errors import DataError
 from configs.rundir import RunDir
 from configs.scheduler import SlurmJob
+from configs.seal import sealed, unsealed
 from eval.tables import read_mean_loss
 from launcher.event_table import event_rows
 from launcher.job_log import add_job
@@ -45,7 +46,7 @@ def set_state(run: RunDir, *, heard: float | None = None, **facts: Any) -> None:
     """Puts facts into state.json; `heard`: seconds since the last sign of life."""
     before = json.loads(run.state.read_text())
     when = time.time() - (heard or 0)
-    run.state.write_text(json.dumps({**before, **facts, "heartbeat": when}))
+    run.state.write_text(json.dumps(sealed({**unsealed(before), **facts, "heartbeat": when})))
     run.lock.touch()
     os.utime(run.lock, (when, when))
 
@@ -171,7 +172,7 @@ def test_a_job_that_runs_has_not_died_however_long_it_takes_to_start(run: RunDir
     add_job(run, "submitted", component="train", backend="slurm", job="12")
     facts = facts_of(run, told=in_slurm("RUNNING", nodes="node[1-2]"))
     assert (facts.state, facts.words) == ("pending", "starting in job 12 (RUNNING)")
-    line = json.loads(run.jobs.read_text())
+    line = unsealed(json.loads(run.jobs.read_text()))
     run.jobs.write_text(json.dumps({**line, "time": time.time() - 9000}) + "\n")
     set_state(run, state="running", exit_code=None, job="12", heard=3000)
     facts = facts_of(run, told=in_slurm("RUNNING", nodes="node[1-2]"))

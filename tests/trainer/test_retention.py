@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, TINY, lines, vernier
 
@@ -110,3 +112,12 @@ def test_what_a_kill_left_of_a_removal_counts_for_nothing_and_goes(config: Confi
     assert run.whole_steps(run.checkpoints) == [10, 20, 40, 50, 60]
     thin_checkpoints(run, CheckpointSettings(keep=2, keep_every=20))
     assert steps_in(run.checkpoints) == [20, 40, 50, 60]
+
+
+def test_a_damaged_table_makes_no_snapshot_the_worst(config: Config) -> None:
+    run = RunDir(config.run_dir)
+    path = run.losses / "tiny-01234567" / table_name(step_name(20), "causal", "fp32")
+    content = pq.read_table(path)
+    pq.write_table(content.set_column(4, "loss", pa.array([9.0, 9.0, 9.0])), path)
+    thin_snapshots(run, config)
+    assert steps_in(run.snapshots) == [20, 30, 40, 60]  # 20 counts as not scored; of the rest 30 is best

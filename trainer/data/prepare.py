@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
+from configs.facts import read_dataset_facts
+from configs.files import open_to_write
 from configs.schema import Config
-from configs.whole import MANIFEST, read_json, verify, whole_directory, write_atomic
+from configs.whole import MANIFEST, verify, whole_directory, write_json
 from eval.reference import build_reference, load_reference, read_documents, tokenizer_fingerprint
 from eval.tokenization import TextTokenizer
 from trainer.data.families import joined, sharing
@@ -59,7 +60,7 @@ def _alone(final: Path) -> Iterator[None]:
     """Refuses to prepare a data set that another process is preparing; leaves no trace of having asked."""
     final.parent.mkdir(parents=True, exist_ok=True)
     path = final.with_name(f".{final.name}.lock")
-    with open(path, "w") as lock:
+    with os.fdopen(open_to_write(path, os.O_WRONLY), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             current = os.fstat(lock.fileno()).st_ino == path.stat().st_ino
@@ -103,7 +104,7 @@ def load_dataset_facts(data_dir: Path) -> dict[str, Any]:
     """What `dataset.json` says. Raises DataError where the data is not there."""
     if not (data_dir / MANIFEST).is_file() or not (data_dir / FACTS).is_file():
         raise DataError(f"data.dir: {data_dir} is not there; run `vernier prepare CONFIG` first")
-    return dict(read_json(data_dir / FACTS))
+    return read_dataset_facts(data_dir / FACTS)
 
 
 def no_target(sequence_length: int, windows: int) -> str:
@@ -254,7 +255,7 @@ def _build(
         "settings": settings,
     }
     facts["unmet"] = list(unmet_requests(facts))
-    write_atomic(part / FACTS, json.dumps(facts, indent=1))
+    write_json(part / FACTS, facts)
     return facts
 
 

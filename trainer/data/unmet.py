@@ -43,6 +43,11 @@ def unmet_requests(facts: Mapping[str, Any]) -> Iterator[str]:
             f"data.vocab_size: {entries:,} asked for, {facts['vocab_size']:,} made: "
             "there is too little text for more; lower it, or give more text"
         )
+    if facts.get("switched_off"):
+        yield (
+            f"data.tokenizer: its tokenizer.json asks for {facts['switched_off']}, which would give a text other "
+            "tokens each time; that is switched off, here and in the copy that goes with each snapshot"
+        )
     without = facts["read"]["documents_without_prompt"]
     if without:
         yield (

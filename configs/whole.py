@@ -197,12 +197,19 @@ def verify(directory: Path, kind: str | None = None, *, hashes: bool = True) -> 
 def first_damaged(directory: Path, files: dict[str, dict[str, Any]], *, hashes: bool = True) -> tuple[str, str] | None:
     """(name, what is wrong with it) of the first of a manifest's files that is not as it says; None where all are."""
     for name, fact in files.items():
-        path = directory / name
-        if not path.is_file():
-            return name, MISSING
-        size = path.stat().st_size
-        if size != fact["bytes"]:
-            return name, f"cut short or changed: {size:,} bytes, its manifest says {fact['bytes']:,}"
-        if (hashes or path.suffix == ".json") and sha256_file(path) != fact["sha256"]:
-            return name, "changed since it was written (its SHA-256 is not the manifest's)"
+        what = damage_of(directory / name, fact, hashes=hashes)
+        if what is not None:
+            return name, what
+    return None
+
+
+def damage_of(path: Path, fact: dict[str, Any], *, hashes: bool = True) -> str | None:
+    """What is wrong with a file of which a manifest says `fact` (its `bytes` and `sha256`); None where nothing is."""
+    if not path.is_file():
+        return MISSING
+    size = path.stat().st_size
+    if size != fact["bytes"]:
+        return f"cut short or changed: {size:,} bytes, its manifest says {fact['bytes']:,}"
+    if (hashes or path.suffix == ".json") and sha256_file(path) != fact["sha256"]:
+        return "changed since it was written (its SHA-256 is not the manifest's)"
     return None

@@ -52,10 +52,13 @@ def split_model(model: Any) -> tuple[Any, Head] | None:
         hook = head.register_forward_pre_hook(lambda _, given: (100 * given[0],))
         try:
             whole = model(input_ids=probe_BT, use_cache=False).logits
-            try:
-                parts = head(decoder(input_ids=probe_BT, use_cache=False).last_hidden_state)
-            except RuntimeError:  # a layer between the two changes the width (electra)
-                parts = whole.new_empty(0)
+        except BaseException:
+            hook.remove()
+            raise
+        try:
+            parts = head(decoder(input_ids=probe_BT, use_cache=False).last_hidden_state)
+        except RuntimeError:  # a layer between the two changes the width (electra)
+            parts = whole.new_empty(0)
         finally:
             hook.remove()
     model.train(was_training)

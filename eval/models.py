@@ -18,6 +18,8 @@ from configs.whole import MANIFEST, read_json, read_manifest, verify
 from eval.reference import ReferenceSet, tokenizer_fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+DEQUANTIZE = "dequantize the model and save it anew (transformers: model.dequantize(), then save_pretrained(DIR))"
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -68,18 +70,42 @@ def check_model(directory: Path) -> None:
     """Refuses a directory that is not a whole model: ours against its manifest's hashes, any by its files.
 
     Raises:
-        DataError: says which file is wrong, and how.
+        DataError: says which file is wrong, and how; or that the weights are quantized.
     """
     if not directory.is_dir():
         raise DataError(f"model: {directory} is not a directory")
     files = verify(directory, "snapshot")["files"] if is_ours(directory) else None
     if not (directory / "config.json").is_file():
         raise DataError(f"{directory}: not a Hugging Face model directory (it has no config.json)")
+    method = quantization(read_json(directory / "config.json"))
+    if method is not None:
+        raise DataError(
+            f"{directory}: its config.json has a quantization_config ({method}), and quantized weights are neither "
+            f"trained nor scored; {DEQUANTIZE}, or take the entry out if its weights are not quantized"
+        )
     for file in weight_files(directory):
         if files is not None and file.name not in files:
             raise DataError(f"{directory}: {file.name} is not in its {MANIFEST}, so nothing tells whether it is whole")
-        with _opened(file):  # reads the header, which says how long the file must be
-            pass
+        with _opened(file) as tensors:  # reads the header, which says how long the file must be
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                if "weight" in name and (kind := tensors.get_slice(name).get_dtype()) not in FLOATS:
+                    raise DataError(
+                        f"{file}: {name} is of type {kind}: quantized weights, which are neither trained nor scored; "
+                        f"{DEQUANTIZE}"
+                    )
+
+
+def quantization(config: Any) -> str | None:
+    """The method by which a model's weights are quantized, by what its config says; None where they are not."""
+    if not isinstance(config, dict):
+        return None
+    for key in ("quantization_config", "compression_config"):
+        if found := config.get(key):
+            by = found if isinstance(found, dict) else {}
+            if by.get("load_in_4bit") or by.get("load_in_8bit"):
+                return str(by.get("quant_method") or "bitsandbytes")
+            return str(by.get("quant_method") or by.get("quant_type") or by.get("format") or "of an unnamed method")
+    return next((found for part in config.values() if (found := quantization(part)) is not None), None)
 
 
 def weights_fingerprint(directory: Path) -> str:

@@ -22,7 +22,13 @@ from configs.facts import read_reference_facts
 from configs.rundir import tables_folder
 from configs.whole import read_manifest, verify, whole_directory, write_json
 from eval.samples import LARGEST_SHARE, Samples, cut_documents, document_sha256, make_samples
-from eval.tokenization import TextTokenizer, copy_tokenizer_files, open_tokenizer, tokenizer_fingerprint
+from eval.tokenization import (
+    TextTokenizer,
+    check_repeatable,
+    copy_tokenizer_files,
+    open_tokenizer,
+    tokenizer_fingerprint,
+)
 
 __all__ = [
     "ReferenceSet",
@@ -215,11 +221,13 @@ def retokenize(
     verify(reference_dir, KIND)
     facts = read_reference_facts(reference_dir)
     sources, texts, prompts = read_documents(reference_dir)
+    tokenizer = open_tokenizer(tokenizer_dir, "--tokenizer")
+    check_repeatable(tokenizer, texts, "--tokenizer")
     made = build_reference(
         out_dir,
         sources,
         texts,
-        open_tokenizer(tokenizer_dir, "--tokenizer"),
+        tokenizer,
         name=facts["name"],
         sequence_length=sequence_length or facts["sequence_length"],
         batch=facts["batch"],

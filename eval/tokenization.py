@@ -1,6 +1,7 @@
-"""Tokenizer directories as Vernier uses them: no truncation, no padding, told apart by what decides ids.
+"""Tokenizer directories as Vernier uses them: a text has the same ids each time, told apart by what decides ids.
 
-Encoding never adds special tokens and never makes one of text that merely looks like it.
+Encoding never cuts or pads, never adds special tokens and never makes one of text that merely looks like it. What draws
+ids at random (dropout of merges, sampling of pieces) is switched off.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 ROLES = ("bos_token", "eos_token", "cls_token", "sep_token", "mask_token", "pad_token")
+RANDOM = ("dropout", "alpha", "nbest_size")  # of a model: BPE's leaves merges out, Unigram's two sample its pieces
+TRIED = 16  # texts that `check_repeatable` encodes more than once
+TRIED_CHARACTERS = 4000
 ENCODE_BYTES = 4 << 20  # of text at once: enough to keep all cores busy, few enough results to hold
 
 
@@ -51,6 +55,7 @@ class TextTokenizer:
     prefix_id: int
     backend: Any
     special: Mapping[str, int] = field(default_factory=dict)
+    switched_off: str = ""  # what its file asks for and would make ids random, for people
 
     def encode(
         self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
@@ -96,11 +101,9 @@ def open_tokenizer(directory: Path, setting: str = "tokenizer") -> TextTokenizer
     Raises:
         DataError: no `tokenizer.json`, not readable, or neither an EOS, a BOS, a CLS nor a SEP token.
     """
-    backend = _backend(directory, setting)
-    backend.no_truncation()  # a tokenizer.json may carry both from where it was used last
-    backend.no_padding()
-    backend.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of a document
     names = _special_tokens(directory, setting)
+    backend, switched_off = _backend(directory, setting, names)
+    fingerprint = _fingerprint(backend)
     found = {role: backend.token_to_id(name) for role, name in names.items()}
     ids = {role: number for role, number in found.items() if number is not None}
     starts, ends = (
@@ -114,7 +117,7 @@ def open_tokenizer(directory: Path, setting: str = "tokenizer") -> TextTokenizer
             'add "eos_token" to its tokenizer_config.json (a token that its tokenizer.json knows)'
         )
     largest = max(backend.get_vocab(with_added_tokens=True).values())
-    return TextTokenizer(directory, _fingerprint(backend), largest + 1, last, first, backend, ids)
+    return TextTokenizer(directory, fingerprint, largest + 1, last, first, backend, ids, switched_off)
 
 
 def tokenizer_fingerprint(directory: Path) -> str:
@@ -123,18 +126,46 @@ def tokenizer_fingerprint(directory: Path) -> str:
     Raises:
         DataError: no `tokenizer.json`, or not readable.
     """
-    return _fingerprint(_backend(directory, "tokenizer"))
+    return _fingerprint(_backend(directory, "tokenizer", _special_tokens(directory, "tokenizer"))[0])
+
+
+def check_repeatable(tokenizer: TextTokenizer, texts: Sequence[str], setting: str = "tokenizer") -> None:
+    """Refuses a tokenizer that gives a text other ids the next time, or in other company: some of `texts` are tried.
+
+    Raises:
+        DataError: it does.
+    """
+    tried = [text[:TRIED_CHARACTERS] for text in texts[:TRIED]]
+    together = tokenizer.encode(tried)
+    for others in (tokenizer.encode(tried[::-1])[::-1], [tokenizer.encode([text])[0] for text in tried]):
+        if any(not np.array_equal(a, b) for a, b in zip(together, others, strict=True)):
+            raise DataError(
+                f"{setting}: {tokenizer.directory} gives one text other tokens each time, so that no two models could "
+                "be compared by it; save it without what draws at random"
+            )
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copies a tokenizer's files (and no weights beside them) into the folder `target`, made if need be."""
+    """Copies a tokenizer's files (and no weights beside them) into the folder `target`, made if need be.
+
+    What would make ids random is null in the copy, as it was when the data was made: a copy goes into each snapshot.
+    """
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    path = target / "tokenizer.json"
+    if path.is_file():
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        model = whole.get("model") or {}
+        asked = [name for name in RANDOM if model.get(name)]
+        if asked:
+            model.update(dict.fromkeys(asked))
+            path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
 
-def _backend(directory: Path, setting: str) -> Any:
+def _backend(directory: Path, setting: str, names: Mapping[str, str]) -> tuple[Any, str]:
+    """(the tokenizer, with all off that would make ids hang on more than the text; what of that drew at random)."""
     from tokenizers import Tokenizer
 
     path = directory / "tokenizer.json"
@@ -146,9 +177,26 @@ def _backend(directory: Path, setting: str) -> Any:
             "(transformers: AutoTokenizer.from_pretrained(…).save_pretrained(DIR))"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: not readable as a tokenizer ({error})") from None
+    backend.no_truncation()  # a tokenizer.json may carry both from where it was used last
+    backend.no_padding()
+    _make_special(backend, set(names.values()))
+    backend.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of a document
+    asked = {name: value for name in RANDOM if (value := getattr(backend.model, name, None))}
+    for name in asked:
+        setattr(backend.model, name, None)
+    return backend, ", ".join(f"{name} {value:g}" for name, value in asked.items())
+
+
+def _make_special(backend: Any, names: set[str]) -> None:
+    """Makes those of a tokenizer's added tokens special that the directory gives a role and its file does not."""
+    from tokenizers import AddedToken
+
+    added = backend.get_added_tokens_decoder().values()
+    plain = [token.content for token in added if token.content in names and not token.special]
+    backend.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in plain])
 
 
 def _special_tokens(directory: Path, setting: str) -> dict[str, str]:
@@ -173,10 +221,19 @@ def _special_tokens(directory: Path, setting: str) -> dict[str, str]:
 def _fingerprint(backend: Any) -> str:
     # Through the library and back, so that older files and newly saved ones have the same fields.
     whole = json.loads(backend.to_str())
-    added = sorted((t["id"], t["content"]) for t in whole.get("added_tokens") or ())
+    normalizes = whole.get("normalizer") is not None
+    added = sorted((t["id"], t["content"], *_matching(t, normalizes)) for t in whole.get("added_tokens") or ())
     parts = {name: _without_blanks(whole.get(name)) for name in ("model", "normalizer", "pre_tokenizer")}
     canonical = json.dumps({**parts, "added_tokens": added}, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _matching(token: dict[str, Any], normalizes: bool) -> list[str]:
+    """How an added token is found in text, as far as that is out of the ordinary; special ones are not looked for."""
+    if token.get("special"):
+        return []
+    flags = ("lstrip", "rstrip", "single_word", *(("normalized",) if normalizes else ()))
+    return [flag for flag in flags if token.get(flag)]
 
 
 def _without_blanks(value: Any) -> Any:

@@ -61,11 +61,16 @@ def prepare(
         int | None, typer.Option(min=2, help="Targets a window of the new reference set; default as before.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the new reference set goes.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Hash prepared data again; exit 3 where something differs.")
+    ] = None,
     json_out: JsonOption = False,
 ) -> int:
     """Turn texts into training shards and a frozen reference set."""
-    from launcher.prepare import run_prepare, run_retokenize
+    from launcher.prepare import run_prepare, run_retokenize, run_verify
 
+    if verify is not None:
+        return run_verify(verify, json_out=json_out)
     if reference is not None:
         return run_retokenize(reference, tokenizer, out, sequence_length)
     return run_prepare(config, overrides or [], fresh=fresh, json_out=json_out)

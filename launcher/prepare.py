@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from configs.errors import EXIT_DONE, ConfigError
+from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
 from configs.load import load_config, resolve
 
 
@@ -39,10 +39,38 @@ def run_retokenize(
     if tokenizer is None or out is None:
         raise ConfigError("prepare --reference: give --tokenizer DIR and --out DIR as well")
     from eval.reference import retokenize
+    from eval.tokenization import open_tokenizer
 
     retokenize(reference, tokenizer, out, sequence_length=sequence_length)
+    if switched_off := open_tokenizer(tokenizer).switched_off:
+        print(f"caution: {tokenizer}: its tokenizer.json asks for {switched_off}, which was switched off")
     print(f"wrote {out}")
     return EXIT_DONE
+
+
+def run_verify(directory: Path, *, json_out: bool) -> int:
+    """Hashes all of a prepared data set (or reference set) again; prints what is not as it was written.
+
+    Exit code 0 where all is, 3 where something differs.
+    """
+    from configs.whole import read_manifest
+    from trainer.data.integrity import KIND, damages, told
+
+    manifest = read_manifest(directory)
+    if manifest.get("kind") not in (KIND, "reference"):
+        raise ConfigError(f"--verify: {directory} is a {manifest.get('kind')}, not prepared data or a reference set")
+    found = list(damages(directory, manifest))
+    files = manifest.get("files") or {}
+    if json_out:
+        wrong = [{"file": name, "what": what} for name, what in found]
+        print(json.dumps({"directory": str(directory), "files": len(files), "damaged": wrong}, indent=2))
+    else:
+        for name, what in found:
+            print(told(directory, name, what))
+        if not found:
+            size = sum(fact["bytes"] for fact in files.values())
+            print(f"{directory}: {len(files)} files, {size / 1e6:,.1f} MB, all as they were written")
+    return EXIT_VERDICT if found else EXIT_DONE
 
 
 def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:

@@ -141,7 +141,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def after_out_of_memory(
-    config: Config, run: RunDir, error: BaseException, *, rank: int, world: int, step: int
+    config: Config, run: RunDir, error: BaseException, *, rank: int, world: int, step: int, checkpoints: bool = True
 ) -> NoReturn:
     """A training step did not fit: halves the micro-batch for the next start, at 1 checkpoints activations.
 
@@ -151,6 +151,7 @@ def after_out_of_memory(
     Args:
         config: that training runs by, earlier adaptations included.
         step: the one that was being made.
+        checkpoints: whether the model's activations can be.
 
     Raises:
         StartAgain: with what is written to `adapted.json`.
@@ -165,7 +166,7 @@ def after_out_of_memory(
         smaller = max(m for m in range(1, micro // 2 + 1) if share % m == 0)
         after = replace(before, micro=smaller)
         change = f"micro-batches of {smaller} windows in place of {micro}"
-    elif not config.gradient_checkpointing:
+    elif checkpoints and not config.gradient_checkpointing:
         after = replace(before, micro=1, gradient_checkpointing=True)
         change = "activations checkpointed (micro-batches are of 1 window)"
     else:

@@ -72,7 +72,11 @@ class InlineScoring:
         )
         sharded = self.direct and self.engine.zero_optimization_stage() == 3
         # DeepSpeed's autocast is off here: scoring is without it, wherever it runs.
-        with cpu_threads(threads), torch.autocast(self.ranks.device.type, enabled=False):
+        with (
+            cpu_threads(threads),
+            torch.autocast(self.ranks.device.type, enabled=False),
+            zero_state.called_directly(self.engine),
+        ):
             table = score_reference(self.scorer, self.reference, self.ranks, meta, lockstep=sharded)
         if self.scores is not None:
             self.scores.add_or_refuse(step, table, time.perf_counter() - started)

@@ -15,7 +15,7 @@ from torch import nn
 from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
 from eval.losses import IGNORED, loss_of_hidden, split_model, training_loss
-from eval.models import check_loaded, check_model, quiet_libraries, sees_the_future
+from eval.models import check_loaded, check_model, quantization, quiet_libraries, sees_the_future
 from eval.ranks import environment_ranks, seed_everything
 from trainer.dropout import drops, recompute_contexts
 from trainer.weight_decay import check_patterns
@@ -57,6 +57,9 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
             f"model.type: {kind!r} is no causal LM that transformers knows"
             + (f"; did you mean {', '.join(near)}?" if near else "")
         )
+    method = quantization(settings.fields)
+    if method is not None:
+        raise ConfigError(f"model.quantization_config: {method}; quantized weights are not trained; leave it out")
     fields = {"vocab_size": facts["vocab_size"], **settings.fields}
     default = CONFIG_MAPPING[kind]()
     known = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
@@ -104,6 +107,11 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
         problems.append(
             f"sequence_length: {config.sequence_length} is longer than the model's max_position_embeddings ({longest})"
         )
+    if config.gradient_checkpointing and not checkpoints_activations(hf):
+        problems.append(
+            f"gradient_checkpointing: {hf.model_type} has none in transformers; leave it out, and lower batch.micro or "
+            "raise zero.stage where memory is short"
+        )
     home = _home(config.model.path)
     if home is not None and (home / "tokenizer.json").is_file():
         from eval.reference import tokenizer_fingerprint as fingerprint_of
@@ -121,6 +129,13 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
         _check_routing(hf)
     check_looks_back(config, hf)
     return hf
+
+
+def checkpoints_activations(hf: Any) -> bool:
+    """Whether transformers can checkpoint the activations of this kind of causal LM."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)].supports_gradient_checkpointing)
 
 
 def check_looks_back(config: Config, hf: Any) -> None:

@@ -18,7 +18,7 @@ from configs.scheduler import current_job
 from configs.schema import Config
 from configs.terminal import is_supervised
 from configs.whole import read_manifest, verify, write_atomic
-from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
+from eval.ranks import Ranks, StoppedByAnotherRank, environment_ranks, join, leave, set_determinism
 from eval.reference import tokenizer_fingerprint
 from trainer import stop
 from trainer.adaptations import (
@@ -32,6 +32,7 @@ from trainer.adaptations import (
 from trainer.baseline import check_baseline
 from trainer.changes import check_changes, tell_forced
 from trainer.checkpoints import Clock, clear_up, load_checkpoint
+from trainer.data.integrity import AT_START_BYTES, DataWatch
 from trainer.data.prepare import load_dataset_facts, no_target
 from trainer.data.shards import Windows
 from trainer.dropout import WindowDropout
@@ -42,7 +43,7 @@ from trainer.inline import InlineScoring
 from trainer.lock import RunLock
 from trainer.loop import Hooks, train
 from trainer.metrics import Metrics, write_manifest
-from trainer.model import TrainableLM, check_model_settings, make_model, parameter_count
+from trainer.model import TrainableLM, check_model_settings, checkpoints_activations, make_model, parameter_count
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
 from trainer.saves import Due, RunSaves
@@ -67,11 +68,14 @@ def check_run(
     Raises:
         ConfigError: what is wrong, a line each.
     """
-    facts = load_dataset_facts(config.data_dir)
-    verify(config.data_dir, "dataset", hashes=False)  # sizes only: hashing terabytes at each start would take hours
+    # A rank that `vernier` has started comes after its check; and each node's first hashes all beside the training.
+    first = environment_ranks()[2] == 0 and not is_supervised()
+    facts = load_dataset_facts(config.data_dir, AT_START_BYTES if first else 0)
     fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
     hf = check_model_settings(config, facts, fingerprint)
     if config.eval.placement != "none":
+        if first and not config.reference_dir.is_relative_to(config.data_dir):
+            verify(config.reference_dir, "reference")
         _check_reference(config, fingerprint, hf, tell)
     windows = Windows(config.data_dir, config.sequence_length)
     if len(windows) < 1:
@@ -232,6 +236,7 @@ def _train(
         passed_over.update(written_by.get("passed_over", ()))
     losses = recent_losses(run, ranks, clock.step, config.guards.spike_steps)
     data = Windows(config.data_dir, config.sequence_length)
+    watch = DataWatch(config.data_dir, clock.step, active=ranks.local_rank == 0)
     inline = InlineScoring(engine, config, hf, ranks) if config.eval.placement == "inline" else None
 
     metrics, line = None, None
@@ -326,6 +331,7 @@ def _train(
         nonlocal made
         made = step
         watchdog.mark(step)
+        watch.check()
 
     hooks = Hooks(observe, save, saves.before_update, updated, mark)
     try:
@@ -333,7 +339,18 @@ def _train(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        after_out_of_memory(config, run, error, rank=ranks.rank, world=ranks.world, step=made + 1)
+        after_out_of_memory(
+            config,
+            run,
+            error,
+            rank=ranks.rank,
+            world=ranks.world,
+            step=made + 1,
+            checkpoints=checkpoints_activations(hf),
+        )
+    if not stopped:
+        with watchdog.paused("checking the data"):
+            watch.finish()
     with watchdog.paused("saving"):
         saves.finish(clock.step)
     code = stop.exit_code(interrupted) if stopped else EXIT_DONE

@@ -8,6 +8,7 @@ Tested against DeepSpeed 0.19.8, which is pinned exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,6 +323,24 @@ def gathered(engine: Any, parameters: list[Any]) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3)
+
+
+@contextmanager
+def called_directly(engine: Any) -> Iterator[None]:
+    """Inside it `engine.module` may be called without its engine, at ZeRO-3 too.
+
+    A module's own weights are gathered by its hooks. Those of another module which it reaches into (Mamba's mixer
+    takes `self.conv1d.weight`) are gathered where they are looked up, and only while the engine says that it is in a
+    forward pass, as `DeepSpeedEngine._forward_prologue` does.
+    """
+    holders: list[Any] = [m._parameters for m in engine.module.modules() if hasattr(m._parameters, "_in_forward")]
+    for holder in holders:
+        holder._in_forward = True
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder._in_forward = False
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:

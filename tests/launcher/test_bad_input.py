@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, VERNIER, vernier
+from safetensors.torch import load_file, save_file
 
 
 def refused(*arguments: object) -> str:
@@ -169,3 +171,49 @@ def test_init_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "vernier.yaml").write_text("mine")
     assert "is there already" in refused("init", tmp_path)
     assert (tmp_path / "vernier.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("entry", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"compression_config": {"format": "pack-quantized"}}, "pack-quantized"),
+    ],
+)
+def test_a_quantized_model_is_refused_before_a_rank_starts(
+    entry: dict, method: str, tiny_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run / "snapshots" / "step-00000020", model)
+    (model / "manifest.json").unlink()  # a foreign one
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, **entry}))
+    said = refused("eval", model, "--reference", tiny_data / "reference", "--out", tmp_path / "losses")
+    assert f"its config.json has a quantization_config ({method})" in said
+    assert "dequantize the model and save it anew" in said
+    run = tmp_path / "run"
+    assert method in refused("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}", f"model={{path: {model}}}")
+    assert not run.exists()
+
+
+def test_weights_that_are_quantized_without_a_word_are_refused(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run / "snapshots" / "step-00000020", model)
+    (model / "manifest.json").unlink()
+    file = next(model.glob("model-00001*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("proj.weight"))
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file, {"format": "pt"})
+    said = refused("eval", model, "--reference", tiny_data / "reference", "--out", tmp_path / "losses")
+    assert f"{name} is of type F8_E4M3: quantized weights" in said
+
+
+def test_settings_of_the_model_that_ask_for_what_there_is_not(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = ["train", TINY, f"data.dir={tiny_data}", f"run.dir={run}"]
+    assert "model.quantization_config: awq" in refused(*asked, "model.quantization_config={quant_method: awq}")
+    ctrl = "model={type: ctrl, n_embd: 32, n_layer: 1, n_head: 2, dff: 64}"
+    assert "gradient_checkpointing: ctrl has none" in refused(*asked, ctrl, "gradient_checkpointing=true")
+    assert not run.exists()

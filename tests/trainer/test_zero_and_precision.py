@@ -90,3 +90,17 @@ def test_offload_keeps_the_losses(runs: dict, tiny_data: Path, tmp_path: Path) -
     vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={tmp_path / 'run'}", *settings)
     vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={tmp_path / 'other'}", *settings[1:])
     assert worst(losses(tmp_path / "run"), losses(tmp_path / "other")) < 1e-5
+
+
+def test_a_model_that_reaches_into_the_weights_of_its_parts_is_scored_inline_at_every_stage(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """Mamba's mixer takes the weights of its convolution without calling it."""
+    mamba = "model={type: mamba, hidden_size: 32, num_hidden_layers: 2, state_size: 8}"
+    tables = []
+    for stage in (2, 3):
+        run = tmp_path / f"zero{stage}"
+        settings = [f"zero.stage={stage}", mamba, "steps=2", "schedule.warmup_steps=0", "snapshot.every=2"]
+        vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}", *settings)
+        tables.append([read_table(table_of(run, step)).loss for step in (0, 2)])
+    np.testing.assert_allclose(tables[1], tables[0], rtol=1e-5)

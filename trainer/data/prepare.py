@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from configs.errors import ConfigError, DataError
 from configs.facts import read_dataset_facts
 from configs.files import open_to_write
 from configs.schema import Config
-from configs.whole import MANIFEST, verify, whole_directory, write_json
+from configs.whole import MANIFEST, whole_directory, write_json
 from eval.reference import build_reference, load_reference, read_documents, tokenizer_fingerprint
-from eval.tokenization import TextTokenizer
+from eval.tokenization import TextTokenizer, open_tokenizer
 from trainer.data.families import joined, sharing
+from trainer.data.integrity import FACTS, KIND, check_data
 from trainer.data.shards import FOLDER, Windows, write_shards
 from trainer.data.sources import Document
 from trainer.data.sources import read_documents as read_sources
@@ -29,8 +31,6 @@ from trainer.data.split import Split, split_by_family
 from trainer.data.tokenizer import make_tokenizer
 from trainer.data.unmet import unmet_requests
 
-KIND = "dataset"
-FACTS = "dataset.json"
 Progress = Callable[[str, int, int], None]
 
 
@@ -79,7 +79,7 @@ def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: 
     settings = _settings(config)
     there = final.is_dir() and any(final.iterdir())
     if there and not fresh:
-        facts = _found(final, settings)
+        facts = _found(final, settings, config.data.tokenizer)
         say(f"{final} is already prepared")
         return facts
     manifest: dict[str, Any] = {"kind": KIND}
@@ -100,10 +100,19 @@ def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: 
     return facts
 
 
-def load_dataset_facts(data_dir: Path) -> dict[str, Any]:
-    """What `dataset.json` says. Raises DataError where the data is not there."""
-    if not (data_dir / MANIFEST).is_file() or not (data_dir / FACTS).is_file():
+def load_dataset_facts(data_dir: Path, check_bytes: int | None = None) -> dict[str, Any]:
+    """What `dataset.json` says.
+
+    Args:
+        check_bytes: of the data, to be hashed first (see `check_data`); None: nothing is looked at.
+
+    Raises:
+        DataError: the data is not there, or not as it was prepared.
+    """
+    if not (data_dir / MANIFEST).is_file():
         raise DataError(f"data.dir: {data_dir} is not there; run `vernier prepare CONFIG` first")
+    if check_bytes is not None:
+        check_data(data_dir, check_bytes)
     return read_dataset_facts(data_dir / FACTS)
 
 
@@ -113,11 +122,6 @@ def no_target(sequence_length: int, windows: int) -> str:
         f"data.prompt_field: none of the {windows:,} training windows of {sequence_length} tokens has a token to "
         "train on, all are of prompts; raise sequence_length, give shorter prompts, or leave data.prompt_field out"
     )
-
-
-def load_shards_check(data_dir: Path) -> dict[str, Any]:
-    """The data set's manifest, every file having been found with its hash. Raises DataError otherwise."""
-    return verify(data_dir, KIND)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -137,13 +141,10 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _found(final: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _found(final: Path, settings: dict[str, Any], given: Path | None) -> dict[str, Any]:
     if not (final / MANIFEST).is_file():
         raise ConfigError(f"data.dir: {final} is there and is no prepared data (no {MANIFEST}); choose another")
-    try:
-        load_shards_check(final)
-    except DataError as error:
-        raise DataError(f"{error}; prepare it again with --fresh") from None
+    check_data(final, at_most=sys.maxsize)
     facts = load_dataset_facts(final)
     before = facts.get("settings", {})
     for key in settings:
@@ -152,6 +153,14 @@ def _found(final: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 f"{key}: {final} was prepared with {before.get(key)!r}, now it is {settings[key]!r}; "
                 "choose another data.dir, or prepare anew with --fresh"
             )
+    if given is not None:  # a tokenizer's fingerprint leaves out which of its tokens ends a document
+        now = open_tokenizer(given, "data.tokenizer")
+        for key, role in (("eos_id", now.eos_id), ("prefix_id", now.prefix_id)):
+            if facts[key] != role:
+                raise ConfigError(
+                    f"data.tokenizer: {final} was prepared with {key} {facts[key]}, now it is {role}; "
+                    "choose another data.dir, or prepare anew with --fresh"
+                )
     return facts
 
 
@@ -251,6 +260,7 @@ def _build(
         "reference": {**reference["counts"], "max_windows": reference["cut"]["max_windows"]},
         "decontamination": decontamination,
         "tokenizer_trained": config.data.tokenizer is None,
+        **({"switched_off": tokenizer.switched_off} if tokenizer.switched_off else {}),
         "seconds": phases.seconds,
         "settings": settings,
     }

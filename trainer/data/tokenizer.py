@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from eval.tokenization import TextTokenizer, copy_tokenizer_files, open_tokenizer
+from eval.tokenization import TextTokenizer, check_repeatable, copy_tokenizer_files, open_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 256 << 20  # the first so much text (in random order) settles the merges; more only takes longer
@@ -18,12 +19,14 @@ def make_tokenizer(directory: Path, texts: Sequence[str], *, given: Path | None,
     the same tokenizer. It may have fewer entries than `vocab_size` where there is little text.
 
     Raises:
-        DataError: `given` is not a tokenizer that can be used.
+        DataError: `given` is not a tokenizer that can be used, or gives a text other ids each time.
     """
     if given is not None:
-        open_tokenizer(given, "data.tokenizer")
+        asked = open_tokenizer(given, "data.tokenizer").switched_off
         copy_tokenizer_files(given, directory)
-        return open_tokenizer(directory, "data.tokenizer")
+        copied = replace(open_tokenizer(directory, "data.tokenizer"), switched_off=asked)
+        check_repeatable(copied, texts, "data.tokenizer")
+        return copied
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

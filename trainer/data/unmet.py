@@ -49,6 +49,11 @@ def unmet_requests(facts: Mapping[str, Any]) -> Iterator[str]:
             f"data.prompt_field: {empty:,} of {every:,} training windows ({100 * empty / every:.0f} %) hold nothing "
             "but prompts, and teach nothing; raise sequence_length, or shorten the prompts"
         )
+    if facts.get("switched_off"):
+        yield (
+            f"data.tokenizer: its tokenizer.json asks for {facts['switched_off']}, which would give a text other "
+            "tokens each time; that is switched off, here and in the copy that goes with each snapshot"
+        )
     without = facts["read"]["documents_without_prompt"]
     if without:
         yield (

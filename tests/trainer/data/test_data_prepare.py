@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from configs.schema import Config
 from eval.reference import load_reference
 from eval.tokenization import open_tokenizer
 from trainer.data import prepare as module
-from trainer.data.prepare import load_dataset_facts, load_shards_check, prepare
+from trainer.data.integrity import check_data
+from trainer.data.prepare import load_dataset_facts, prepare
 from trainer.data.shards import Windows
 
 PHRASE = " ".join(f"shared{n}" for n in range(60))
@@ -60,7 +62,7 @@ def test_prepared_twice_is_the_same_and_another_seed_is_not(tmp_path: Path) -> N
     assert first["fingerprints"] == again["fingerprints"]
     for name in ("data", "reference_text", "reference_tokens"):
         assert first["fingerprints"][name] != other["fingerprints"][name]
-    load_shards_check(tmp_path / "a")
+    check_data(tmp_path / "a")
     assert load_dataset_facts(tmp_path / "a") == first
     assert first["train"]["windows"] == len(Windows(tmp_path / "a", 32))
     found = load_reference(tmp_path / "a" / "reference")
@@ -151,3 +153,30 @@ def test_two_at_once_on_one_directory_are_not_let_to_mix(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match="is being prepared by another process"):
             prepare(config(tmp_path), say=quiet)
     prepare(config(tmp_path), say=quiet)
+
+
+def test_a_tokenizer_with_dropout_gives_the_same_data_each_time_and_it_is_said(tmp_path: Path) -> None:
+    prepare(config(tmp_path, "plain"), say=quiet)
+    given = tmp_path / "given"
+    shutil.copytree(tmp_path / "plain" / "tokenizer", given)
+    whole = json.loads((given / "tokenizer.json").read_text())
+    whole["model"]["dropout"] = 0.1
+    (given / "tokenizer.json").write_text(json.dumps(whole))
+    asked = {"tokenizer": given}
+    first, again = (prepare(config(tmp_path, name, data=asked), say=quiet) for name in ("a", "b"))
+    assert first["fingerprints"] == again["fingerprints"]
+    assert any("asks for dropout 0.1" in unmet for unmet in first["unmet"])
+    assert first["fingerprints"]["tokenizer"] == load_dataset_facts(tmp_path / "plain")["fingerprints"]["tokenizer"]
+
+
+def test_another_token_that_ends_documents_is_another_data_set(tmp_path: Path) -> None:
+    prepare(config(tmp_path, "plain"), say=quiet)
+    given = tmp_path / "given"
+    shutil.copytree(tmp_path / "plain" / "tokenizer", given)
+    prepare(config(tmp_path, data={"tokenizer": given}), say=quiet)
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (given / name).is_file():
+            settings = json.loads((given / name).read_text())
+            (given / name).write_text(json.dumps({**settings, "eos_token": "a"}))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .* was prepared with eos_id 0, now it is \d+"):
+        prepare(config(tmp_path, data={"tokenizer": given}), say=quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ import pytest
 from filelock import FileLock
 from forkserver import ROOT, VERNIER, Vernier
 from testbed import Cluster, running_cluster
+
+from configs.seal import parsed
+from configs.whole import MANIFEST, read_manifest, whole_directory
 
 TINY = "tests/tiny.yaml"
 subprocess.Popen = Vernier  # type: ignore[misc]  # forks `vernier` where it can; see forkserver.py
@@ -55,8 +59,8 @@ def by_agent(ranks: int) -> list[str]:
 
 
 def lines(path: Path) -> list[dict]:
-    """The lines of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a JSON-lines file, without their seals."""
+    return [parsed(line) for line in path.read_text().splitlines()]
 
 
 def losses(run: Path) -> list[float]:
@@ -131,6 +135,16 @@ def made_once(name: str, tmp_path_factory: pytest.TempPathFactory, make: Callabl
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set with its reference set."""
     return made_once("data", tmp_path_factory, lambda data: vernier("prepare", TINY, f"data.dir={data}") and None)
+
+
+def remade(data: Path, final: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of prepared data at `final` in which files were changed and hashed anew, as if prepared so."""
+    manifest = {key: value for key, value in read_manifest(data).items() if key != "files"}
+    with whole_directory(final, manifest) as part:
+        shutil.copytree(data, part, dirs_exist_ok=True)
+        (part / MANIFEST).unlink()
+        change(part)
+    return final
 
 
 @pytest.fixture(scope="session")

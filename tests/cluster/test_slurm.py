@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, lines, table_of, vernier
+from conftest import TINY, lines, remade, table_of, vernier
 from testbed import Cluster
 
 from configs.rundir import RunDir
@@ -161,13 +160,16 @@ def test_an_evaluator_that_is_cancelled_or_whose_node_dies_is_nothing_to_the_tra
 def test_a_training_that_fails_makes_a_failed_job_and_names_its_rank(
     cluster: Cluster, site: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    data, run = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(tiny_data, data)
-    batch = windows_at(12, batch=16, windows=len(Windows(data, 64)), seed=3)
+    run = tmp_path / "run"
+    batch = windows_at(12, batch=16, windows=len(Windows(tiny_data, 64)), seed=3)
     window = int(np.concatenate(share_of(batch, rank=1, world=2, micro=4))[5])
-    shard = np.load(data / "shards" / "train-00000.npy")
-    shard[64 * window + 30] = 65535  # no such token; only rank 1 meets it
-    np.save(data / "shards" / "train-00000.npy", shard)
+
+    def change(part: Path) -> None:
+        shard = np.load(part / "shards" / "train-00000.npy")
+        shard[64 * window + 30] = 65535  # no such token; only rank 1 meets it
+        np.save(part / "shards" / "train-00000.npy", shard)
+
+    data = remade(tiny_data, tmp_path / "data", change)
     job = launched(run, data, "--site", site, "eval.placement=none")
     ended(cluster, run, job["train"], "FAILED")
     elsewhere = tmp_path / "elsewhere"

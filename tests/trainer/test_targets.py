@@ -1,12 +1,11 @@
 """Training on prompts: batches in which nothing is a target, as a user sees them."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, lines, losses, vernier
+from conftest import TINY, lines, losses, remade, vernier
 
 from trainer.data.shards import Windows
 from trainer.order import windows_at
@@ -17,11 +16,13 @@ SETTINGS = ["eval.placement=none", "batch.global=2", "schedule.name=constant", "
 
 def masked(tiny_data: Path, data: Path, every: int | None) -> Path:
     """The tiny data with targets in each `every`-th window only; None: in none."""
-    shutil.copytree(tiny_data, data)
-    place = np.arange(len(np.load(data / "shards" / "train-00000.npy")))
-    scored = np.zeros(len(place), bool) if every is None else (place - 1) // LENGTH % every == 0
-    np.save(data / "shards" / "train-00000.scored.npy", scored)
-    return data
+
+    def change(part: Path) -> None:
+        place = np.arange(len(np.load(part / "shards" / "train-00000.npy")))
+        scored = np.zeros(len(place), bool) if every is None else (place - 1) // LENGTH % every == 0
+        np.save(part / "shards" / "train-00000.scored.npy", scored)
+
+    return remade(tiny_data, data, change)
 
 
 @pytest.fixture(scope="module")

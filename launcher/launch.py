@@ -12,7 +12,7 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, ConfigError, DataError
 from configs.load import dump_config, load_config, resolve
 from configs.rundir import RunDir
-from configs.scheduler import SlurmJob, slurm_jobs
+from configs.scheduler import NoAnswer, SlurmJob, slurm_jobs
 from configs.schema import Config
 from configs.terminal import that_may_go
 from configs.whole import read_json, write_atomic
@@ -150,7 +150,13 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
             job = _submitted(run, script, plan.site, *options)
             if script.component != "eval":
                 live = job
-                state = {"exit_code": None, "failure": None, "again": None, "steps": plan.config.steps}
+                state = {
+                    "exit_code": None,
+                    "failure": None,
+                    "again": None,
+                    "job_ended": None,
+                    "steps": plan.config.steps,
+                }
                 run.write_state("pending", **state, job=job)
             console.print(f"{script.component}: job {job}, {script.path}", markup=False, soft_wrap=True)
     console.print(f"how it stands: vernier status {shlex.quote(str(run.path))}", markup=False, soft_wrap=True)
@@ -160,7 +166,10 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
 def _live(run: RunDir, component: str) -> str | None:
     """The run's job that is for this component alone, and waits or runs."""
     kinds = job_ids(read_jobs(run))
-    return next((job for job in live_jobs(run) or {} if kinds[job] == component), None)
+    live = live_jobs(run)
+    if isinstance(live, NoAnswer):
+        return None  # the check that follows refuses
+    return next((job for job in live if kinds[job] == component), None)
 
 
 def _check(plan: JobPlan, how: Launch) -> None:
@@ -205,8 +214,11 @@ def check_no_jobs(runs: list[RunDir]) -> None:
 
 def _jobs_or_refusal(runs: list[RunDir]) -> dict[str, SlurmJob]:
     found = slurm_jobs({job for run in runs for job in job_ids(read_jobs(run))})
-    if found is None:
-        raise ConfigError("--on: slurm: squeue does not answer, so that nobody knows whether the run has a job already")
+    if isinstance(found, NoAnswer):
+        raise ConfigError(
+            f"--on: slurm: nobody knows whether the run has a job already, since Slurm cannot be asked just now "
+            f"({found.why}); try again when squeue answers"
+        )
     return {job: told for job, told in found.items() if told.active}
 
 

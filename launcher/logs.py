@@ -19,7 +19,7 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, DataError
 from configs.rundir import RunDir, is_locked
 from launcher.event_table import printable
-from launcher.job_facts import Told, ask_scheduler, is_active
+from launcher.job_facts import Told, ask_scheduler, is_active, is_unanswered, may_be_active
 from launcher.job_log import job_ids, read_jobs
 from launcher.known_runs import find
 from launcher.run_facts import facts_of
@@ -261,7 +261,9 @@ class Standing:
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 return ""  # a file that is not as we write it; look again
             waits = self.evaluator and bool(facts.waiting) and self._scores(facts.jobs)
-            at_work = any(is_active(job) and "train" in job["component"] for job in facts.jobs)
+            train = [job for job in facts.jobs if "train" in job["component"]]
+            starts = facts.state in ("not started", "died")  # then its job decides, and nobody may know of that
+            at_work = any(is_active(job) or (starts and is_unanswered(job)) for job in train)
             if facts.state in ENDED and not at_work and not waits:
                 self.since = self.since if self.since is not None else now
                 self.words = facts.words
@@ -272,4 +274,4 @@ class Standing:
     def _scores(self, jobs: list[dict[str, Any]]) -> bool:
         """Whether somebody is still about to score: the evaluator's job, or without one a `vernier train` here."""
         own = [job for job in jobs if "eval" in job["component"]]
-        return any(is_active(job) for job in own) if own else is_locked(self.run.starter)
+        return any(may_be_active(job) for job in own) if own else is_locked(self.run.starter)

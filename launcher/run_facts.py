@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from configs.errors import DataError
+from configs.errors import EXIT_STOPPED, DataError
 from configs.rundir import RunDir, is_locked
 from configs.whole import read_json
 from launcher.board import live_board
@@ -266,7 +266,14 @@ def _standing(
     word = str(state.get("state") or "not started")
     failure, code, again = state.get("failure"), state.get("exit_code"), state.get("again")
     by_job = standing_in_queue(
-        word, jobs, alive=alive, held=held, ours=_ours(state, jobs), fresh=_is_younger(state, jobs)
+        word,
+        jobs,
+        alive=alive,
+        held=held,
+        ours=_ours(state, jobs),
+        fresh=_is_younger(state, jobs),
+        # Ranks that start again in their job, or were interrupted by hand, are not what Slurm decides about.
+        job_ended=bool(state.get("job_ended") or again or code != EXIT_STOPPED),
     )
     if by_job is not None:
         return by_job

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from configs.errors import EXIT_DONE, DataError
 from configs.rundir import RunDir
+from configs.scheduler import NoAnswer
 from launcher.event_table import SHOWN, event_rows, print_events, printable
 from launcher.job_facts import UNKNOWN, Told, ask_scheduler, described
 from launcher.known_runs import find, known, remember
@@ -58,12 +59,9 @@ def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bo
         _print_table([facts for facts, _ in found], console)
     else:
         _print_block(found[0][0], console)
-    if scheduler is None:
-        say(
-            console,
-            "Slurm cannot be asked (no squeue here, or no answer): this is what the runs' own files say",
-            "yellow",
-        )
+    if isinstance(scheduler, NoAnswer):
+        say(console, f"Slurm cannot be asked just now: {printable(scheduler.why)}", "yellow")
+        say(console, "so this is what the runs' own files say", "yellow")
     return EXIT_DONE
 
 

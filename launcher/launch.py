@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from configs.errors import EXIT_DONE, ConfigError, DataError
+from configs.errors import EXIT_DONE, ConfigError, DataError, VernierError
 from configs.load import dump_config, load_config, resolve
 from configs.rundir import RunDir
 from configs.scheduler import NoAnswer, SlurmJob, slurm_jobs
@@ -19,9 +24,10 @@ from configs.whole import read_json, write_atomic
 from launcher.job_log import add_job, job_ids, live_jobs, read_jobs
 from launcher.job_plan import JobPlan, make_plan
 from launcher.known_runs import remember
+from launcher.sbatch import Script, set_aside, submit
 from launcher.scored import can_be_scored
 from launcher.sites import Site, load_site
-from launcher.slurm import Script, render, submit
+from launcher.slurm import render
 
 BACKENDS = ("slurm", "local", "mpi", "ssh", "skypilot")
 
@@ -117,6 +123,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
             raise ConfigError(
                 f"--only: {how.only} is no job of its own with eval.placement: {plan.config.eval.placement}"
             )
+    tell_set_aside(scripts)
     if how.dry_run:
         for script in scripts:
             print(f"# ---- {script.path}\n{script.text}", end="")
@@ -126,7 +133,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     from trainer.lock import sole_starter
     from trainer.run import finished
 
-    with sole_starter(run):
+    with kept_only_if_submitted(run), sole_starter(run):
         if finished(run, plan.config) and plan.eval is not None and can_be_scored(run, plan.config):
             if plan.het:  # only a part of it is wanted
                 beside = plan.config.eval.model_copy(update={"placement": "separate"})
@@ -147,7 +154,12 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
             options = []
             if script.component == "eval" and live:
                 options = [f"--dependency=after:{live}", "--kill-on-invalid-dep=yes"]
-            job = _submitted(run, script, plan.site, *options)
+            try:
+                job = _submitted(run, script, plan.site, *options)
+            except VernierError as error:
+                if script.component == "eval" and live:
+                    raise _training_goes_on(error, live) from None
+                raise
             if script.component != "eval":
                 live = job
                 state = {
@@ -161,6 +173,37 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
             console.print(f"{script.component}: job {job}, {script.path}", markup=False, soft_wrap=True)
     console.print(f"how it stands: vernier status {shlex.quote(str(run.path))}", markup=False, soft_wrap=True)
     return EXIT_DONE
+
+
+def tell_set_aside(scripts: list[Script]) -> None:
+    """Says which variables of the user's do not count."""
+    lines = (line for script in scripts for line in set_aside(script.text, os.environ).values())
+    for line in dict.fromkeys(lines):
+        print(line, file=sys.stderr)  # a dry run's scripts go to stdout
+
+
+@contextmanager
+def kept_only_if_submitted(run: RunDir) -> Iterator[None]:
+    """Where no job was submitted, leaves nothing of a folder that was not there before; else a run that says why."""
+    new = not run.path.exists()
+    try:
+        yield
+    except VernierError as error:
+        if run.jobs.is_file() or not run.path.exists():
+            pass
+        elif new and isinstance(error, ConfigError):
+            shutil.rmtree(run.path, ignore_errors=True)
+        elif not run.state.is_file() and run.scripts.is_dir():
+            failure = {"rank": None, "error": " ".join(str(error).split()), "time": time.time()}
+            with suppress(OSError):
+                run.write_state("failed", exit_code=error.exit_code, failure=failure)
+        raise
+
+
+def _training_goes_on(error: VernierError, job: str) -> VernierError:
+    first, line, rest = str(error).partition("\n")
+    told = f"{first}; the training is job {job} all the same, and vernier launch … --only eval adds its evaluator"
+    return ConfigError(told + line + rest) if isinstance(error, ConfigError) else VernierError(told + line + rest)
 
 
 def _live(run: RunDir, component: str) -> str | None:
@@ -256,7 +299,7 @@ def _write(plan: JobPlan, scripts: list[Script]) -> None:
 
 
 def _submitted(run: RunDir, script: Script, site: Site, *options: str) -> str:
-    job = submit(script, *options)
+    job = submit(script, *options, site=site)
     add_job(
         run,
         "submitted",

@@ -17,6 +17,7 @@ import torch
 from configs.errors import VernierError
 from configs.rundir import RunDir, read_jsonl
 from configs.schema import Config
+from configs.secret_names import shown_command
 from configs.whole import write_atomic
 from trainer.baseline import Baseline
 
@@ -129,7 +130,7 @@ def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:
     ).stdout.strip()
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors")
     manifest = {
-        "command": sys.argv,
+        "command": shown_command(sys.argv),
         "commit": commit or None,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "hardware": {

@@ -21,7 +21,7 @@ from configs.rundir import RunDir, is_locked
 from launcher.event_table import printable
 from launcher.job_facts import Told, ask_scheduler, is_active, is_unanswered, may_be_active
 from launcher.job_log import job_ids, read_jobs
-from launcher.known_runs import find
+from launcher.known_runs import NAMED, find_all
 from launcher.run_facts import facts_of
 from launcher.verdict_words import say
 
@@ -52,7 +52,7 @@ def run_logs(named: Path, wanted: Wanted, *, follow: bool, console: Console, lin
     Raises:
         DataError: there is no such run, or no such log.
     """
-    run = find(named)
+    run = _run_of(named)
     failure = None if wanted.evaluator or wanted.job else failure_of(run)
     if failure is not None and wanted.rank in (None, failure[0]):
         _say_failure(failure, console)
@@ -75,6 +75,25 @@ def run_logs(named: Path, wanted: Wanted, *, follow: bool, console: Console, lin
     with suppress(KeyboardInterrupt):  # enough seen
         _follow(run, wanted, console, lines, told=failure)
     return EXIT_DONE
+
+
+def _run_of(named: Path) -> RunDir:
+    """The run that is named; of a sweep the first member that has failed.
+
+    Raises:
+        DataError: there is no such run, or none of the sweep's members has failed: names them.
+    """
+    runs = find_all(named)
+    if len(runs) == 1:
+        return runs[0]
+    failed = next((run for run in runs if failure_of(run) is not None), None)
+    if failed is None:
+        stand = [f"{run.path.name} ({run.read_state().get('state') or 'not started'})" for run in runs[:NAMED]]
+        more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
+        raise DataError(
+            f"{named}: is a sweep, of which no member has failed; name one by its path: {', '.join(stand)}{more}"
+        )
+    return failed
 
 
 def _follow(run: RunDir, wanted: Wanted, console: Console, lines: int, *, told: Failure | None) -> None:

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     from launcher.agent import import_model, model_types_of, modules_of, one_thread
 
     with one_thread():
-        for name in modules_of("trainer"):
+        for name in ("torch", "transformers.models.auto.modeling_auto", "deepspeed", *modules_of("trainer")):
             import_module(name)
         for kind in model_types_of(tuple(arguments)):
             import_model(kind)

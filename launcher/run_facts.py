@@ -11,6 +11,7 @@ import math
 import socket
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from configs.whole import read_json
 from launcher.board import live_board
 from launcher.job_facts import UNKNOWN, RunJobs, Told, is_active, jobs_of, standing_in_queue
 from launcher.job_log import read_jobs
-from launcher.known_runs import is_run
+from launcher.known_runs import is_run, is_sweep, members_of
 from launcher.scored import loss_tables
 from trainer.lock import FRESH_S, holder
 
@@ -105,10 +106,17 @@ def finite(value: Any) -> Any:
 
 
 def all_runs(below: Path = Path("runs")) -> list[RunDir]:
-    """The runs in a folder, by name."""
-    if not below.is_dir():
-        return []
-    return [RunDir(path) for path in sorted(below.iterdir()) if not path.name.startswith(".") and is_run(path)]
+    """The runs in a folder, by name; of a sweep there its members."""
+    found: list[RunDir] = []
+    for path in sorted(below.iterdir()) if below.is_dir() else ():
+        with suppress(OSError, DataError):  # what cannot be read hides no other run
+            if path.name.startswith("."):
+                continue
+            if is_run(path):
+                found.append(RunDir(path))
+            elif is_sweep(path):
+                found += members_of(path)
+    return found
 
 
 def tail_lines(path: Path, *, count: int | None = None, most_bytes: int | None = None) -> list[dict[str, Any]]:

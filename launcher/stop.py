@@ -26,7 +26,7 @@ from configs.whole import read_json, write_atomic
 from launcher.event_table import printable
 from launcher.job_facts import UNKNOWN, WAITING, Told, ask_scheduler, described, is_active, is_unanswered
 from launcher.job_log import add_job
-from launcher.known_runs import find
+from launcher.known_runs import find_all
 from launcher.processes import SAVE_PATIENCE_S
 from launcher.run_facts import RunFacts, duration, facts_of
 from launcher.verdict_words import say
@@ -87,7 +87,8 @@ class Watch:
 
 
 def run_stop(named: Path, *, now: bool, console: Console) -> int:
-    """Stops a run; gives 0 where it has stopped or was not running, 1 where it did not stop in time.
+    """Stops a run, or all members of a sweep; gives 0 where they have stopped or were not running, 1 where one has not
+    in time.
 
     Args:
         now: with little patience for a checkpoint.
@@ -95,7 +96,40 @@ def run_stop(named: Path, *, now: bool, console: Console) -> int:
     Raises:
         ConfigError: there is no such run, or what runs it cannot be reached from here.
     """
-    run = find(named)
+    runs = find_all(named)
+    return _stop(runs[0], now=now, console=console) if len(runs) == 1 else _stop_sweep(runs, now=now, console=console)
+
+
+def _stop_sweep(members: list[RunDir], *, now: bool, console: Console) -> int:
+    told = ask_scheduler(members)
+    working: list[RunDir] = []
+    waiting: list[str] = []
+    for run in members:
+        facts = Watch(run, console, told, time.monotonic()).look()
+        if at_work(run, facts):
+            working.append(run)
+            waiting += [job["job"] for job in facts.jobs if job["state"] in WAITING]
+    if not working:
+        say(console, f"none of the {len(members)} members is running")
+        return EXIT_DONE
+    # All are asked before any is waited for: else the end of one would let the next begin.
+    for run in working:
+        _ask(run, now=now)
+    cancel(waiting, pending=True)
+    worst = EXIT_DONE
+    for run in working:
+        try:
+            code = _stop(run, now=now, console=console)
+        except VernierError as error:  # the others are stopped all the same
+            say(console, printable(f"error: {error}"), "red")
+            code = error.exit_code
+        if code == EXIT_INTERRUPTED:
+            return code
+        worst = max(worst, code)
+    return worst
+
+
+def _stop(run: RunDir, *, now: bool, console: Console) -> int:
     watch = Watch(run, console)
     facts = watch.look(anew=True)
     name = facts.name

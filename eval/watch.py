@@ -44,7 +44,8 @@ def training_is_over(run: RunDir) -> bool:
     if state.get("exit_code") is not None and not state.get("again"):  # else its ranks are about to start again
         return not _job_goes_on(state)
     heard = max(run.last_heartbeat(), float(state.get("heartbeat", 0)))
-    return time.time() - heard > ABANDONED_S and not run.is_held() and not _job_goes_on(state)
+    silent = time.time() - heard > ABANDONED_S and run.clock() - heard > ABANDONED_S
+    return silent and not run.is_held() and not _job_goes_on(state)
 
 
 def _own_jobs() -> set[str]:

@@ -234,7 +234,7 @@ def _training_is_gone(run: RunDir) -> bool:
     """Whether nobody will make another snapshot: where the ranks are in a container, only this script can ask."""
     state = run.read_state()
     job = state.get("job")
-    quiet = time.time() - max(run.last_heartbeat(), float(state.get("heartbeat", 0))) > 60.0
+    quiet = run.clock() - max(run.last_heartbeat(), float(state.get("heartbeat", 0))) > 60.0
     return bool(job) and quiet and life(str(job)) is Life.OVER
 
 

@@ -31,7 +31,7 @@ from launcher.preflight_node import clock_facts, folder_facts, speed_facts, vers
 
 LIMIT_S = 120.0  # a first import of torch from a cold file server takes a minute
 GRACE_S = 5.0  # each task waits so much longer than the one before, until it judges in its place
-IMPORT_SHARE = 0.6  # of the time: torch is imported once more, then from memory, and all is measured
+IMPORT_SHARE = 0.4  # of the time: torch is imported once more, then from memory, and all is measured
 LINGER_S = 5.0
 WRITING_S = 30.0  # for another task to have written the verdict down
 AFTER_S = 3 * (EXCHANGE_S + GRACE_S) + WRITING_S  # the exchange, and all waiting for others to judge and write

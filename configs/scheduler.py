@@ -138,7 +138,8 @@ def _of_json(told: dict[str, Any], wanted: list[str]) -> tuple[dict[str, SlurmJo
 def _problem(error: Any) -> str:
     """One of the `errors` of Slurm's JSON, in words."""
     if isinstance(error, dict):
-        error = error.get("error") or error.get("description") or f"error {error.get('error_number')}"
+        said = [str(one) for one in (error.get("description"), error.get("error")) if one]
+        error = ": ".join(said) or f"error {error.get('error_number')}"
     return _first_line(str(error))
 
 

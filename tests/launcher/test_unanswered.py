@@ -24,6 +24,10 @@ SILENT = {
         """[ "${2}" = --json ] || exit 1
         echo '{"errors": [{"error_number": 1800, "error": "Unable to contact slurm controller"}], "jobs": []}'"""
     ),
+    "errors as 22.05 has them": (
+        """echo '{"errors": [{"description": "Failed while looking for jobs", "error_number": -1,'
+        echo '"error": "Unspecified error", "source": "slurm_load_jobs"}], "jobs": []}'"""
+    ),
     "errors in newer JSON": (
         """echo '{"errors": [{"description": "Unable to contact slurm controller", "source": "x"}], "jobs": null}'"""
     ),

@@ -15,6 +15,7 @@ from configs.errors import ConfigError
 from configs.overrides import apply_overrides, sections, settings_merged
 from configs.scalars import as_declared
 from configs.schema import Config, section_of
+from configs.secret_names import holds_secret, names_secret, without_secrets
 from configs.yaml_text import dump_yaml, parse_mapping
 
 SHIPPED = Path(__file__).parent
@@ -83,10 +84,33 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(as_declared(mapping, Config))
     except ValidationError as error:
         raise ConfigError(*_problems(error)) from None
-    problems = list(_contradictions(config))
+    problems = [*_secrets(config), *_contradictions(config)]
     if problems:
         raise ConfigError(*problems)
     return config
+
+
+def _secrets(config: Config) -> Iterator[str]:
+    """Settings that hold a secret: they would be copied into the run's folder. No value is shown."""
+    for key, value in _leaves(config.model_dump(mode="json", by_alias=True)):
+        # Models have fields such as pad_token and num_key_value_heads; what DeepSpeed's are called is not ours.
+        named = key.startswith("deepspeed.") and isinstance(value, str) and names_secret(key.rpartition(".")[2])
+        if isinstance(value, str) and value and (named or holds_secret(value)):
+            yield (
+                f"{key}: looks like a secret, which would be copied into the run's folder; set it in the environment "
+                "of the ranks, and leave it out here"
+            )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _leaves(one, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _leaves(one, key)
+    else:
+        yield key, value
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
@@ -101,7 +125,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{key}: is null or empty, and should be text; write '' for empty text, 'null' for that word"
         else:
             said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-            shown = "" if isinstance(value, (dict, list)) else f" {value!r}"
+            shown = "" if isinstance(value, (dict, list)) else f" {without_secrets(repr(value))}"
             yield f"{key or 'config'}:{shown} {said}"
 
 
@@ -253,15 +277,8 @@ def dump_config(config: Config) -> str:
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values."""
 
-    def leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in mapping.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    left = dict(leaves(a.model_dump(mode="json", by_alias=True)))
-    right = dict(leaves(b.model_dump(mode="json", by_alias=True)))
+    left = dict(_leaves(a.model_dump(mode="json", by_alias=True)))
+    right = dict(_leaves(b.model_dump(mode="json", by_alias=True)))
     return {k: (left.get(k), right.get(k)) for k in {**left, **right} if left.get(k) != right.get(k)}
 
 

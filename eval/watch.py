@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import DataError
 from configs.rundir import RunDir, step_name, step_of
-from configs.scheduler import current_job, is_active
+from configs.scheduler import Life, current_job, life
 from configs.schema import Config
 from configs.whole import MANIFEST, clear_unfinished
 from eval.board import EvalBoard, last_shown
@@ -26,7 +26,7 @@ ABANDONED_S = 60.0  # a run with no heartbeat for so long, and no holder of its 
 ASK_S = 30.0  # between questions to the scheduler
 END = -1
 
-_asked: dict[str, tuple[float, bool | None]] = {}  # by job: when, and what the scheduler said
+_asked: dict[str, tuple[float, Life]] = {}  # by job: when, and what the scheduler said
 
 
 def table_path(run: RunDir, reference: ReferenceSet, step: int, dtype: str) -> Path:
@@ -48,7 +48,8 @@ def training_is_over(run: RunDir) -> bool:
     if state.get("exit_code") is not None and not state.get("again"):  # else its ranks are about to start again
         return not _job_goes_on(state)
     heard = max(run.last_heartbeat(), float(state.get("heartbeat", 0)))
-    return time.time() - heard > ABANDONED_S and not run.is_held() and not _job_goes_on(state)
+    silent = time.time() - heard > ABANDONED_S and run.clock() - heard > ABANDONED_S
+    return silent and not run.is_held() and not _job_goes_on(state)
 
 
 def _own_jobs() -> set[str]:
@@ -64,13 +65,13 @@ def _job_goes_on(state: dict[str, Any]) -> bool:
         return False
     if job in _own_jobs():  # it waits for this evaluator: what it last said has to do
         return state.get("state") in ("pending", "requeued")
-    asked, known = _asked.get(job, (-ASK_S, None))
+    asked, found = _asked.get(job, (-ASK_S, Life.UNKNOWN))
     if time.monotonic() - asked >= ASK_S:
-        told = is_active(job)
-        known = known if told is None else told
-        _asked[job] = (time.monotonic(), known)
-    # Where it cannot be asked (inside of a container, say), by whether the job's script has said its last word.
-    return known if known is not None else not state.get("job_ended")
+        found = life(job)
+        _asked[job] = (time.monotonic(), found)
+    # Where it cannot be asked (inside of a container, say, or it does not answer), the job goes on until its script has
+    # said its last word: to wait in vain costs an evaluator's time, to end too early all scores.
+    return found is Life.ACTIVE or (found is Life.UNKNOWN and not state.get("job_ended"))
 
 
 class RunScores:

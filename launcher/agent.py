@@ -94,7 +94,7 @@ def import_once(module: str, model_types: tuple[str, ...] = ()) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for GPUs must not open one
     with one_thread():
         import_module("torch.distributed.elastic.agent.server.local_elastic_agent")
-        for name in (f"{module}.__main__", *IMPORTED[module]) if module in IMPORTED else (module,):
+        for name in modules_of(module):
             with suppress(Exception):  # only sooner; the rank says what is missing or broken
                 import_module(name)
         with suppress(Exception):
@@ -103,7 +103,7 @@ def import_once(module: str, model_types: tuple[str, ...] = ()) -> None:
 
                 import_optimizers()
             for kind in model_types:
-                _import_model(kind)
+                import_model(kind)
 
 
 @contextmanager
@@ -124,7 +124,13 @@ def one_thread() -> Iterator[None]:
             sys.modules["torch"].set_num_threads(1)
 
 
-def _import_model(kind: str) -> None:
+def modules_of(module: str) -> tuple[str, ...]:
+    """What ranks of `module` import, the most of it."""
+    return (f"{module}.__main__", *IMPORTED[module]) if module in IMPORTED else (module,)
+
+
+def import_model(kind: str) -> None:
+    """Imports the class of a kind of Hugging Face model."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[kind]]

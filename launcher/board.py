@@ -27,7 +27,7 @@ from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, Verni
 from configs.rundir import RunDir
 from configs.scheduler import current_job
 from configs.whole import read_json, write_atomic
-from launcher.job_facts import Told, ask_scheduler, jobs_of
+from launcher.job_facts import Told, ask_scheduler, jobs_of, known_job
 from launcher.job_log import read_jobs
 from launcher.known_runs import find, known
 from launcher.processes import TERM_GRACE_S, end, last_lines, start
@@ -154,7 +154,7 @@ def live_board(run: RunDir, told: Told, login: str | None) -> dict[str, Any] | N
     """
     try:
         found = dict(read_json(board_file(run)))
-        job = (told or {}).get(str(found["job"]))
+        job = known_job(told, str(found["job"]))
         # The file of a job that was killed and started again tells of a node that it was on before.
         if job is None or job.state != "RUNNING" or job.restarts != int(found["restarts"]):
             return None

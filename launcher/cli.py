@@ -313,7 +313,7 @@ def plan(
 
 @app.command(epilog=_example("vernier logs my-run", "vernier logs runs/demo --rank 3 --follow"))
 def logs(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or the name of a known run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's or sweep's folder, or a known run's name.")],
     rank: Annotated[int | None, typer.Option(min=0, help="Default: the first that failed, else 0.")] = None,
     evaluator: Annotated[bool, typer.Option("--eval", help="Of the eval rank-group.")] = False,
     job: Annotated[bool, typer.Option("--job", help="Of the job's script (with --eval: of its own).")] = False,
@@ -331,7 +331,7 @@ def logs(
 
 @app.command(epilog=_example("vernier stop my-run", "vernier stop runs/demo --now"))
 def stop(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or the name of a known run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's or sweep's folder, or a known run's name.")],
     now: Annotated[bool, typer.Option("--now", help="With little patience for a checkpoint.")] = False,
 ) -> int:
     """Stop a run with a checkpoint, wherever it runs."""

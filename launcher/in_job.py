@@ -17,7 +17,7 @@ from typing import Any
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, VernierError
 from configs.load import load_config
 from configs.rundir import RunDir
-from configs.scheduler import current_job, is_active
+from configs.scheduler import Life, current_job, life
 from configs.schema import Config
 from launcher.job_facts import jobs_of
 from launcher.job_log import DAMAGED, add_job, read_jobs
@@ -234,8 +234,8 @@ def _training_is_gone(run: RunDir) -> bool:
     """Whether nobody will make another snapshot: where the ranks are in a container, only this script can ask."""
     state = run.read_state()
     job = state.get("job")
-    quiet = time.time() - max(run.last_heartbeat(), float(state.get("heartbeat", 0))) > 60.0
-    return bool(job) and quiet and is_active(str(job)) is False
+    quiet = run.clock() - max(run.last_heartbeat(), float(state.get("heartbeat", 0))) > 60.0
+    return bool(job) and quiet and life(str(job)) is Life.OVER
 
 
 def _start_again(run: RunDir, component: str, why: str, *, most: int = STARTS_AGAIN, pause_s: float = 0.0) -> int:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.rundir import RunDir
-from configs.scheduler import ACTIVE, SlurmJob, slurm_jobs
+from configs.scheduler import ACTIVE, NoAnswer, SlurmJob, slurm_jobs
 from launcher.job_log import read_jobs
 
-Told = dict[str, SlurmJob] | None  # jobs by id; None: the scheduler was not asked, or does not answer
+Told = dict[str, SlurmJob] | NoAnswer | None  # jobs by id; None: the scheduler was not asked
 WAITING = frozenset(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"))
 GONE, UNKNOWN = "gone", "unknown"  # Slurm does not know the job; it was not asked, or does not answer
 SUBMITTED = ("submitted", "successor")
@@ -28,6 +28,7 @@ class RunJobs:
     submitted: float = 0.0  # when training's job was, in seconds since the epoch
     stop_asked: bool = False  # since then
     login: str | None = None  # of the site: where its nodes are reached from
+    restarted: bool = False  # Slurm has started training's job once more, and its script has not yet said that it runs
 
     @property
     def train(self) -> dict[str, Any] | None:
@@ -36,8 +37,23 @@ class RunJobs:
 
 
 def is_active(job: dict[str, Any]) -> bool:
-    """Whether a job of `RunJobs.jobs` waits or runs."""
+    """Whether a job of `RunJobs.jobs` is known to wait or run."""
     return job["state"] in ACTIVE
+
+
+def may_be_active(job: dict[str, Any]) -> bool:
+    """Whether a job of `RunJobs.jobs` waits or runs, or nobody could say so just now: never that it is over."""
+    return is_active(job) or is_unanswered(job)
+
+
+def is_unanswered(job: dict[str, Any]) -> bool:
+    """Whether it is a job of Slurm's, which cannot be asked just now."""
+    return bool(job["state"] == UNKNOWN and job["backend"] == "slurm")
+
+
+def known_job(told: Told, job: str) -> SlurmJob | None:
+    """What Slurm says of a job; None where it says nothing."""
+    return told.get(job) if isinstance(told, dict) else None
 
 
 def ask_scheduler(runs: Iterable[RunDir]) -> Told:
@@ -63,7 +79,8 @@ def jobs_of(lines: list[dict[str, Any]], told: Told) -> RunJobs:
     jobs = [_joined(line, told) for line in newest]
     by_hand = sum(line.get("kind") == "submitted" and _trains(line) for line in lines)
     started = sum(line.get("kind") == "started" and _trains(line) for line in lines)
-    said = sum(line.get("kind") in ("requeued", "successor") and _trains(line) for line in lines)
+    # A turn that a successor takes has a line of each kind: it is counted by the one that every turn has.
+    said = sum(line.get("kind") == "requeued" and _trains(line) for line in lines)
     by_slurm = max((job["restarts"] or 0 for job in jobs if "train" in job["component"]), default=0)
     submitted = max((float(line.get("time") or 0) for line in newest if _trains(line)), default=0.0)
     # By their order in the file: clocks of hosts differ, and a successor is not a new wish to run.
@@ -71,7 +88,14 @@ def jobs_of(lines: list[dict[str, Any]], told: Told) -> RunJobs:
     asked = any(line.get("kind") == "stop asked" for line in lines[last + 1 :])
     login = next((str(line["login"]) for line in reversed(lines) if line.get("login")), None)
     # A node that was lost has its job started again without a word in the record, until that has started.
-    return RunJobs(jobs, max(said, started - by_hand, by_slurm), submitted, asked and bool(newest), login)
+    begun = [int(line.get("restart") or 0) for line in lines if line.get("kind") == "started" and _of_job(line, jobs)]
+    restarted = bool(begun) and by_slurm > max(begun)
+    return RunJobs(jobs, max(said, started - by_hand, by_slurm), submitted, asked and bool(newest), login, restarted)
+
+
+def _of_job(line: dict[str, Any], jobs: list[dict[str, Any]]) -> bool:
+    """Whether a line is of the training in one of these jobs."""
+    return _trains(line) and any(str(line.get("job")) == job["job"] for job in jobs)
 
 
 def _trains(line: dict[str, Any]) -> bool:
@@ -90,8 +114,8 @@ def _newest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _joined(line: dict[str, Any], told: Told) -> dict[str, Any]:
     job, backend = str(line["job"]), str(line.get("backend") or "slurm")
-    known = (told or {}).get(job) if backend == "slurm" else None
-    missing = UNKNOWN if told is None or backend != "slurm" else GONE
+    known = known_job(told, job) if backend == "slurm" else None
+    missing = GONE if isinstance(told, dict) and backend == "slurm" else UNKNOWN
     return {
         "component": str(line.get("component") or "train"),
         "job": job,
@@ -111,7 +135,9 @@ def described(job: dict[str, Any]) -> str:
         return f"{job['component']} {job['job']}: Slurm does not know it any more"
     if job["state"] == UNKNOWN:
         return f"{job['component']} {job['job']}: " + (
-            "Slurm cannot be asked" if job["backend"] == "slurm" else f"of {job['backend']}, which is not asked"
+            "Slurm cannot be asked just now"
+            if job["backend"] == "slurm"
+            else f"of {job['backend']}, which is not asked"
         )
     if job["state"] in WAITING:
         said += f" ({job['reason'] or 'no reason given'})"
@@ -127,7 +153,7 @@ def described(job: dict[str, Any]) -> str:
 
 
 def standing_in_queue(
-    word: str, jobs: RunJobs, *, alive: bool, held: bool, ours: bool, fresh: bool
+    word: str, jobs: RunJobs, *, alive: bool, held: bool, ours: bool, fresh: bool, job_ended: bool = False
 ) -> tuple[str, str, str | None] | None:
     """(state, in words, why it has ended) of a run by the job that training is in; None where that decides nothing.
 
@@ -137,6 +163,7 @@ def standing_in_queue(
         held: a process here has the run's lock, so that what waits in a queue is not what matters.
         ours: the job is the one that `state.json` was written in, or is younger than that.
         fresh: it is younger, so that what stands there is of an earlier start.
+        job_ended: the job's script has said that nothing follows in it.
     """
     job = jobs.train
     if job is None or held:
@@ -144,6 +171,12 @@ def standing_in_queue(
     if job["state"] in WAITING:
         reason = job["reason"] or job["state"]
         return ("requeued" if jobs.requeues else "pending"), f"waiting in the queue: ({reason})", None
+    if ours and jobs.restarted and is_active(job):
+        return "requeued", f"starting again in job {job['job']} ({job['state']})", None
+    if ours and word == "stopping" and may_be_active(job) and not (job_ended or jobs.stop_asked):
+        # Ended from outside, by a preemption for instance: Slurm alone knows whether it is queued again.
+        what = "whether its job goes on cannot be asked just now" if is_unanswered(job) else "Slurm has its job still"
+        return word, f"stopped for now; {what}", None
     unfinished = word in ("not started", "pending", "running", "requeued")
     if not ours or not (unfinished or (fresh and is_active(job))):
         return None
@@ -151,9 +184,13 @@ def standing_in_queue(
         if word == "running" and not fresh:
             return None
         return "pending", f"starting in job {job['job']} ({job['state']})", None
+    if job["state"] == UNKNOWN and job["backend"] != "slurm":
+        return None
+    if job["state"] == UNKNOWN and word == "running":
+        last = f"running when last heard of; whether job {job['job']} goes on cannot be asked just now"
+        return None if alive else (word, last, None)
     if job["state"] == UNKNOWN:
-        told = job["backend"] == "slurm" and word != "running"
-        return (word, f"{word}; job {job['job']} was submitted", None) if told else None
+        return word, f"{word}; job {job['job']} was submitted", None
     if alive:
         return None
     ended = described(job).partition(" ")[2]

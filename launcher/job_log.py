@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.json_lines import append_line, each_line
 from configs.rundir import RunDir
-from configs.scheduler import SlurmJob, slurm_jobs
+from configs.scheduler import NoAnswer, SlurmJob, slurm_jobs
 from configs.seal import sealed
 
 DAMAGED = "damaged"
@@ -34,7 +34,7 @@ def job_ids(lines: list[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def live_jobs(run: RunDir) -> dict[str, SlurmJob] | None:
-    """Jobs of the run that wait or run, by id. None: the scheduler cannot be asked."""
+def live_jobs(run: RunDir) -> dict[str, SlurmJob] | NoAnswer:
+    """Jobs of the run that wait or run, by id."""
     found = slurm_jobs(job_ids(read_jobs(run)))
-    return None if found is None else {job: told for job, told in found.items() if told.active}
+    return found if isinstance(found, NoAnswer) else {job: told for job, told in found.items() if told.active}

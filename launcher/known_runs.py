@@ -12,8 +12,9 @@ from pathlib import Path
 
 from configs.errors import DataError
 from configs.rundir import RunDir
-from configs.whole import write_atomic
+from configs.whole import read_json, write_atomic
 
+SWEEP = "sweep.json"  # says of a folder that it is a sweep's
 NAMED = 10  # runs of a name, in an error
 
 
@@ -66,21 +67,65 @@ def find(named: Path | str) -> RunDir:
     """The run at a path, or of a name: under `runs/` here, else among the known ones.
 
     Raises:
-        DataError: there is none, or several that are known have this name.
+        DataError: there is none, or several that are known have this name, or it is a sweep.
     """
+    found, sweep = _find(named)
+    if sweep:
+        names = ", ".join(run.path.name for run in found[:NAMED]) + (", …" if len(found) > NAMED else "")
+        raise DataError(f"{named}: is a sweep; name one of its members by its path: {names or 'it has none yet'}")
+    return found[0]
+
+
+def find_all(named: Path | str) -> list[RunDir]:
+    """As `find`; of a sweep's folder the members, in its order.
+
+    Raises:
+        DataError: as `find`, or the sweep has no member yet.
+    """
+    found, _ = _find(named)
+    if not found:
+        raise DataError(f"{named}: is a sweep that has no member yet")
+    return found
+
+
+def _find(named: Path | str) -> tuple[list[RunDir], bool]:
+    """(the run, or a sweep's members; whether it is a sweep)."""
     path = Path(named)
-    if is_run(path):
-        return RunDir(path)
     one_word = str(named) == path.name and path.name not in ("", "..")
-    if one_word and is_run(Path("runs") / path):
-        return RunDir(Path("runs") / path)
+    try:
+        for place in (path, *((Path("runs") / path,) if one_word else ())):
+            if is_run(place):
+                return [RunDir(place)], False
+            if is_sweep(place):
+                return members_of(place), True
+    except OSError as error:
+        raise DataError(f"{named}: cannot be read ({error.strerror})") from None
     same = [one for one in known() if one.name == path.name] if one_word else []
     if len(same) > 1:
         more = f" and {len(same) - NAMED} more" if len(same) > NAMED else ""
         places = ", ".join(str(one) for one in same[:NAMED])
         raise DataError(f"{named}: {len(same)} runs have this name; name one by its path: {places}{more}")
     if same:
-        return RunDir(same[0])
+        return [RunDir(same[0])], False
     if one_word and not path.exists():
         raise DataError(f"{named}: no such directory, and no run of that name is known; name it by its path")
     raise DataError(f"{named}: not a run directory (it has neither config.yaml nor state.json)")
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a directory is a sweep's."""
+    return (path / SWEEP).is_file()
+
+
+def members_of(sweep: Path) -> list[RunDir]:
+    """The members of a sweep that are there, in its order.
+
+    Raises:
+        DataError: its file cannot be read.
+    """
+    content = read_json(sweep / SWEEP)
+    try:
+        names = [str(member["name"]) for member in content["members"]]
+    except (KeyError, TypeError):
+        raise DataError(f"{sweep / SWEEP}: is not a sweep's file; move it away, and launch the sweep again") from None
+    return [RunDir(sweep / name) for name in names if Path(name).name == name and (sweep / name).is_dir()]

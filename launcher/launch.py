@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from configs.errors import EXIT_DONE, ConfigError, DataError
+from configs.errors import EXIT_DONE, ConfigError, DataError, VernierError
 from configs.load import dump_config, load_config, resolve
 from configs.rundir import RunDir
-from configs.scheduler import SlurmJob, slurm_jobs
+from configs.scheduler import NoAnswer, SlurmJob, slurm_jobs
 from configs.schema import Config
 from configs.terminal import that_may_go
 from configs.whole import read_json, write_atomic
 from launcher.job_log import add_job, job_ids, live_jobs, read_jobs
 from launcher.job_plan import JobPlan, make_plan
 from launcher.known_runs import remember
+from launcher.sbatch import Script, set_aside, submit
 from launcher.scored import can_be_scored
 from launcher.sites import Site, load_site
-from launcher.slurm import Script, render, submit
+from launcher.slurm import render
 
 BACKENDS = ("slurm", "local", "mpi", "ssh", "skypilot")
 
@@ -117,6 +123,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
             raise ConfigError(
                 f"--only: {how.only} is no job of its own with eval.placement: {plan.config.eval.placement}"
             )
+    tell_set_aside(scripts)
     if how.dry_run:
         for script in scripts:
             print(f"# ---- {script.path}\n{script.text}", end="")
@@ -126,7 +133,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     from trainer.lock import sole_starter
     from trainer.run import finished
 
-    with sole_starter(run):
+    with kept_only_if_submitted(run), sole_starter(run):
         run.check_files()
         if finished(run, plan.config) and plan.eval is not None and can_be_scored(run, plan.config):
             if plan.het:  # only a part of it is wanted
@@ -148,20 +155,65 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
             options = []
             if script.component == "eval" and live:
                 options = [f"--dependency=after:{live}", "--kill-on-invalid-dep=yes"]
-            job = _submitted(run, script, plan.site, *options)
+            try:
+                job = _submitted(run, script, plan.site, *options)
+            except VernierError as error:
+                if script.component == "eval" and live:
+                    raise _training_goes_on(error, live) from None
+                raise
             if script.component != "eval":
                 live = job
-                state = {"exit_code": None, "failure": None, "again": None, "steps": plan.config.steps}
+                state = {
+                    "exit_code": None,
+                    "failure": None,
+                    "again": None,
+                    "job_ended": None,
+                    "steps": plan.config.steps,
+                }
                 run.write_state("pending", **state, job=job)
             console.print(f"{script.component}: job {job}, {script.path}", markup=False, soft_wrap=True)
     console.print(f"how it stands: vernier status {shlex.quote(str(run.path))}", markup=False, soft_wrap=True)
     return EXIT_DONE
 
 
+def tell_set_aside(scripts: list[Script]) -> None:
+    """Says which variables of the user's do not count."""
+    lines = (line for script in scripts for line in set_aside(script.text, os.environ).values())
+    for line in dict.fromkeys(lines):
+        print(line, file=sys.stderr)  # a dry run's scripts go to stdout
+
+
+@contextmanager
+def kept_only_if_submitted(run: RunDir) -> Iterator[None]:
+    """Where no job was submitted, leaves nothing of a folder that was not there before; else a run that says why."""
+    new = not run.path.exists()
+    try:
+        yield
+    except VernierError as error:
+        if run.jobs.is_file() or not run.path.exists():
+            pass
+        elif new and isinstance(error, ConfigError):
+            shutil.rmtree(run.path, ignore_errors=True)
+        elif not run.state.is_file() and run.scripts.is_dir():
+            failure = {"rank": None, "error": " ".join(str(error).split()), "time": time.time()}
+            with suppress(OSError):
+                run.write_state("failed", exit_code=error.exit_code, failure=failure)
+        raise
+
+
+def _training_goes_on(error: VernierError, job: str) -> VernierError:
+    first, line, rest = str(error).partition("\n")
+    told = f"{first}; the training is job {job} all the same, and vernier launch … --only eval adds its evaluator"
+    return ConfigError(told + line + rest) if isinstance(error, ConfigError) else VernierError(told + line + rest)
+
+
 def _live(run: RunDir, component: str) -> str | None:
     """The run's job that is for this component alone, and waits or runs."""
     kinds = job_ids(read_jobs(run))
-    return next((job for job in live_jobs(run) or {} if kinds[job] == component), None)
+    live = live_jobs(run)
+    if isinstance(live, NoAnswer):
+        return None  # the check that follows refuses
+    return next((job for job in live if kinds[job] == component), None)
 
 
 def _check(plan: JobPlan, how: Launch) -> None:
@@ -206,8 +258,11 @@ def check_no_jobs(runs: list[RunDir]) -> None:
 
 def _jobs_or_refusal(runs: list[RunDir]) -> dict[str, SlurmJob]:
     found = slurm_jobs({job for run in runs for job in job_ids(read_jobs(run))})
-    if found is None:
-        raise ConfigError("--on: slurm: squeue does not answer, so that nobody knows whether the run has a job already")
+    if isinstance(found, NoAnswer):
+        raise ConfigError(
+            f"--on: slurm: nobody knows whether the run has a job already, since Slurm cannot be asked just now "
+            f"({found.why}); try again when squeue answers"
+        )
     return {job: told for job, told in found.items() if told.active}
 
 
@@ -245,7 +300,7 @@ def _write(plan: JobPlan, scripts: list[Script]) -> None:
 
 
 def _submitted(run: RunDir, script: Script, site: Site, *options: str) -> str:
-    job = submit(script, *options)
+    job = submit(script, *options, site=site)
     add_job(
         run,
         "submitted",

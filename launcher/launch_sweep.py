@@ -13,9 +13,10 @@ from configs.whole import write_atomic
 from launcher.job_log import add_job
 from launcher.job_plan import JobPlan, plan_of
 from launcher.known_runs import remember
-from launcher.launch import Launch, SweepAsked, as_checked, check_no_jobs
+from launcher.launch import Launch, SweepAsked, as_checked, check_no_jobs, kept_only_if_submitted, tell_set_aside
+from launcher.sbatch import Script, release, submit
 from launcher.sites import Site
-from launcher.slurm import Script, release, render, submit
+from launcher.slurm import render
 from launcher.sweep import check_members, write_sweep
 from launcher.sweep_members import Sweep, members
 
@@ -42,11 +43,12 @@ def launch_sweep(
     asked = with_plans(members(source, overrides, sweep.axes, sweep.seeds, sweep_dir=sweep.dir), site)
     plan = plan_of_all(asked, site, sweep.at_once)
     (script,) = render(plan, how.template)
+    tell_set_aside([script])
     if how.dry_run:
         print(f"# ---- {script.path}\n{script.text}", end="")
         return EXIT_DONE
     check_members(asked, as_checked, print)
-    with sole_starter(plan.run):
+    with kept_only_if_submitted(plan.run), sole_starter(plan.run):
         return _submit(asked, plan, script, sweep.at_once, console)
 
 
@@ -64,13 +66,13 @@ def _submit(asked: Sweep, plan: JobPlan, script: Script, at_once: int, console: 
     write_atomic(script.path, script.text)
     limit = f"%{at_once}" if at_once else ""
     # Held until all is written down: a task that began before would find what stood there of an earlier launch.
-    job = submit(script, "--hold", f"--array={','.join(map(str, left))}{limit}")
+    job = submit(script, "--hold", f"--array={','.join(map(str, left))}{limit}", site=plan.site)
     for at in left:
         run, own = asked.run(asked.members[at]), f"{job}_{at}"
         facts = {"component": "train", "backend": "slurm", "script": str(script.path), "login": plan.site.login}
         add_job(run, "submitted", job=own, **facts)
         steps = asked.members[at].config.steps
-        run.write_state("pending", exit_code=None, failure=None, again=None, steps=steps, job=own)
+        run.write_state("pending", exit_code=None, failure=None, again=None, job_ended=None, steps=steps, job=own)
         remember(run.path)
     release(job)
     console.print(

@@ -20,9 +20,9 @@ from configs.errors import EXIT_DONE, DataError
 from configs.files import open_to_read
 from configs.rundir import RunDir, is_locked
 from launcher.event_table import printable
-from launcher.job_facts import Told, ask_scheduler, is_active
+from launcher.job_facts import Told, ask_scheduler, is_active, is_unanswered, may_be_active
 from launcher.job_log import job_ids, read_jobs
-from launcher.known_runs import find
+from launcher.known_runs import NAMED, find_all
 from launcher.run_facts import facts_of
 from launcher.verdict_words import say
 
@@ -53,7 +53,7 @@ def run_logs(named: Path, wanted: Wanted, *, follow: bool, console: Console, lin
     Raises:
         DataError: there is no such run, or no such log.
     """
-    run = find(named)
+    run = _run_of(named)
     failure = None if wanted.evaluator or wanted.job else failure_of(run)
     if failure is not None and wanted.rank in (None, failure[0]):
         _say_failure(failure, console)
@@ -76,6 +76,25 @@ def run_logs(named: Path, wanted: Wanted, *, follow: bool, console: Console, lin
     with suppress(KeyboardInterrupt):  # enough seen
         _follow(run, wanted, console, lines, told=failure)
     return EXIT_DONE
+
+
+def _run_of(named: Path) -> RunDir:
+    """The run that is named; of a sweep the first member that has failed.
+
+    Raises:
+        DataError: there is no such run, or none of the sweep's members has failed: names them.
+    """
+    runs = find_all(named)
+    if len(runs) == 1:
+        return runs[0]
+    failed = next((run for run in runs if failure_of(run) is not None), None)
+    if failed is None:
+        stand = [f"{run.path.name} ({run.read_state().get('state') or 'not started'})" for run in runs[:NAMED]]
+        more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
+        raise DataError(
+            f"{named}: is a sweep, of which no member has failed; name one by its path: {', '.join(stand)}{more}"
+        )
+    return failed
 
 
 def _follow(run: RunDir, wanted: Wanted, console: Console, lines: int, *, told: Failure | None) -> None:
@@ -262,7 +281,9 @@ class Standing:
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 return ""  # a file that is not as we write it; look again
             waits = self.evaluator and bool(facts.waiting) and self._scores(facts.jobs)
-            at_work = any(is_active(job) and "train" in job["component"] for job in facts.jobs)
+            train = [job for job in facts.jobs if "train" in job["component"]]
+            starts = facts.state in ("not started", "died")  # then its job decides, and nobody may know of that
+            at_work = any(is_active(job) or (starts and is_unanswered(job)) for job in train)
             if facts.state in ENDED and not at_work and not waits:
                 self.since = self.since if self.since is not None else now
                 self.words = facts.words
@@ -273,4 +294,4 @@ class Standing:
     def _scores(self, jobs: list[dict[str, Any]]) -> bool:
         """Whether somebody is still about to score: the evaluator's job, or without one a `vernier train` here."""
         own = [job for job in jobs if "eval" in job["component"]]
-        return any(is_active(job) for job in own) if own else is_locked(self.run.starter)
+        return any(may_be_active(job) for job in own) if own else is_locked(self.run.starter)

@@ -25,11 +25,13 @@ from configs.whole import write_atomic
 from launcher.preflight_board import PHASES, Board, Who, connect, node_names, who_am_i
 from launcher.preflight_exchange import EXCHANGE_S, exchange_within
 from launcher.preflight_gpu import gpu_facts
+from launcher.preflight_imports import import_facts
 from launcher.preflight_judge import LAG, Verdict, best_pair, better, judge, lagging
 from launcher.preflight_node import clock_facts, folder_facts, speed_facts, versions
 
 LIMIT_S = 120.0  # a first import of torch from a cold file server takes a minute
 GRACE_S = 5.0  # each task waits so much longer than the one before, until it judges in its place
+IMPORT_SHARE = 0.4  # of the time: torch is imported once more, then from memory, and all is measured
 LINGER_S = 5.0
 WRITING_S = 30.0  # for another task to have written the verdict down
 AFTER_S = 3 * (EXCHANGE_S + GRACE_S) + WRITING_S  # the exchange, and all waiting for others to judge and write
@@ -96,6 +98,8 @@ def _look(board: Board, run_dir: Path, options: Options, begun: float) -> None:
             board.say(CHECK_IN.removesuffix(".txt"), who.node)
         if "error" not in board.told["folder"]:
             board.tell(sees=_sees(board), at="the folder")
+        left_s = begun + options.limit_s - time.monotonic()
+        board.tell(imports=import_facts(run_dir, left_s * IMPORT_SHARE), at="importing what ranks need")
         board.tell(gpu=gpu_facts(who.local_rank), gpu_count=gpu_count(), at="its GPUs")
         import torch  # noqa: F401  # before the turns: it takes seconds of everybody's time
 

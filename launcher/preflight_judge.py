@@ -118,6 +118,11 @@ def _alone(found: Facts) -> tuple[list[str], list[str]]:
         bad.append(f"its shared folder {folder['error']}")
     elif found.get("sees") is False:
         bad.append("does not see what the first node wrote: is the folder shared with it?")
+    imports = found.get("imports", {})
+    if "error" in imports:
+        bad.append(f"cannot import what ranks need: {imports['error']}")
+    elif "slow_s" in imports:
+        watch.append(f"importing what ranks need takes over {imports['slow_s']} s")
     if "error" in found:
         bad.append(str(found["error"]))
     elif found.get("phase") != "done":

@@ -18,6 +18,7 @@ from configs.files import open_to_write
 from configs.parent import kill_with_parent
 from configs.relay import ask_for_marks
 from configs.schema import Config
+from configs.secret_names import is_secret
 from configs.terminal import is_lent, lend_terminal
 from launcher.agent import TERM_GRACE_S, RankGroup, import_once, model_types_of, why_not_fork
 from launcher.forks import fork
@@ -31,8 +32,6 @@ CARRIED = re.compile(
     r"(NCCL|GLOO|UCX|FI|OMP|HF|TORCH|VERNIER|DS)_.*"
     r"|(CUBLAS_WORKSPACE_CONFIG|PYTHONSAFEPATH|PYTHONUNBUFFERED|TOKENIZERS_PARALLELISM)"
 )
-# An InfiniBand partition key (NCCL_IB_PKEY, UCX_IB_PKEY) is none.
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(?<!_IB_P)KEY", re.IGNORECASE)
 OURS_HERE = ("VERNIER_SSH_OPTIONS", "VERNIER_TERMINAL")  # about this machine and this terminal
 
 
@@ -228,7 +227,8 @@ def _is_hydra() -> bool:
 
 def carried(environment: Mapping[str, str]) -> list[str]:
     """Names of the variables that ranks on other machines are given, none of which looks like a secret."""
-    names = (name for name in environment if CARRIED.fullmatch(name) and not SECRET.search(name))
+    named = environment.items()
+    names = (name for name, value in named if CARRIED.fullmatch(name) and not is_secret(name, value))
     return sorted(name for name in names if name not in OURS_HERE)
 
 

@@ -10,13 +10,14 @@ import math
 import socket
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from configs.errors import DataError
+from configs.errors import EXIT_STOPPED, DataError
 from configs.files import open_to_read, read_bytes
 from configs.rundir import RunDir, is_locked
 from configs.seal import parsed
@@ -24,7 +25,7 @@ from configs.whole import read_json
 from launcher.board import live_board
 from launcher.job_facts import UNKNOWN, RunJobs, Told, is_active, jobs_of, standing_in_queue
 from launcher.job_log import DAMAGED, read_jobs
-from launcher.known_runs import is_run
+from launcher.known_runs import is_run, is_sweep, members_of
 from launcher.scored import loss_tables
 from trainer.lock import FRESH_S, holder
 
@@ -106,10 +107,17 @@ def finite(value: Any) -> Any:
 
 
 def all_runs(below: Path = Path("runs")) -> list[RunDir]:
-    """The runs in a folder, by name."""
-    if not below.is_dir():
-        return []
-    return [RunDir(path) for path in sorted(below.iterdir()) if not path.name.startswith(".") and is_run(path)]
+    """The runs in a folder, by name; of a sweep there its members."""
+    found: list[RunDir] = []
+    for path in sorted(below.iterdir()) if below.is_dir() else ():
+        with suppress(OSError, DataError):  # what cannot be read hides no other run
+            if path.name.startswith("."):
+                continue
+            if is_run(path):
+                found.append(RunDir(path))
+            elif is_sweep(path):
+                found += members_of(path)
+    return found
 
 
 def tail_lines(path: Path, *, count: int | None = None, most_bytes: int | None = None) -> list[dict[str, Any]]:
@@ -273,7 +281,14 @@ def _standing(
     word = str(state.get("state") or "not started")
     failure, code, again = state.get("failure"), state.get("exit_code"), state.get("again")
     by_job = standing_in_queue(
-        word, jobs, alive=alive, held=held, ours=_ours(state, jobs), fresh=_is_younger(state, jobs)
+        word,
+        jobs,
+        alive=alive,
+        held=held,
+        ours=_ours(state, jobs),
+        fresh=_is_younger(state, jobs),
+        # Ranks that start again in their job, or were interrupted by hand, are not what Slurm decides about.
+        job_ended=bool(state.get("job_ended") or again or code != EXIT_STOPPED),
     )
     if by_job is not None:
         return by_job

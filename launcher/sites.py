@@ -13,15 +13,29 @@ from pydantic import Field, ValidationError, field_validator
 from configs.errors import ConfigError
 from configs.scalars import as_declared
 from configs.schema import Settings
+from configs.secret_names import assigned_secrets, holds_secret, is_secret
 from configs.yaml_text import parse_mapping
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 # What job scripts set themselves.
 OURS = frozenset("RUN PYTHON RANK_PYTHON TMPDIR MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE".split())  # noqa: SIM905
 
 Line = Annotated[str, Field(max_length=1000)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+TO_A_SECRET = (
+    "looks like a secret, which would stand in a script; set it in the shell that launches "
+    "(jobs inherit it), or name a file of such lines as environment_file"
+)
+
+
+def _refuse_secrets(lines: list[str]) -> list[str]:
+    for line in lines:
+        name = next(assigned_secrets(line), None)
+        if name is not None or holds_secret(line):
+            raise ValueError(f"{name or 'a word of it'} {TO_A_SECRET}")
+    return lines
 
 
 class Queue(Settings):
@@ -50,7 +64,7 @@ class Queue(Settings):
         for one in value:
             if not one.startswith("-") or not one.isprintable():
                 raise ValueError(f'{one!r} should be one option of sbatch, such as "--mail-type=FAIL"')
-        return value
+        return _refuse_secrets(value)
 
 
 class Container(Settings):
@@ -61,12 +75,19 @@ class Container(Settings):
     mounts: list[str] = Field(default_factory=list, description="folders to see inside: SRC or SRC:DEST[:ro]")
     options: list[str] = Field(default_factory=list, description="further options of srun, enroot or apptainer exec")
 
+    @field_validator("options")
+    @classmethod
+    def options_hold_no_secrets(cls, value: list[str]) -> list[str]:
+        return _refuse_secrets(value)
+
 
 class Site(Settings):
     """A cluster's own settings. Where a run has the same key (launch.gpus_per_node, …) the run's counts."""
 
     queue: Queue = Queue()
-    eval_queue: Queue | None = Field(None, description="of the evaluation's job; default as `queue`")
+    eval_queue: Queue | None = Field(
+        None, description="of the evaluation's job; default as `queue`, whose account counts where this names none"
+    )
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
     gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = Field(None, description="such as a100")
@@ -93,6 +114,22 @@ class Site(Settings):
     ssh_options: list[Line] = Field(default_factory=list, description="of --on ssh, such as -p 2222")
     accelerators: Line | None = Field(None, description="of --on skypilot, such as H100:8")
 
+    @field_validator("setup", "srun", "modules", "ssh_options")
+    @classmethod
+    def lines_hold_no_secrets(cls, value: list[str]) -> list[str]:
+        return _refuse_secrets(value)
+
+    @property
+    def evaluators_queue(self) -> Queue:
+        """Where the evaluation's job goes. Who pays is the same unless it is said: an account is no place."""
+        own = self.eval_queue
+        if own is None:
+            return self.queue
+        if own.account is not None or any(map(_names_account, own.sbatch)):
+            return own
+        further = [*own.sbatch, *filter(_names_account, self.queue.sbatch)]
+        return own.model_copy(update={"account": self.queue.account, "sbatch": further})
+
     @field_validator("scratch")
     @classmethod
     def scratch_is_a_path(cls, value: str) -> str:
@@ -113,12 +150,13 @@ class Site(Settings):
                 raise ValueError(
                     f"{name} is set in every job{'; scratch names its folder' if name == 'TMPDIR' else ''}"
                 )
-            if SECRET.search(name):
-                raise ValueError(
-                    f"{name} looks like a secret, which would stand in a script; set it in the shell that launches "
-                    "(jobs inherit it), or name a file of such lines as environment_file"
-                )
+            if is_secret(name, text):
+                raise ValueError(f"{name} {TO_A_SECRET}")
         return value
+
+
+def _names_account(option: str) -> bool:
+    return option.startswith(("-A", "--account"))
 
 
 def site_folder() -> Path:
@@ -179,5 +217,5 @@ def _problems(error: ValidationError) -> Iterator[str]:
         else:
             said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
             said = said.replace("String should", "should")
-            hidden = key == "environment" or isinstance(item["input"], (dict, list))
+            hidden = key == "environment" or TO_A_SECRET in said or isinstance(item["input"], (dict, list))
             yield f"{key}:{'' if hidden else ' ' + repr(item['input'])} {said}"

@@ -16,9 +16,10 @@ import yaml
 
 from configs.errors import ConfigError
 from configs.load import dump_config
+from configs.secret_names import is_secret
 from configs.yaml_text import SettingsDumper
 from launcher.job_plan import JobPlan
-from launcher.processes import SECRET, carried
+from launcher.processes import carried
 
 DATA, REFERENCE, MODEL, RUNS = (f"/vernier/{name}" for name in ("data", "reference", "model", "runs"))
 PORT = 29500
@@ -88,7 +89,8 @@ def render_task(plan: JobPlan, *, accelerators: str | None = None, runs: str | N
 
 def secret_names() -> list[str]:
     """Variables here that ranks may need and that no file may hold."""
-    return sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_")) and SECRET.search(name))
+    ours = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "HUGGING_FACE_"))}
+    return sorted(name for name, value in ours.items() if is_secret(name, value))
 
 
 def _folder_there(plan: JobPlan) -> str:

@@ -1,49 +1,23 @@
-"""Slurm: turns a plan into sbatch scripts by the templates of slurm/, and submits them."""
+"""Slurm: turns a plan into sbatch scripts by the templates of slurm/."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError, VernierError
+from configs.errors import ConfigError
 from launcher.agent import SIGNALS
 from launcher.job_plan import JobPlan
-from launcher.processes import OWN_RANK
+from launcher.sbatch import OF_A_JOB, OF_THE_USER, Script, given_twice
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
-SUBMIT_S = 60.0
-_SETTINGS = {  # a word of what sbatch says when it refuses → where to mend it, the first that is found
-    "time limit": "launch.time, and what sinfo says of the partition",
-    "account": "queue.account of the site profile",
-    "qos": "queue.qos of the site profile",
-    "partition": "queue.partition of the site profile, and sinfo",
-    "reservation": "queue.reservation of the site profile",
-    "feature": "queue.constraint of the site profile",
-    "gres": "launch.gpus_per_node, and gpu_option and gpu_type of the site profile",
-    "generic resource": "launch.gpus_per_node, and gpu_option and gpu_type of the site profile",
-    "memory": "launch.memory",
-    "node count": "launch.nodes",
-    "node configuration": "launch.nodes, launch.gpus_per_node, launch.cpus_per_rank and launch.memory",
-    "processors": "launch.cpus_per_rank",
-}
+QUEUES = ("queue", "eval_queue")
 RETRY_S = 20  # between questions of a script to a controller that did not answer
-
-
-@dataclass(frozen=True)
-class Script:
-    """A script to submit. `component`: train, eval, or train+eval for a heterogeneous job."""
-
-    component: str
-    path: Path
-    text: str
 
 
 def render(plan: JobPlan, template: Path | None = None, exclude: tuple[str, ...] = ()) -> list[Script]:
@@ -63,10 +37,29 @@ def render(plan: JobPlan, template: Path | None = None, exclude: tuple[str, ...]
         names = {"train": "train.sbatch"}
     else:
         names = {"train": "train.sbatch", "eval": "eval.sbatch"}
+    _refuse_options_given_twice(plan, names, template)
     return [
         Script(component, plan.run.scripts / name, _rendered(plan, component, name, template, exclude))
         for component, name in names.items()
     ]
+
+
+def _refuse_options_given_twice(plan: JobPlan, names: dict[str, str], template: Path | None) -> None:
+    """Refuses further options of a site profile that would override those of the job, or be overridden, in silence.
+
+    Raises:
+        ConfigError: a line for each.
+    """
+    site = plan.site
+    bare = {key: getattr(site, key) and getattr(site, key).model_copy(update={"sbatch": []}) for key in QUEUES}
+    without = replace(plan, site=site.model_copy(update=bare))
+    problems: list[str] = []
+    for component, name in names.items():
+        text = _rendered(without, component, name, template, ())
+        for part in component.split("+"):
+            problems += given_twice(site, text, evaluator=part == "eval")
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
 
 
 def _rendered(plan: JobPlan, component: str, name: str, template: Path | None, exclude: tuple[str, ...]) -> str:
@@ -125,7 +118,7 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
     container = site.container
     _refuse_unsayable(plan)
     main = _excluding(site.queue, exclude)
-    beside = _excluding(site.eval_queue or site.queue, exclude)
+    beside = _excluding(site.evaluators_queue, exclude)
     inside = container.kind != "none"
     log = run.path / "logs" / f"slurm-{component}-{'%A_%a' if plan.members else '%j'}.out"
     mounts = [*container.mounts]
@@ -155,6 +148,8 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
         "sweep": plan.members > 0,
         "members": plan.members,
         "at_once": plan.at_once,
+        "of_a_job": OF_A_JOB,
+        "of_the_user": OF_THE_USER,
     }
 
 
@@ -206,50 +201,3 @@ def in_option(value: object) -> str:
     if re.fullmatch(r"[A-Za-z0-9_./%+=:@,-]+", text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def submit(script: Script, *options: str) -> str:
-    """Submits a script; gives the job's id.
-
-    Raises:
-        ConfigError: there is no sbatch here, or it refuses; says what it said.
-    """
-    if shutil.which("sbatch") is None:
-        raise ConfigError("--on: slurm: sbatch is not on this machine's PATH; launch from a login node of the cluster")
-    command = ["sbatch", "--parsable", *options, str(script.path)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SUBMIT_S, check=False, env=submit_environment()
-        )
-    except subprocess.TimeoutExpired:
-        raise VernierError(f"sbatch has not answered for {SUBMIT_S:.0f} s; see squeue whether it has the job") from None
-    if done.returncode != 0:
-        said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
-        raise ConfigError(f"{script.path}: refused by sbatch: {said}{_where(said)}")
-    return done.stdout.strip().split(";")[0]
-
-
-def _where(said: str) -> str:
-    """The setting that what sbatch said is about."""
-    for word, setting in _SETTINGS.items():
-        if word in said.lower():
-            return f"; see {setting}"
-    return ""
-
-
-def release(job: str) -> None:
-    """Lets a job go that was submitted to be held.
-
-    Raises:
-        VernierError: it is still held; says how to let it go.
-    """
-    done = subprocess.run(["scontrol", "release", job], capture_output=True, text=True, timeout=SUBMIT_S, check=False)
-    if done.returncode != 0:
-        raise VernierError(f"job {job} is held, and was not let go ({done.stderr.strip()}): scontrol release {job}")
-
-
-def submit_environment() -> dict[str, str]:
-    """What jobs inherit: ours, without what a job that we may be in ourselves was given."""
-    ours = ("SLURM_", "SBATCH_", "SRUN_", "PMI", "OMPI_")
-    keep = ("SLURM_CONF",)
-    return {k: v for k, v in os.environ.items() if k in keep or not (k.startswith(ours) or k in OWN_RANK)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ from rich.text import Text
 
 from configs.errors import EXIT_DONE, DataError
 from configs.rundir import RunDir
+from configs.scheduler import NoAnswer
 from launcher.event_table import SHOWN, event_rows, print_events, printable
 from launcher.job_facts import UNKNOWN, Told, ask_scheduler, described
-from launcher.known_runs import find, known, remember
+from launcher.known_runs import find_all, known, remember
 from launcher.run_facts import RunFacts, all_runs, duration, facts_of, finite, read_events
 from launcher.verdict_words import new_table, plus_minus, print_table, say
 
@@ -35,14 +37,18 @@ LABEL = 15  # width of the column of labels
 def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bool, console: Console) -> int:
     """Prints how runs stand, or what happened in them. Where none is named: all of `runs/` here, else all known ones.
 
+    Of a sweep's folder its members are shown. What else is no run is named, and hides none that is.
+
     Raises:
-        DataError: what was named is no run directory, or there is no run.
+        DataError: nothing of what was named is a run, or there is no run.
     """
-    chosen = [find(path) for path in runs] or all_runs() or [RunDir(path) for path in known()]
+    chosen, odd = _chosen(runs)
     if not chosen:
         raise DataError("status: no runs under runs/, and none is known; name one: vernier status RUN")
     for run in chosen:
         remember(run.path)
+    for problem in odd:
+        print(f"left out: {printable(problem)}", file=sys.stderr)
     scheduler = ask_scheduler(chosen)
     found = [_facts(run, scheduler) for run in chosen]
     if json_out:
@@ -58,13 +64,29 @@ def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bo
         _print_table([facts for facts, _ in found], console)
     else:
         _print_block(found[0][0], console)
-    if scheduler is None:
-        say(
-            console,
-            "Slurm cannot be asked (no squeue here, or no answer): this is what the runs' own files say",
-            "yellow",
-        )
+    if isinstance(scheduler, NoAnswer):
+        say(console, f"Slurm cannot be asked just now: {printable(scheduler.why)}", "yellow")
+        say(console, "so this is what the runs' own files say", "yellow")
     return EXIT_DONE
+
+
+def _chosen(named: list[Path]) -> tuple[list[RunDir], list[str]]:
+    """(the runs that are named, each once; what is wrong with what else was)."""
+    if not named:
+        return all_runs() or [RunDir(path) for path in known()], []
+    found: dict[Path, RunDir] = {}
+    odd: list[str] = []
+    for path in named:
+        try:
+            runs = find_all(path)
+        except DataError as error:
+            odd.append(str(error))
+        else:
+            found |= {run.path: run for run in runs}
+    if not found:
+        more = f"; nor is any of {len(odd) - 1} others a run" if len(odd) > 1 else ""
+        raise DataError(f"{odd[0]}{more}")
+    return list(found.values()), odd
 
 
 def _facts(run: RunDir, scheduler: Told) -> tuple[RunFacts, list[dict[str, Any]]]:

@@ -21,21 +21,23 @@ from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError, DataError, VernierError
 from configs.rundir import RunDir, is_locked
+from configs.scheduler import NoAnswer
 from configs.whole import read_json, write_atomic
 from launcher.event_table import printable
-from launcher.job_facts import UNKNOWN, WAITING, Told, ask_scheduler, described, is_active
+from launcher.job_facts import UNKNOWN, WAITING, Told, ask_scheduler, described, is_active, is_unanswered
 from launcher.job_log import add_job
-from launcher.known_runs import find
+from launcher.known_runs import find_all
 from launcher.processes import SAVE_PATIENCE_S
 from launcher.run_facts import RunFacts, duration, facts_of
 from launcher.verdict_words import say
-from trainer.lock import kept_free
+from trainer.lock import FRESH_S, kept_free
 from trainer.stop import ONE_WISH_S
 
 PATIENCE_S = SAVE_PATIENCE_S + 60.0
 NOW_S = 5.0  # for a step and its checkpoint, where patience is short
 JOB_DYING_S = 150.0  # Slurm waits KillWait (30 s unless a site says otherwise) between its signals, then clears up
 RANKS_DYING_S = 60.0
+UNANSWERED_S = 20.0  # for Slurm to answer after all, where nobody else is heard of
 LOOK_S, ASK_S, REMIND_S = 1.0, 5.0, 30.0
 WORKING = ("running", "pending", "requeued", "stopping")
 
@@ -85,7 +87,8 @@ class Watch:
 
 
 def run_stop(named: Path, *, now: bool, console: Console) -> int:
-    """Stops a run; gives 0 where it has stopped or was not running, 1 where it did not stop in time.
+    """Stops a run, or all members of a sweep; gives 0 where they have stopped or were not running, 1 where one has not
+    in time.
 
     Args:
         now: with little patience for a checkpoint.
@@ -93,7 +96,40 @@ def run_stop(named: Path, *, now: bool, console: Console) -> int:
     Raises:
         ConfigError: there is no such run, or what runs it cannot be reached from here.
     """
-    run = find(named)
+    runs = find_all(named)
+    return _stop(runs[0], now=now, console=console) if len(runs) == 1 else _stop_sweep(runs, now=now, console=console)
+
+
+def _stop_sweep(members: list[RunDir], *, now: bool, console: Console) -> int:
+    told = ask_scheduler(members)
+    working: list[RunDir] = []
+    waiting: list[str] = []
+    for run in members:
+        facts = Watch(run, console, told, time.monotonic()).look()
+        if at_work(run, facts):
+            working.append(run)
+            waiting += [job["job"] for job in facts.jobs if job["state"] in WAITING]
+    if not working:
+        say(console, f"none of the {len(members)} members is running")
+        return EXIT_DONE
+    # All are asked before any is waited for: else the end of one would let the next begin.
+    for run in working:
+        _ask(run, now=now)
+    cancel(waiting, pending=True)
+    worst = EXIT_DONE
+    for run in working:
+        try:
+            code = _stop(run, now=now, console=console)
+        except VernierError as error:  # the others are stopped all the same
+            say(console, printable(f"error: {error}"), "red")
+            code = error.exit_code
+        if code == EXIT_INTERRUPTED:
+            return code
+        worst = max(worst, code)
+    return worst
+
+
+def _stop(run: RunDir, *, now: bool, console: Console) -> int:
     watch = Watch(run, console)
     facts = watch.look(anew=True)
     name = facts.name
@@ -101,8 +137,7 @@ def run_stop(named: Path, *, now: bool, console: Console) -> int:
         return _not_running(watch, facts, now=now)
     try:
         _ask(run, now=now)
-        if watch.told is None:
-            watch.tell("Slurm cannot be asked: a job that waits stays in the queue, and ends as soon as it starts")
+        unanswered = _tell_unanswered(watch, facts)
         cancel([job["job"] for job in facts.jobs if job["state"] in WAITING], pending=True)
 
         def over(facts: RunFacts) -> bool:
@@ -114,7 +149,7 @@ def run_stop(named: Path, *, now: bool, console: Console) -> int:
 
         done = watch.wait(
             over,
-            NOW_S if now else PATIENCE_S,
+            NOW_S if now else UNANSWERED_S if unanswered and not _is_heard(run, facts) else PATIENCE_S,
             f"{name}: {_waits_for(facts)}",
         )
         if done is None and now:
@@ -125,6 +160,8 @@ def run_stop(named: Path, *, now: bool, console: Console) -> int:
     if done is None:
         facts = watch.look(anew=True)
         hint = "; --now ends it without its checkpoint" if not now else ""
+        if isinstance(watch.told, NoAnswer) and not _is_heard(run, facts):
+            hint = "; ask again when Slurm answers"
         watch.tell(f"{name} has not stopped yet: {facts.words}, step {facts.step:,}{hint}", "red")
         return EXIT_FAILED
     run.stop_request.unlink(missing_ok=True)
@@ -134,7 +171,26 @@ def run_stop(named: Path, *, now: bool, console: Console) -> int:
 
 def at_work(run: RunDir, facts: RunFacts) -> bool:
     """Whether there is something to stop: ranks that train, or a job that is to."""
-    return facts.state in WORKING or run.is_held() or _restarts(facts)
+    unknown = facts.state == "not started" and any(map(is_unanswered, facts.jobs))
+    return facts.state in WORKING or run.is_held() or _restarts(facts) or unknown
+
+
+def _tell_unanswered(watch: Watch, facts: RunFacts) -> bool:
+    """Whether nobody knows of the training's job. It is taken out of the queue all the same, where that can be had."""
+    jobs = [job["job"] for job in facts.jobs if is_unanswered(job)]
+    if not jobs:
+        return False
+    why = f" ({printable(watch.told.why)})" if isinstance(watch.told, NoAnswer) else ""
+    watch.tell(f"Slurm cannot be asked just now{why}")
+    watch.tell("a job that waits stays in the queue, and ends as soon as it starts")
+    with suppress(ConfigError):  # said already
+        cancel(jobs, pending=True)
+    return True
+
+
+def _is_heard(run: RunDir, facts: RunFacts) -> bool:
+    """Whether somebody trains who will read the wish to stop: a lock that is held, or a heart that beats."""
+    return run.is_held() or (facts.silent_s is not None and facts.silent_s < FRESH_S and facts.state == "running")
 
 
 def _restarts(facts: RunFacts) -> bool:
@@ -278,6 +334,10 @@ def _has_open(pid: int, path: Path) -> bool:
 def _not_running(watch: Watch, facts: RunFacts, *, now: bool) -> int:
     scoring, starter = _active(facts, "eval"), trainer_here(watch.run)
     watch.tell(f"{facts.name} is not running: {facts.words}{'' if facts.why is None else f' ({facts.why})'}")
+    for job in (job for job in facts.jobs if is_unanswered(job) and "eval" in job["component"]):
+        if now:
+            cancel([job["job"]], pending=False)
+        watch.tell(f"whether its evaluator still waits or runs is not known: {described(job)}")
     for job in scoring:
         if now:
             cancel([job["job"]], pending=False)

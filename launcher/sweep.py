@@ -22,11 +22,11 @@ from configs.schema import NAME_PATTERN, Config
 from configs.whole import read_json, write_atomic, write_json
 from configs.yaml_text import parse_mapping
 from launcher.agent import one_thread
+from launcher.known_runs import SWEEP as FILE
 from launcher.sweep_members import Member, Sweep, members, told_once
 
 __all__ = ["Member", "Sweep", "check_members", "member_of", "members", "read_sweep", "run_local", "write_sweep"]
 
-FILE = "sweep.json"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 

@@ -24,7 +24,7 @@ from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPE
 from configs.load import batch_problems, dump_config, load_config, resolve, with_absolute_paths
 from configs.relay import Relay
 from configs.rundir import RunDir
-from configs.scheduler import current_job
+from configs.scheduler import NoAnswer, current_job
 from configs.schema import Config
 from configs.whole import write_atomic
 from launcher.agent import one_thread
@@ -160,7 +160,7 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
         console.print(line, markup=False)
 
     check_free(run, tell)
-    _check_jobs(run)
+    _check_jobs(run, tell)
     if not how.fresh:
         run.check_files()
     check_run(config, extend=how.extend, fresh=how.fresh, force=how.force, tell=tell)
@@ -187,14 +187,18 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     return code
 
 
-def _check_jobs(run: RunDir) -> None:
-    """Refuses a run that a scheduler will train, or does. Where it cannot be asked, the run's lock has to do.
+def _check_jobs(run: RunDir, tell: Callable[[str], None]) -> None:
+    """Refuses a run that a scheduler will train, or does. Where it cannot be asked, says so: the run's lock has to do.
 
     Raises:
         ConfigError: names the job.
     """
-    live = live_jobs(run) or {}
-    kinds = job_ids(read_jobs(run))
+    live, kinds = live_jobs(run), job_ids(read_jobs(run))
+    if isinstance(live, NoAnswer):
+        tell(
+            f"Slurm cannot be asked just now ({live.why}): if a job of this run still waits, it will find the run held"
+        )
+        return
     for job in live.values():
         if "train" in kinds[job.job].split("+") and job.job != current_job():
             raise ConfigError(

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -218,13 +217,7 @@ def _alive_elsewhere(run: RunDir) -> bool:
 
 def _silence(run: RunDir) -> float:
     """For how many seconds the holder has not been heard of; by the file server's clock, as the heartbeat is."""
-    now = time.time()
-    try:
-        with tempfile.TemporaryFile(dir=run.path) as probe:
-            now = os.fstat(probe.fileno()).st_mtime
-    except OSError:
-        pass
-    return now - run.last_heartbeat()
+    return run.clock() - run.last_heartbeat()
 
 
 def _outwait(run: RunDir, tell: Callable[[str], None]) -> float | None:

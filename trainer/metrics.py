@@ -20,6 +20,7 @@ from configs.files import open_to_write
 from configs.json_lines import read_jsonl, read_lines, sealed_line
 from configs.rundir import RunDir
 from configs.schema import Config
+from configs.secret_names import shown_command
 from configs.whole import write_atomic, write_json
 from trainer.baseline import Baseline
 
@@ -154,7 +155,7 @@ def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:
     ).stdout.strip()
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors")
     manifest = {
-        "command": sys.argv,
+        "command": shown_command(sys.argv),
         "commit": commit or None,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "hardware": {

@@ -14,8 +14,9 @@ from conftest import ROOT, TINY, lines
 from testbed import Cluster
 
 from launcher.job_plan import JobPlan, make_plan
+from launcher.sbatch import Script, submit
 from launcher.sites import Site
-from launcher.slurm import Script, render, submit
+from launcher.slurm import render
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -266,6 +266,19 @@ def test_a_preflight_of_one_process_writes_its_report(tmp_path: Path) -> None:
     assert [event["kind"] for event in lines(tmp_path / "events.jsonl")] == ["preflight"]
 
 
+def test_a_node_that_has_a_version_and_cannot_import_it_is_bad_with_the_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "transformers"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('cut short by the file server')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{broken.parent}:{ROOT}"}
+    command = [sys.executable, "-m", "launcher.preflight", str(tmp_path / "run")]
+    (tmp_path / "run").mkdir()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False, env=environment)
+    assert done.returncode == 1, done.stderr
+    (bad,) = json.loads((tmp_path / "run" / "preflight.json").read_text())["bad"]
+    assert bad["why"] == "cannot import what ranks need: RuntimeError: cut short by the file server"
+
+
 def test_a_lock_that_a_killed_build_left_is_named_with_how_to_remove_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

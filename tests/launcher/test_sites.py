@@ -126,3 +126,29 @@ def test_what_a_run_asks_for_counts_before_its_site(tmp_path: Path) -> None:
     asked = vernier(*plain, "launch.gpus_per_node=2", "launch.memory=8G").stdout
     assert "#SBATCH --gpus-per-node=2\n" in asked
     assert "#SBATCH --mem=8G\n" in asked
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "environment: {WANDB_KEY: hush}",
+        "environment: {DATABASE_URL: 'postgres://me:hush@db/x'}",
+        "setup: ['export WANDB_API_KEY=hush']",
+        "srun: ['--export=ALL,HF_TOKEN=hush']",
+        "container: {kind: apptainer, image: a.sif, options: ['--env', 'MY_SECRET=hush']}",
+        "queue: {sbatch: ['--export=ALL,MY_TOKEN=hush']}",
+    ],
+)
+def test_whatever_reaches_a_script_is_looked_at_for_secrets(profile: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(profile + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_site(str(tmp_path / "site.yaml"))
+    assert "looks like a secret" in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_what_only_sounds_like_a_secret_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(
+        "environment: {TOKENIZERS_PARALLELISM: 'true', KEYBOARD: de}\nsetup: ['export HF_TOKEN=$(cat ~/.token)']\n"
+    )
+    assert load_site(str(tmp_path / "site.yaml")).environment["TOKENIZERS_PARALLELISM"] == "true"

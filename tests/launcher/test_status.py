@@ -167,6 +167,28 @@ def test_a_run_that_waits_in_the_queue_says_so_and_has_not_died(run: RunDir) -> 
     assert facts_of(run, told=in_slurm("PENDING", reason="BeginTime", restarts=2)).requeues == 2
 
 
+def test_a_turn_that_a_successor_takes_is_one(run: RunDir) -> None:
+    add_job(run, "submitted", component="train", backend="slurm", job="11")
+    add_job(run, "started", component="train", backend="slurm", job="11")
+    add_job(run, "requeued", component="train", backend="slurm", job="11")
+    add_job(run, "successor", component="train", backend="slurm", job="12", after="11")
+    assert facts_of(run, told=in_slurm("PENDING")).requeues == 1
+    add_job(run, "started", component="train", backend="slurm", job="12")
+    assert facts_of(run, told=in_slurm("RUNNING")).requeues == 1
+
+
+def test_a_job_that_slurm_starts_again_is_not_shown_as_stopped(run: RunDir) -> None:
+    add_job(run, "submitted", component="train", backend="slurm", job="12")
+    add_job(run, "started", component="train", backend="slurm", job="12", restart=0)
+    set_state(run, state="stopping", exit_code=75, job="12", heard=30)  # it was preempted, with a checkpoint
+    assert facts_of(run, told=in_slurm("COMPLETING")).words == "stopped for now; Slurm has its job still"
+    again = facts_of(run, told=in_slurm("RUNNING", restarts=1))
+    assert (again.state, again.words) == ("requeued", "starting again in job 12 (RUNNING)")
+    assert facts_of(run, told=in_slurm("CANCELLED")).state == "stopped"
+    set_state(run, state="stopping", exit_code=75, job_ended=True, heard=30)
+    assert facts_of(run, told=in_slurm("COMPLETING")).state == "stopped"
+
+
 def test_a_job_that_runs_has_not_died_however_long_it_takes_to_start(run: RunDir) -> None:
     set_state(run, state="pending", exit_code=None, job="12", heard=3000)
     add_job(run, "submitted", component="train", backend="slurm", job="12")
@@ -219,7 +241,8 @@ def test_a_scheduler_that_cannot_be_asked_is_said_and_the_run_is_told_of(
     told = vernier("status", run.path).stdout
     assert told.startswith("run  requeued; job 12 was submitted\n")
     assert "train 12: Slurm cannot be asked" in told
-    assert told.endswith("Slurm cannot be asked (no squeue here, or no answer): this is what the runs' own files say\n")
+    assert "Slurm cannot be asked just now: " in told
+    assert told.endswith("so this is what the runs' own files say\n")
     found = json.loads(vernier("status", run.path, "--json").stdout)
     assert (found["state"], found["jobs"][0]["state"]) == ("requeued", "unknown")
     table = vernier("status", run.path, run.path).stdout

@@ -15,7 +15,7 @@ from configs.errors import ConfigError
 from configs.overrides import apply_overrides, sections, settings_merged
 from configs.scalars import as_declared
 from configs.schema import Config, section_of
-from configs.yaml_text import dump_yaml, parse_mapping
+from configs.yaml_text import as_written, dump_yaml, parse_mapping
 
 SHIPPED = Path(__file__).parent
 
@@ -101,7 +101,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{key}: is null or empty, and should be text; write '' for empty text, 'null' for that word"
         else:
             said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-            shown = "" if isinstance(value, (dict, list)) else f" {value!r}"
+            shown = "" if isinstance(value, (dict, list)) else f" {as_written(value)}"
             yield f"{key or 'config'}:{shown} {said}"
 
 
@@ -142,7 +142,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     flat = set(_flat_keys(config.deepspeed))
     for key in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(config.deepspeed.get(key, {}), dict):
-            yield f"deepspeed.{key}: {config.deepspeed[key]!r} should be a mapping of DeepSpeed's settings"
+            yield f"deepspeed.{key}: {as_written(config.deepspeed[key])} should be a mapping of DeepSpeed's settings"
     for key, ours in OWNED_BY_US.items():
         if key in flat:
             yield f"deepspeed.{key}: set by Vernier; use {ours} instead"

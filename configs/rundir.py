@@ -184,7 +184,7 @@ class RunDir:
     @contextmanager
     def _to_ourselves(self) -> Iterator[None]:
         # A file that is always there, is never replaced and may be written: NFS locks nothing that is opened to read.
-        descriptor = os.open(self.events, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.events, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _wait_for_flock(descriptor)
             yield
@@ -285,7 +285,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     Raises:
         OSError: it could not be written.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         _wait_for_flock(descriptor)
         size = os.fstat(descriptor).st_size

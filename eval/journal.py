@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from configs.whole import open_as_folder
 from eval.tables import POSITION_BINS, LossTable
 
 FLUSH_S = float(os.environ.get("VERNIER_JOURNAL_S", "5"))  # what a death may cost
@@ -121,6 +122,7 @@ class Journal:
         path = self.folder / f"{self.stem}-{self.files:06d}.safetensors"
         part = path.with_suffix(".part")
         save_file({"samples": samples, "sums": sums, "counts": counts}, part, metadata={"key": self.key})
+        open_as_folder(part)
         part.rename(path)
         self.files += 1
         self.rows = []

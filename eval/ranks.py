@@ -198,7 +198,7 @@ def log_to_file(path: Path) -> TextIO:
     console = lent_terminal() or marked_terminal()
     if console is None:
         console = that_may_go(os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace"))
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

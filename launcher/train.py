@@ -154,6 +154,7 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     """
     run = RunDir(config.run_dir)
     with one_thread():
+        from trainer.changes import clear_unbegun
         from trainer.run import check_run, finished
 
     def tell(line: str) -> None:
@@ -170,6 +171,8 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     interrupts.listen()
     remember(run.path)
     with sole_starter(run):  # until the last score: two evaluators would write every table twice
+        with kept_free(run):  # before an evaluator looks for what there is to score
+            clear_unbegun(run, config, tell)
         if finished(run, config):
             tell(f"{run.path} is finished (step {config.steps})")
             code = EXIT_DONE
@@ -349,11 +352,15 @@ def _outcome(
         return int(code)
     failure = state.get("failure")
     if failure:
-        rank, said = f"rank {failure['rank']}", failure["error"]
-        console.print(f"error: {said if said.startswith(rank) else f'{rank}: {said}'}", markup=False)
-        console.print(f"its log: {run.logs / ('rank-' + str(failure['rank']) + '.log')}", markup=False)
+        rank, said = failure["rank"], failure["error"]
+        named = rank is None or said.startswith(f"rank {rank}")
+        console.print(f"error: {said if named else f'rank {rank}: {said}'}", markup=False)
+        log = starter.training_log if rank is None else f"rank-{rank}.log"
+        console.print(f"its log: {run.logs / log}", markup=False)
     elif code != EXIT_DONE:
-        console.print(f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False)
+        console.print(
+            f"stopped at step {state.get('step') or 0} with a checkpoint; the same command goes on", markup=False
+        )
     return int(code)
 
 

@@ -172,7 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise ConfigError(f"run.dir: {path} cannot be written ({error.strerror})") from None
 

@@ -29,7 +29,7 @@ from trainer.adaptations import (
     shared_adaptations,
 )
 from trainer.baseline import check_baseline
-from trainer.changes import check_changes, tell_forced
+from trainer.changes import check_changes, clear_unbegun, tell_forced
 from trainer.checkpoints import Clock, clear_up, load_checkpoint
 from trainer.data.prepare import load_dataset_facts
 from trainer.data.shards import Windows
@@ -156,6 +156,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
                 tell_forced(run, changes, lambda told: console.print(told, markup=False))
             if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
                 run.stop_request.unlink(missing_ok=True)
+            clear_unbegun(run, config, lambda told: console.print(told, markup=False) if console else None)
             begin_run(run, config, attempt or 0)
         attempt = ranks.broadcast_int(attempt or 0)
         code = _train(config, run, ranks, facts, hf, requests, lock, console)

@@ -71,7 +71,9 @@ def load_masters(model: Any, checkpoint: Path) -> None:
     """
     state = read_json(checkpoint / STATE)
     if state.get("version") != VERSION:
-        raise DataError(f"{checkpoint}: checkpoint format {state.get('version')}, this Vernier reads {VERSION}")
+        raise DataError(
+            f"{checkpoint}: checkpoint format {state.get('version') or 'unknown'}, this Vernier reads {VERSION}"
+        )
     files = {name: safe_open(checkpoint / name, "pt") for name in file_names(state)}
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     odd = sorted(set(wanted) ^ set(state["parameters"]))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from configs.errors import ConfigError, DataError
 from configs.schema import Config
 from configs.whole import MANIFEST, read_json, verify, whole_directory, write_atomic
+from configs.yaml_text import as_written
 from eval.reference import build_reference, load_reference, read_documents, tokenizer_fingerprint
 from eval.tokenization import TextTokenizer
 from trainer.data.families import joined, sharing
@@ -140,7 +141,8 @@ def _found(final: Path, settings: dict[str, Any]) -> dict[str, Any]:
     for key in settings:
         if before.get(key) != settings[key]:
             raise ConfigError(
-                f"{key}: {final} was prepared with {before.get(key)!r}, now it is {settings[key]!r}; "
+                f"{key}: {final} was prepared with {as_written(before.get(key))}, now it is "
+                f"{as_written(settings[key])}; "
                 "choose another data.dir, or prepare anew with --fresh"
             )
     return facts

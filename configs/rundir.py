@@ -19,6 +19,7 @@ from configs.errors import DataError, VernierError
 from configs.whole import MANIFEST, read_json, write_atomic
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "failed"]
+CLOCKS_APART_S = 60.0  # two machines' may be
 STATE_PATIENCE_S = 5.0  # a process may be stopped while it writes; nobody else is to hang for that
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -208,6 +209,14 @@ class RunDir:
         except OSError:
             return 0.0
 
+    def heard(self, state: dict[str, Any]) -> float:
+        """When the run was last heard of, by its lock or its state; 0 where it never was.
+
+        What is of a time to come was left before a clock was set back, and tells nothing.
+        """
+        marks = (self.last_heartbeat(), float(state.get("heartbeat") or 0))
+        return max((mark for mark in marks if mark <= time.time() + CLOCKS_APART_S), default=0.0)
+
     def add_event(
         self, kind: str, message: str, *, step: int | None = None, rank: int | None = None, **detail: Any
     ) -> None:
@@ -226,7 +235,8 @@ class RunDir:
         try:
             append_line(self.events, line)
         except OSError as error:
-            print(f"{self.events}: cannot be written ({error.strerror}): {kind}: {message}", file=sys.stderr)
+            with suppress(OSError, ValueError):  # on the same disk, perhaps
+                print(f"{self.events}: cannot be written ({error.strerror}): {kind}: {message}", file=sys.stderr)
 
     def read_events(self) -> list[dict[str, Any]]:
         """All whole lines of `events.jsonl`; one that a full disk has cut is passed over."""

@@ -117,12 +117,15 @@ class Journal:
         self.flushed = time.monotonic()
         if not self.rows:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         samples, sums, counts = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
         path = self.folder / f"{self.stem}-{self.files:06d}.safetensors"
         part = path.with_suffix(".part")
-        save_file({"samples": samples, "sums": sums, "counts": counts}, part, metadata={"key": self.key})
-        open_as_folder(part)
-        part.rename(path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"samples": samples, "sums": sums, "counts": counts}, part, metadata={"key": self.key})
+            open_as_folder(part)
+            part.rename(path)
+        except (OSError, SafetensorError):  # a full disk: kept for the next time; only a death would cost more
+            return
         self.files += 1
         self.rows = []

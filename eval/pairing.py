@@ -164,8 +164,8 @@ def pairing_cautions(
         out.append(f"not cut the same way: {', '.join(moved)}; that alone moves losses, {size}")
     precisions = [config.precision for config in configs]
     if precisions[0] != precisions[1]:
-        both = " and ".join(as_written(precision, quoted=False) for precision in precisions)
-        out.append(f"unequal precision ({both}): part of this is rounding")
+        two = " and ".join(as_written(precision, quoted=False) for precision in precisions)
+        out.append(f"unequal precision ({two}): part of this is rounding")
     hardware = [_hardware(run) for run in runs]
     if hardware[0] != hardware[1]:
         out.append(f"other hardware or software ({hardware[0]}; {hardware[1]}): last digits differ by that alone")

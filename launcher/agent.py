@@ -26,6 +26,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from configs.parent import end_at_once
+from configs.terminal import open_streams
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without a handler the last two would kill the agent itself
 LOOPBACK = "127.0.0.1"
@@ -218,6 +219,7 @@ def unheard() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the agent of a node; gives its exit code."""
+    open_streams()
     parser = argparse.ArgumentParser(prog="python -m launcher.agent", description=__doc__)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node-rank", type=int, default=0)

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `vernier --help` must answer at once.
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ import typer
 
 from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VernierError
 from configs.parent import end_at_once
-from configs.terminal import that_may_go
+from configs.terminal import console, open_streams, tell
 
 app = typer.Typer(
     name="vernier",
@@ -43,7 +44,7 @@ def init(
     """Write a commented starter config, asking nothing."""
     from launcher.init import run_init
 
-    print(f"wrote {run_init(directory)}")
+    tell(f"wrote {run_init(directory)}")
     return 0
 
 
@@ -362,25 +363,28 @@ def status(
 
 
 def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is not imported for its name alone
-    from rich.console import Console
-
-    if out:
-        return Console(highlight=False)
-    return Console(file=that_may_go(sys.stderr), highlight=False, soft_wrap=True)
+    return console() if out else console(sys.stderr, soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of `vernier`: runs a verb, tells errors in a line, ends with the exit codes of configs.errors."""
+    open_streams()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except VernierError as error:
         problems = error.problems if isinstance(error, ConfigError) else (str(error),)
-        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
+        tell("\n".join(f"error: {problem}" for problem in problems), sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except typer.Exit as stop:
         code = stop.exit_code
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        tell(f"error: what was to be printed cannot be written ({error.strerror})", sys.stderr)
+        code = EXIT_FAILED
     except Exception as error:
         code = _click_code(error)
     end_at_once(code if isinstance(code, int) else 0)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
+from configs.terminal import tell
 from configs.whole import read_json
 from launcher.agent import one_thread
 from launcher.compare import parse_margin
@@ -81,9 +82,9 @@ def run_eval(
         print(json.dumps(rows, indent=2))
     else:
         for row in rows:
-            print(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
+            tell(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
             if row.get("until_verdict"):
-                print(verdict_words(row["model"], row["until_verdict"]))
+                tell(verdict_words(row["model"], row["until_verdict"]))
     return EXIT_DONE
 
 

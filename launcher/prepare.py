@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from configs.errors import EXIT_DONE, ConfigError
 from configs.load import load_config, resolve
+from configs.terminal import console as people
+from configs.terminal import tell
 
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
@@ -21,14 +21,14 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
     from trainer.data.prepare import prepare
 
     config = resolve(load_config(source, overrides))
-    console = Console(stderr=True, highlight=False)
+    console = people(sys.stderr)
     report = prepare(config, fresh=fresh, say=lambda text: console.print(text, markup=False, soft_wrap=True))
     if json_out:
         json.dump(report, sys.stdout, indent=2)
         print()
     else:
         for what, said in _report(report, config.data_dir):
-            print(f"{what:<11}{said}")
+            tell(f"{what:<11}{said}")
     return EXIT_DONE
 
 
@@ -41,7 +41,7 @@ def run_retokenize(
     from eval.reference import retokenize
 
     retokenize(reference, tokenizer, out, sequence_length=sequence_length)
-    print(f"wrote {out}")
+    tell(f"wrote {out}")
     return EXIT_DONE
 
 

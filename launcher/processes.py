@@ -32,7 +32,11 @@ CARRIED = re.compile(
 )
 # An InfiniBand partition key (NCCL_IB_PKEY, UCX_IB_PKEY) is none.
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(?<!_IB_P)KEY", re.IGNORECASE)
-OURS_HERE = ("VERNIER_SSH_OPTIONS", "VERNIER_TERMINAL")  # about this machine and this terminal
+OURS_HERE = (
+    "VERNIER_SSH_OPTIONS",
+    "VERNIER_TERMINAL",
+    "VERNIER_TERMINAL_ENCODING",
+)  # about this machine and this terminal
 
 
 class Started(Protocol):

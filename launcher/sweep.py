@@ -20,6 +20,7 @@ from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPE
 from configs.load import dump_config, is_named, resolve
 from configs.rundir import RunDir
 from configs.schema import NAME_PATTERN, Config
+from configs.terminal import console as people
 from configs.whole import read_json, write_atomic
 from configs.yaml_text import as_written, parse_mapping
 from launcher.agent import one_thread
@@ -206,7 +207,7 @@ def run_local(sweep: Sweep, *, console: Console) -> int:
     for name, why in failed.items():
         console.print(f"error: {name} failed: {why}; the same command tries it again", markup=False)
     if len(failed) < len(sweep.members):
-        run_sweep_table(sweep.path, False, Console(highlight=False))
+        run_sweep_table(sweep.path, False, people())
     return EXIT_FAILED if failed else EXIT_DONE
 
 

@@ -7,15 +7,12 @@ and never ends training. The exit code is what `state.json` says, since torchrun
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -31,6 +28,7 @@ from launcher.agent import one_thread
 from launcher.eval_group import EvalGroup
 from launcher.job_log import job_ids, live_jobs, read_jobs
 from launcher.known_runs import remember
+from launcher.last_scores import print_scores, wait_for_scores
 from launcher.processes import (
     SAVE_PATIENCE_S,
     Local,
@@ -41,7 +39,6 @@ from launcher.processes import (
     divided,
     last_lines,
 )
-from launcher.scored import unscored
 from trainer.lock import FRESH_S, check_free, kept_free, sole_starter
 from trainer.stop import ONE_WISH_S
 
@@ -180,11 +177,13 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
             _explain_extension(config, run, how.extend, console)
             code = _train(given, run, group, interrupts, how, starter, console)
         if code == EXIT_DONE and group is not None:
-            code = _wait_for_scores(group, run, interrupts, wait=wait, console=console)
+            scored = wait_for_scores(group, run, lambda: bool(interrupts.count), wait=wait, console=console)
+            stopped = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
+            code = stopped if scored is None else scored
         if group is not None:
             group.end()
     if code == EXIT_DONE and config.eval.placement != "none":
-        _print_scores(run, console)
+        print_scores(run)
     return code
 
 
@@ -369,57 +368,3 @@ def _fail(run: RunDir, code: int, told: str, console: Console) -> None:
     console.print(f"error: {told}; the same command goes on from the last checkpoint", markup=False)
     if not run.record_failure(code, None, told):
         console.print(f"error: {run.state} cannot be written", markup=False)
-
-
-def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console) -> int:
-    waiting = unscored(run, group.config)
-    if waiting and not wait:
-        console.print(f"{waiting} snapshots are not scored yet; vernier train, once more, scores them", markup=False)
-        return EXIT_DONE
-    if waiting:
-        console.print(f"waiting for {waiting} snapshots to be scored", markup=False)
-    elif group.process is None:
-        return EXIT_DONE
-    from trainer.progress import ProgressLine
-
-    teller = ProgressLine(Console(stderr=True, force_terminal=False, highlight=False, soft_wrap=True), 1, 0, run.events)
-    if group.process is None:
-        group.start()
-    while group.look_after(training=False) and not interrupts.count:  # it ends by itself, with all it has to tell
-        teller.tell_events()
-        time.sleep(POLL_S)
-    teller.tell_events()
-    if interrupts.count:
-        console.print("stopped waiting; vernier train, once more, scores the rest", markup=False)
-        return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
-    left = unscored(run, group.config)
-    if left:
-        console.print(f"error: {left} snapshots could not be scored; see {run.logs / 'eval-rank-0.log'}", markup=False)
-        return EXIT_FAILED
-    return EXIT_DONE
-
-
-def _print_scores(run: RunDir, console: Console) -> None:
-    from eval.along import compare_run
-    from launcher.compare import print_run_table
-
-    if not any(run.losses.glob("*/step-*.parquet")):
-        return
-    out = Console(highlight=False)
-    print_run_table(compare_run(run.path), out)
-    out.print(f"\nrun        {_shown(run.path)}", markup=False, soft_wrap=True)
-    out.print(f"snapshots  {_shown(run.snapshots)}", markup=False, soft_wrap=True)
-    out.print(f"losses     {_shown(run.losses)}", markup=False, soft_wrap=True)
-    out.print(f"watch it   {_command()} board {_shown(run.path)}", markup=False, soft_wrap=True)
-
-
-def _shown(path: Path) -> str:
-    """A path as one would type it here, quoted for a shell."""
-    inside = path.is_relative_to(Path.cwd())
-    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
-
-
-def _command() -> str:
-    """How one would type `vernier` here: after `make demo` the environment is not active."""
-    own = Path(sys.executable).with_name("vernier")
-    return _shown(own) if shutil.which("vernier") is None and own.is_file() else "vernier"

@@ -57,16 +57,17 @@ class ProgressLine:
             markup=False,
         )
 
-    def tell_events(self) -> None:
-        """Prints what the evaluator has said, and what was asked for and done, since the last look."""
+    def tell_events(self) -> bool:
+        """Prints what the evaluator has said, and what was asked for and done, since the last look; whether it did."""
         try:
             with open(self.events, encoding="utf-8") as file:
                 file.seek(self.offset)
                 new = file.read()
         except OSError:
-            return
+            return False
         whole, newline, _ = new.rpartition("\n")
         self.offset += len((whole + newline).encode())
+        told = False
         for text in whole.splitlines():
             try:
                 event = json.loads(text)
@@ -74,6 +75,8 @@ class ProgressLine:
                 continue
             if event["kind"] in ("scored", "not scored", "saved on request"):
                 self.console.print(f"  {event['message']}", markup=False)
+                told = True
+        return told
 
     def close(self) -> None:
         if self.live is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from configs.load import batch_problems, dump_config, micro_batch
 from configs.rundir import RunDir, step_name
 from configs.scheduler import current_job
 from configs.schema import Config
+from configs.terminal import console as people
 from configs.terminal import is_supervised
 from configs.whole import read_json, read_manifest, verify, write_atomic
 from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
@@ -127,7 +129,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
     ranks = join(config.threads_per_rank or 1)
     set_determinism(bool(config.deterministic))
     requests = stop.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
-    console = Console(file=terminal, highlight=False, soft_wrap=True) if ranks.first else None
+    console = people(terminal, soft_wrap=True) if ranks.first else None
     lock = RunLock(run)
     attempt = None  # ours, once we hold the run
     try:
@@ -373,6 +375,8 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: in
     said = str(error).strip() or type(error).__name__
     if not isinstance(error, VernierError):
         said = f"{type(error).__name__}: {said.splitlines()[0]}"
+        if isinstance(error, OSError) and error.filename is not None:
+            said = f"{os.fsdecode(error.filename)}: {error.strerror}; once that is mended, the same command goes on"
         if "by peer" in said:  # gloo's words for a rank that was killed; it could not say so itself
             said = f"another rank has ended without a word, see logs/ ({said})"
         traceback.print_exc()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from configs.devices import gpu_count
 from configs.errors import ConfigError
 from configs.overrides import apply_overrides, sections, settings_merged
+from configs.paths import path_problems
 from configs.scalars import as_declared
 from configs.schema import Config, section_of
 from configs.yaml_text import as_written, dump_yaml, parse_mapping
@@ -197,12 +198,31 @@ def resolve(config: Config, *, nproc: int | None = None, elsewhere: bool = False
             "eval": out.eval.model_copy(update={"dtype": config.eval.dtype or ("bf16" if gpus else "fp32")}),
         }
     )
-    problems = list(batch_problems(out, ranks))
+    problems = [*_path_problems(config, elsewhere=elsewhere), *batch_problems(out, ranks)]
     if config.precision == "fp16" and gpus == 0 and not elsewhere:
         problems.append("precision: fp16 needs a GPU and none is visible; use fp32 (or bf16, slow on most CPUs)")
     if problems:
         raise ConfigError(*problems)
     return out
+
+
+def _path_problems(config: Config, *, elsewhere: bool) -> Iterator[str]:
+    source = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    named = [
+        ("run.dir", config.run_dir),
+        ("data.dir", config.data_dir),
+        *(("data.source", Path(one).expanduser()) for one in source),
+        ("data.tokenizer", config.data.tokenizer),
+        ("model.path", config.model.path),
+        ("eval.reference", config.eval.reference),
+        ("baseline", config.baseline),
+    ]
+    told: set[str] = set()
+    for key, path in named:
+        for problem in path_problems(key, path, elsewhere=elsewhere) if path is not None else ():
+            if problem.partition(": ")[2] not in told:
+                told.add(problem.partition(": ")[2])
+                yield problem
 
 
 def _threads(ranks: int) -> int:

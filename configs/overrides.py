@@ -52,6 +52,8 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"{override!r}: expected key=value, such as optimizer.lr=3e-4")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{key}: {text} has bytes that are no UTF-8, which settings are; rename what it names")
         value = parse_yaml(text, key)
         nested = value
         for part in reversed(key.split(".")):

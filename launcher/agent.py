@@ -25,6 +25,7 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from configs.own import put_first_for_children
 from configs.parent import end_at_once
 from configs.terminal import open_streams
 
@@ -220,6 +221,7 @@ def unheard() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the agent of a node; gives its exit code."""
     open_streams()
+    put_first_for_children(os.environ)
     parser = argparse.ArgumentParser(prog="python -m launcher.agent", description=__doc__)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node-rank", type=int, default=0)

@@ -5,16 +5,18 @@ Nothing heavy is imported here: `vernier --help` must answer at once.
 
 from __future__ import annotations
 
-import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VernierError
+from configs.errors import ConfigError
+from configs.own import put_first_for_children
 from configs.parent import end_at_once
 from configs.terminal import console, open_streams, tell
+from launcher.ends import code_of
 
 app = typer.Typer(
     name="vernier",
@@ -369,36 +371,8 @@ def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is n
 def main() -> None:
     """Entry point of `vernier`: runs a verb, tells errors in a line, ends with the exit codes of configs.errors."""
     open_streams()
-    try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
-    except VernierError as error:
-        problems = error.problems if isinstance(error, ConfigError) else (str(error),)
-        tell("\n".join(f"error: {problem}" for problem in problems), sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    except typer.Exit as stop:
-        code = stop.exit_code
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        tell(f"error: what was to be printed cannot be written ({error.strerror})", sys.stderr)
-        code = EXIT_FAILED
-    except Exception as error:
-        code = _click_code(error)
-    end_at_once(code if isinstance(code, int) else 0)
-
-
-def _click_code(error: Exception) -> int:
-    """Usage errors are click's to show; anything else is a fault of ours, and its traceback is wanted."""
-    show = getattr(error, "show", None)
-    if show is not None:
-        show()
-        return int(getattr(error, "exit_code", EXIT_FAILED))
-    if type(error).__name__ == "Abort":
-        return EXIT_INTERRUPTED
-    raise error
+    put_first_for_children(os.environ)
+    end_at_once(code_of(lambda: app(standalone_mode=False)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
+from configs.paths import path_problems
 from configs.schema import Config, section_of
 
 HEAD = """\
@@ -46,6 +47,9 @@ def run_init(directory: Path) -> Path:
     path = directory / "vernier.yaml"
     if path.exists():
         raise ConfigError(f"init: {path} is there already; remove it, or name another directory")
+    problems = list(path_problems("init", directory))
+    if problems:
+        raise ConfigError(*problems)
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(HEAD.format(file=path.name) + "\n".join(_lines(Config, "")) + "\n", encoding="utf-8")
     return path

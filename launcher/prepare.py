@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import EXIT_DONE, ConfigError
 from configs.load import load_config, resolve
+from configs.paths import path_problems
 from configs.terminal import console as people
 from configs.terminal import tell
 
@@ -39,6 +40,11 @@ def run_retokenize(
     if tokenizer is None or out is None:
         raise ConfigError("prepare --reference: give --tokenizer DIR and --out DIR as well")
     from eval.reference import retokenize
+
+    named = (("--reference", reference), ("--tokenizer", tokenizer), ("--out", out))
+    problems = [problem for key, path in named for problem in path_problems(key, path)]
+    if problems:
+        raise ConfigError(*problems)
 
     retokenize(reference, tokenizer, out, sequence_length=sequence_length)
     tell(f"wrote {out}")

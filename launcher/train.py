@@ -7,6 +7,7 @@ and never ends training. The exit code is what `state.json` says, since torchrun
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import time
@@ -206,8 +207,14 @@ def _check_jobs(run: RunDir) -> None:
 def _move_away(run: RunDir, tell: Callable[[str], None]) -> None:
     with sole_starter(run), kept_free(run):
         old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        run.path.rename(old)
-    tell(f"the earlier run is now {old}")
+        link = ""
+        if run.path.is_symlink():  # the link goes, what it leads to stays where it is
+            link = f", a link to {os.readlink(run.path)} as before; the new one is a folder at {run.path}"
+        try:
+            run.path.rename(old)
+        except OSError as error:  # a disk is mounted there, say
+            raise ConfigError(f"--fresh: {run.path} cannot be renamed to {old} ({error.strerror})") from None
+    tell(f"the earlier run is now {old}{link}")
 
 
 def _explain_extension(config: Config, run: RunDir, extend: bool, console: Console) -> None:

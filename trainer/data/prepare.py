@@ -78,6 +78,8 @@ def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: 
     final = config.data_dir
     settings = _settings(config)
     there = final.is_dir() and any(final.iterdir())
+    if final.is_symlink() and not there:  # to an empty folder, which is where the data is wanted
+        final = final.resolve()
     if there and not fresh:
         facts = _found(final, settings)
         say(f"{final} is already prepared")
@@ -96,7 +98,8 @@ def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: 
             os.rename(old, final)  # the new one could not be put in its place after all
         raise
     if old is not None:
-        say(f"the data that was there is now {old}")
+        link = f", a link to {os.readlink(old)} as before; the new is a folder at {final}" if old.is_symlink() else ""
+        say(f"the data that was there is now {old}{link}")
     return facts
 
 

@@ -7,6 +7,8 @@ loaded when it is first used, so that `vernier --help` does not wait for pydanti
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from configs.own import put_first
+
 if TYPE_CHECKING:
     from configs.errors import ConfigError, DataError, GateError, VernierError
     from configs.load import dump_config, load_config, resolve
@@ -32,6 +34,7 @@ _HOMES = {
     "configs.rundir": ("RunDir", "open_run"),
     "configs.schema": ("Config",),
 }
+put_first()
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ def read_bytes(path: Path) -> bytes:
         return file.read()
 
 
-def open_to_write(path: Path, flags: int, mode: int = 0o644) -> int:
+def open_to_write(path: Path, flags: int, mode: int = 0o666) -> int:
     """A descriptor of a regular file of that very name, made where there is none. The caller closes it.
 
     Args:

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ValidationError
 from configs.devices import gpu_count
 from configs.errors import ConfigError
 from configs.overrides import apply_overrides, sections, settings_merged
+from configs.paths import path_problems
 from configs.scalars import as_declared
 from configs.schema import Config, section_of
 from configs.secret_names import holds_secret, names_secret, without_secrets
-from configs.yaml_text import dump_yaml, parse_mapping
+from configs.yaml_text import as_written, dump_yaml, parse_mapping
 
 SHIPPED = Path(__file__).parent
 
@@ -125,7 +126,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{key}: is null or empty, and should be text; write '' for empty text, 'null' for that word"
         else:
             said = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-            shown = "" if isinstance(value, (dict, list)) else f" {without_secrets(repr(value))}"
+            shown = "" if isinstance(value, (dict, list)) else f" {without_secrets(as_written(value))}"
             yield f"{key or 'config'}:{shown} {said}"
 
 
@@ -166,7 +167,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     flat = set(_flat_keys(config.deepspeed))
     for key in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(config.deepspeed.get(key, {}), dict):
-            yield f"deepspeed.{key}: {config.deepspeed[key]!r} should be a mapping of DeepSpeed's settings"
+            yield f"deepspeed.{key}: {as_written(config.deepspeed[key])} should be a mapping of DeepSpeed's settings"
     for key, ours in OWNED_BY_US.items():
         if key in flat:
             yield f"deepspeed.{key}: set by Vernier; use {ours} instead"
@@ -221,12 +222,31 @@ def resolve(config: Config, *, nproc: int | None = None, elsewhere: bool = False
             "eval": out.eval.model_copy(update={"dtype": config.eval.dtype or ("bf16" if gpus else "fp32")}),
         }
     )
-    problems = list(batch_problems(out, ranks))
+    problems = [*_path_problems(config, elsewhere=elsewhere), *batch_problems(out, ranks)]
     if config.precision == "fp16" and gpus == 0 and not elsewhere:
         problems.append("precision: fp16 needs a GPU and none is visible; use fp32 (or bf16, slow on most CPUs)")
     if problems:
         raise ConfigError(*problems)
     return out
+
+
+def _path_problems(config: Config, *, elsewhere: bool) -> Iterator[str]:
+    source = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    named = [
+        ("run.dir", config.run_dir),
+        ("data.dir", config.data_dir),
+        *(("data.source", Path(one).expanduser()) for one in source),
+        ("data.tokenizer", config.data.tokenizer),
+        ("model.path", config.model.path),
+        ("eval.reference", config.eval.reference),
+        ("baseline", config.baseline),
+    ]
+    told: set[str] = set()
+    for key, path in named:
+        for problem in path_problems(key, path, elsewhere=elsewhere) if path is not None else ():
+            if problem.partition(": ")[2] not in told:
+                told.add(problem.partition(": ")[2])
+                yield problem
 
 
 def _threads(ranks: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config, section_of
+from configs.terminal import printable
 from configs.yaml_text import parse_yaml
 
 
@@ -51,6 +52,8 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"{override!r}: expected key=value, such as optimizer.lr=3e-4")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{key}: {text} has bytes that are no UTF-8, which settings are; rename what it names")
         value = parse_yaml(text, key)
         nested = value
         for part in reversed(key.split(".")):
@@ -59,7 +62,8 @@ def apply_overrides(mapping: dict[str, Any], overrides: Iterable[str]) -> dict[s
         lost = _lost(mapping, after, key, emptied=value is None and key in sections())
         if lost and key == "model.path" and value is not None:  # a directory brings its own: that is what it is for
             names = ", ".join(lost)
-            logging.getLogger("vernier").warning(f"model.path: {value} takes the place of {names} in the config")
+            told = f"model.path: {value} takes the place of {names} in the config"
+            logging.getLogger("vernier").warning(printable(told))
         elif lost:
             raise ConfigError(_loss(key, value, lost))
         mapping = after

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -49,8 +50,9 @@ def end_at_once(code: int) -> NoReturn:
     Threads of the libraries that are loaded by then (Arrow's, gloo's) do not always outlive the interpreter's
     teardown: a process that did all it should has been seen to end with SIGABRT.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a pipe whose reader has gone; a full disk, which `vernier` has told
+            stream.flush()
     os._exit(code)
 
 

@@ -26,6 +26,7 @@ from configs.steps import step_of as step_of
 from configs.whole import MANIFEST, write_atomic
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "failed"]
+CLOCKS_APART_S = 60.0  # two machines' may be
 _LOGS = ("rank-*.log", "eval-rank-*.log", "*torchrun*.log", "*mpirun.log")
 # What a run's state says of itself, where it says it: whoever reads it counts with these kinds.
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -275,6 +276,14 @@ class RunDir:
         except OSError:
             return time.time()
 
+    def heard(self, state: dict[str, Any]) -> float:
+        """When the run was last heard of, by its lock or its state; 0 where it never was.
+
+        What is of a time to come was left before a clock was set back, and tells nothing.
+        """
+        marks = (self.last_heartbeat(), float(state.get("heartbeat") or 0))
+        return max((mark for mark in marks if mark <= time.time() + CLOCKS_APART_S), default=0.0)
+
     def add_event(
         self, kind: str, message: str, *, step: int | None = None, rank: int | None = None, **detail: Any
     ) -> None:
@@ -293,7 +302,8 @@ class RunDir:
         try:
             append_line(self.events, line)
         except OSError as error:
-            print(f"{self.events}: cannot be written ({error.strerror}): {kind}: {message}", file=sys.stderr)
+            with suppress(OSError, ValueError):  # on the same disk, perhaps
+                print(f"{self.events}: cannot be written ({error.strerror}): {kind}: {message}", file=sys.stderr)
 
     def read_events(self) -> list[dict[str, Any]]:
         """All whole lines of `events.jsonl`; one that a full disk has cut is passed over."""

@@ -1,22 +1,96 @@
-"""Where people read: ranks run behind torchrun, whose own output goes to a log, and speak to the terminal directly.
+"""Where people read. What a terminal cannot show is shown otherwise, what would steer it is written out, and one that
+has gone ends nothing.
 
-`vernier` lends its stderr to them as their stdin, the one stream that torchrun hands on untouched. (Opening the same
-file again by its path would not do: two openings of a log overwrite each other's lines.)
+Ranks run behind torchrun, whose own output goes to a log, and speak to the terminal directly: `vernier` lends its
+stderr to them as their stdin, the one stream that torchrun hands on untouched. (Opening the same file again by its path
+would not do: two openings of a log overwrite each other's lines.)
 """
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
+import sys
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import TextIO, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-VARIABLE = "VERNIER_TERMINAL"
+if TYPE_CHECKING:  # `vernier --help` must not wait for it
+    from rich.console import Console
+    from rich.segment import Segment
+
+VARIABLE, ENCODING = "VERNIER_TERMINAL", "VERNIER_TERMINAL_ENCODING"
+SHOWABLE = "vernier.showable"  # what to do with characters that an encoding has not, as codecs name it
+# Signs that numbers are read by, and that not every terminal has.
+_PLAIN = {
+    "−": "-",
+    "–": "-",
+    "…": "...",
+    "×": "x",
+    "±": "+-",
+    "→": "->",
+    "≤": "<=",
+    "≥": ">=",
+    "∞": "inf",
+}
+
+
+def printable(text: str) -> str:
+    """`text` with tabs as spaces, and what would steer a terminal (or is half a byte of a name) written as escapes."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text.replace("\t", "    "))
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file's name that is no UTF-8, as Python holds it
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _showable(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(c) or _escaped(c) for c in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(SHOWABLE, _showable)
+
+
+def tell(text: str, file: TextIO | None = None) -> None:
+    """Prints lines for people, as `printable` makes them; to stdout unless another stream is given."""
+    print(_lines(text), file=file)
+
+
+def console(file: TextIO | None = None, **options: Any) -> Console:
+    """A console of rich's, to stdout unless another stream is given, whose lines are as `printable` makes them."""
+    return cast("Console", _console_class()(file=file, **{"highlight": False, **options}))
+
+
+@cache
+def _console_class() -> Any:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class People(Console):
+        def render(self, *what: Any, **options: Any) -> Iterable[Segment]:
+            for one in super().render(*what, **options):
+                yield one if one.control else Segment(_lines(one.text), one.style)
+
+    return People
 
 
 class _Patient(io.TextIOBase):
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
@@ -30,6 +104,9 @@ class _Patient(io.TextIOBase):
     def isatty(self) -> bool:
         return self.stream.isatty()
 
+    def writable(self) -> bool:
+        return True
+
     def fileno(self) -> int:
         return self.stream.fileno()
 
@@ -40,12 +117,30 @@ class _Patient(io.TextIOBase):
 
 def that_may_go(stream: TextIO) -> TextIO:
     """`stream`, but what cannot be said is left unsaid: a terminal that is closed, or a pipe, must end no training."""
-    return cast(TextIO, _Patient(stream))
+    return stream if isinstance(stream, _Patient) else cast(TextIO, _Patient(stream))
+
+
+def open_streams(*, log: bool = False) -> None:
+    """Makes stdout and stderr fit to be written to, whatever they are. To be called first by all that starts.
+
+    Args:
+        log: both go to a log: it is UTF-8, and what there is no room for is left out of it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by whoever started us (`2>&-`); the next file opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or os.fdopen(number, "w", buffering=1, closefd=False)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8" if log else None, errors=SHOWABLE)
+        setattr(sys, name, that_may_go(stream) if log or name == "stderr" else stream)
 
 
 def lend_terminal(environment: dict[str, str]) -> None:
     """Tells processes started with `environment` that their stdin is a terminal (or log) to write to."""
-    environment[VARIABLE] = "stdin"
+    environment[VARIABLE], environment[ENCODING] = "stdin", sys.stderr.encoding or "utf-8"
 
 
 def is_lent(environment: dict[str, str]) -> bool:
@@ -62,4 +157,9 @@ def lent_terminal() -> TextIO | None:
     """The stream that the `vernier` which started this process has lent it, if any."""
     if os.environ.get(VARIABLE) != "stdin":
         return None
-    return that_may_go(os.fdopen(os.dup(0), "w", buffering=1, encoding="utf-8", errors="replace"))
+    return open_terminal(0, os.environ.get(ENCODING, "utf-8"))
+
+
+def open_terminal(number: int, encoding: str) -> TextIO:
+    """A stream to people on a copy of an open file."""
+    return that_may_go(os.fdopen(os.dup(number), "w", buffering=1, encoding=encoding, errors=SHOWABLE))

@@ -6,8 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,12 +46,13 @@ def fsync_path(path: Path) -> None:
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Puts a file in place by rename, so that no reader ever sees half of it."""
     data = content.encode() if isinstance(content, str) else content
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not by tempfile, whose files are for their owner alone: whom a run is for is the umask's to say.
+    name = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # falls with its writer; see `clear_unfinished`
-            os.fchmod(file.fileno(), 0o644)
             file.write(data)
             file.flush()
             if durable:
@@ -63,6 +64,14 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
         raise
     if durable:
         fsync_path(path.parent)
+
+
+def open_as_folder(path: Path) -> None:
+    """Gives a file that its writer (safetensors, say) made for its owner alone the mode that the umask has for it.
+
+    Told by the folder, which we made: asking for the umask means to set it, for all threads.
+    """
+    os.chmod(path, path.parent.stat().st_mode & 0o666)
 
 
 def clear_unfinished(folder: Path, pattern: str) -> None:
@@ -128,7 +137,7 @@ def commit(final: Path, manifest: dict[str, Any], hashes: dict[str, str] | None 
     for path in sorted(p for p in part.rglob("*") if p.is_file()):
         name = path.relative_to(part).as_posix()
         folders.add(path.parent)
-        os.chmod(path, 0o644)  # safetensors writes 0600; a run is for its whole group to read
+        open_as_folder(path)
         if name not in known:
             fsync_path(path)
         files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}

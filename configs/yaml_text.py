@@ -164,6 +164,15 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
+def as_written(value: Any, *, quoted: bool = True) -> str:
+    """A value in a message, as a user would write it: null, true, 'a text', and not Python's None and True."""
+    if value is None:
+        return "null"
+    if isinstance(value, str) and not quoted:
+        return value
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def reads_as_number(text: str) -> bool:
     """Whether the text, unquoted, is a number here."""
     return bool(_INT.fullmatch(text) or _FLOAT.fullmatch(text))

@@ -18,6 +18,7 @@ from configs.errors import EXIT_FAILED, ConfigError, VernierError
 from configs.load import load_config, resolve
 from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
+from configs.terminal import open_streams, tell
 from configs.whole import write_atomic
 
 
@@ -49,6 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; gives the exit code."""
     die_with_parent()
+    open_streams()
     asked = parse(sys.argv[1:] if arguments is None else arguments)
     # torch is imported from here on, once the command line is known to be good
     from eval.rank_environment import this_rank
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             kind = "error" if ours else "fault"
             write_atomic(asked.log_dir / f"{kind}-{rank}.json", json.dumps({"exit_code": code, "error": said}))
         else:
-            print(said, file=console)
+            tell(said, console)
         return code
     return 0
 
@@ -136,7 +138,7 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
     if len(groups) != len(asked.tables):
         raise ConfigError(f"--tables: {len(asked.tables)} were given for {len(groups)} sets of losses")
     for models, table in zip(groups, asked.tables, strict=True):
-        score_models(models, table, reference, ranks, how, lambda line: print(line, file=console))
+        score_models(models, table, reference, ranks, how, lambda line: tell(line, console))
     leave()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.compare import compare_tables
+from eval.reporting import Reporter
 from eval.tables import LossTable
 
 BINS = 60
@@ -28,11 +30,9 @@ LAYOUT = {
 class EvalBoard:
     """Scalars with their bands and histograms of the scored checkpoints of a run."""
 
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer: Any = SummaryWriter(log_dir=str(folder))
-        self.writer.add_custom_scalars(LAYOUT)
+    def __init__(self, folder: Path, tell: Callable[[str], None] = print) -> None:
+        self.reporter = Reporter(folder, tell)
+        self.reporter.write(lambda writer: writer.add_custom_scalars(LAYOUT))
 
     def add(self, step: int, table: LossTable, before: LossTable | None, look: int) -> dict[str, Any]:
         """Writes a table's loss with its error band and its paired change; gives what it wrote."""
@@ -54,17 +54,22 @@ class EvalBoard:
                 "eval/change_percent_band/high": high,
                 "eval/win_rate": difference["win_rate"],
             }
-        for name, value in scalars.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, step)
-        if before is not None and comparison["paired_by"] == "sample":
-            values_N = differences_percent(before, table)
-            self.writer.add_histogram("eval/differences_percent", values_N, step, bins=BINS)
-        self.writer.flush()
+        paired = before is not None and comparison["paired_by"] == "sample"
+        changes_N = differences_percent(before, table) if before is not None and paired else None
+
+        def write(writer: Any) -> None:
+            for name, value in scalars.items():
+                if value is not None:
+                    writer.add_scalar(name, value, step)
+            if changes_N is not None:
+                writer.add_histogram("eval/differences_percent", changes_N, step, bins=BINS)
+            writer.flush()
+
+        self.reporter.write(write)
         return comparison
 
     def close(self) -> None:
-        self.writer.close()
+        self.reporter.close()
 
 
 def last_shown(folder: Path) -> int:

@@ -44,7 +44,7 @@ class UntilVerdict:
     def __post_init__(self) -> None:
         if self.against.meta.get("reference") != self.reference.tokens_fingerprint:
             raise DataError(
-                f"--against: {self.against.meta.get('label')} was scored on another reference set than "
+                f"--against: {self.against.meta.get('label') or 'it'} was scored on another reference set than "
                 f"{self.reference.directory}; score it on this one first"
             )
         samples_D = np.bincount(self.reference.document)

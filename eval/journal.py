@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from configs.whole import open_as_folder
 from eval.tables import POSITION_BINS, LossTable
 
 FLUSH_S = float(os.environ.get("VERNIER_JOURNAL_S", "5"))  # what a death may cost
@@ -130,12 +131,16 @@ class Journal:
         self.flushed = time.monotonic()
         if not self.rows:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         samples, sums, counts = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
         path = self.folder / f"{self.stem}-{self.files:06d}.safetensors"
         part = path.with_suffix(".part")
         metadata = {"key": self.key, "digest": _digest(samples, sums, counts)}
-        save_file({"samples": samples, "sums": sums, "counts": counts}, part, metadata=metadata)
-        part.rename(path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"samples": samples, "sums": sums, "counts": counts}, part, metadata=metadata)
+            open_as_folder(part)
+            part.rename(path)
+        except (OSError, SafetensorError):  # a full disk: kept for the next time; only a death would cost more
+            return
         self.files += 1
         self.rows = []

@@ -17,6 +17,7 @@ from configs.json_lines import read_lines
 from configs.load import differences, is_named, load_config
 from configs.rundir import RunDir, open_run
 from configs.schema import Config
+from configs.yaml_text import as_written
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -144,7 +145,7 @@ def read_curve(run: Path) -> Curve:
 def settings_changed(a: Config, b: Config) -> list[str]:
     """Settings of the experiment that differ, as `key: A's → B's`."""
     return [
-        f"{key}: {before} → {after}"
+        f"{key}: {as_written(before, quoted=False)} → {as_written(after, quoted=False)}"
         for key, (before, after) in differences(a, b).items()
         if not is_named(key, NOT_THE_EXPERIMENT)
     ]
@@ -153,8 +154,8 @@ def settings_changed(a: Config, b: Config) -> list[str]:
 def _hardware(run: Path) -> str:
     manifest = read_run_manifest(RunDir(run))
     hardware = manifest.get("hardware", {})
-    own = ", ".join(sorted(set(hardware.get("gpus") or []))) or f"a CPU with {hardware.get('cpu_capability')}"
-    return f"{own}, torch {manifest.get('versions', {}).get('torch')}"
+    own = ", ".join(sorted(set(hardware.get("gpus") or []))) or f"a CPU with {hardware.get('cpu_capability') or '?'}"
+    return f"{own}, torch {manifest.get('versions', {}).get('torch') or '?'}"
 
 
 def pairing_cautions(
@@ -177,7 +178,8 @@ def pairing_cautions(
         out.append(f"not cut the same way: {', '.join(moved)}; that alone moves losses, {size}")
     precisions = [config.precision for config in configs]
     if precisions[0] != precisions[1]:
-        out.append(f"unequal precision ({precisions[0]} and {precisions[1]}): part of this is rounding")
+        two = " and ".join(as_written(precision, quoted=False) for precision in precisions)
+        out.append(f"unequal precision ({two}): part of this is rounding")
     hardware = [_hardware(run) for run in runs]
     if hardware[0] != hardware[1]:
         out.append(f"other hardware or software ({hardware[0]}; {hardware[1]}): last digits differ by that alone")

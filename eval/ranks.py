@@ -19,7 +19,7 @@ import torch.distributed as dist
 from configs.errors import VernierError
 from configs.files import open_to_write
 from configs.relay import marked_terminal
-from configs.terminal import lent_terminal, that_may_go
+from configs.terminal import lent_terminal, open_streams, open_terminal
 from eval.rank_environment import environment_ranks, load_mpi, local_world_size, meet, this_rank
 
 WORDS = 512  # bytes that a rank may use to say what it found
@@ -198,9 +198,10 @@ def log_to_file(path: Path) -> TextIO:
     sys.stderr.flush()
     console = lent_terminal() or marked_terminal()
     if console is None:
-        console = that_may_go(os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace"))
+        console = open_terminal(2, sys.stderr.encoding or "utf-8")
     log = open_to_write(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    open_streams(log=True)
     return console

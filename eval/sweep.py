@@ -137,9 +137,10 @@ def _check_same(scored: Mapping[str, Mapping[int, LossTable]]) -> None:
     for name, table in cells[1:]:
         for key in ("reference", "objective"):
             if table.meta.get(key) != first.meta.get(key):
+                told, known = (str(one.meta.get(key) or "unknown")[:8] for one in (table, first))
                 raise DataError(
-                    f"sweep: {name} was scored on another {key} ({str(table.meta.get(key))[:8]}) than {first_name} "
-                    f"({str(first.meta.get(key))[:8]}); score all on one with: vernier eval MODEL --reference REF"
+                    f"sweep: {name} was scored on another {key} ({told}) than {first_name} ({known}); "
+                    f"score all on one with: vernier eval MODEL --reference REF"
                 )
         if len(table) != len(first) or not np.array_equal(table.document, first.document):
             raise DataError(f"sweep: {name} has other samples than {first_name}, though of one reference set")

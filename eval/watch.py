@@ -47,7 +47,7 @@ def training_is_over(run: RunDir) -> bool:
         return True
     if state.get("exit_code") is not None and not state.get("again"):  # else its ranks are about to start again
         return not _job_goes_on(state)
-    heard = max(run.last_heartbeat(), float(state.get("heartbeat", 0)))
+    heard = run.heard(state)
     silent = time.time() - heard > ABANDONED_S and run.clock() - heard > ABANDONED_S
     return silent and not run.is_held() and not _job_goes_on(state)
 
@@ -155,7 +155,7 @@ class RunScores:
     def _tell(self, step: int, table: LossTable, seconds: float | None) -> None:
         before, look = self.before(step)
         if self.board is None:
-            self.board = EvalBoard(self.run.eval_board)
+            self.board = EvalBoard(self.run.eval_board, lambda told: self.run.add_event("not shown", told))
         told = self.board.add(step, table, before, look)
         difference = told["difference"] if before is not None else None
         self.run.add_event(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from configs.errors import EXIT_DONE, EXIT_VERDICT
+from configs.terminal import tell
 
 if TYPE_CHECKING:
     from eval.advantage import Advantage
@@ -35,7 +36,7 @@ def say_advantage(
     line = advantage_sentence(found, comparison.a.name, comparison.b.name)
     if json_out:
         print(json.dumps({**comparison.to_json(), "advantage": found.to_json()}, indent=2, allow_nan=False))
-        print(line, file=sys.stderr)
+        tell(line, sys.stderr)
     else:
         console.print(Text(line, style="green" if found.holds else "red"), soft_wrap=True)
     return EXIT_DONE if found.holds else EXIT_VERDICT

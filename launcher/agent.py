@@ -25,7 +25,9 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from configs.own import put_first_for_children
 from configs.parent import end_at_once
+from configs.terminal import open_streams
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without a handler the last two would kill the agent itself
 LOOPBACK = "127.0.0.1"
@@ -224,6 +226,8 @@ def unheard() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the agent of a node; gives its exit code."""
+    open_streams()
+    put_first_for_children(os.environ)
     parser = argparse.ArgumentParser(prog="python -m launcher.agent", description=__doc__)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node-rank", type=int, default=0)

@@ -26,6 +26,7 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, VernierError
 from configs.rundir import RunDir
 from configs.scheduler import current_job
+from configs.terminal import open_streams, tell
 from configs.whole import read_json, write_atomic
 from launcher.job_facts import Told, ask_scheduler, jobs_of, known_job
 from launcher.job_log import read_jobs
@@ -246,9 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return serve_in_job(RunDir(asked.run.absolute()))
     except (VernierError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

@@ -5,15 +5,18 @@ Nothing heavy is imported here: `vernier --help` must answer at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VernierError
+from configs.errors import ConfigError
+from configs.own import put_first_for_children
 from configs.parent import end_at_once
-from configs.terminal import that_may_go
+from configs.terminal import console, open_streams, tell
+from launcher.ends import code_of
 
 app = typer.Typer(
     name="vernier",
@@ -43,7 +46,7 @@ def init(
     """Write a commented starter config, asking nothing."""
     from launcher.init import run_init
 
-    print(f"wrote {run_init(directory)}")
+    tell(f"wrote {run_init(directory)}")
     return 0
 
 
@@ -367,39 +370,14 @@ def status(
 
 
 def _console(*, out: bool = False):  # type: ignore[no-untyped-def]  # rich is not imported for its name alone
-    from rich.console import Console
-
-    if out:
-        return Console(highlight=False)
-    return Console(file=that_may_go(sys.stderr), highlight=False, soft_wrap=True)
+    return console() if out else console(sys.stderr, soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of `vernier`: runs a verb, tells errors in a line, ends with the exit codes of configs.errors."""
-    try:
-        code = app(standalone_mode=False)
-    except VernierError as error:
-        problems = error.problems if isinstance(error, ConfigError) else (str(error),)
-        print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    except typer.Exit as stop:
-        code = stop.exit_code
-    except Exception as error:
-        code = _click_code(error)
-    end_at_once(code if isinstance(code, int) else 0)
-
-
-def _click_code(error: Exception) -> int:
-    """Usage errors are click's to show; anything else is a fault of ours, and its traceback is wanted."""
-    show = getattr(error, "show", None)
-    if show is not None:
-        show()
-        return int(getattr(error, "exit_code", EXIT_FAILED))
-    if type(error).__name__ == "Abort":
-        return EXIT_INTERRUPTED
-    raise error
+    open_streams()
+    put_first_for_children(os.environ)
+    end_at_once(code_of(lambda: app(standalone_mode=False)))
 
 
 if __name__ == "__main__":

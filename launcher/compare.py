@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
+from configs.terminal import tell
 from launcher.verdict_words import (
     plus_minus,
     power_words,
@@ -290,7 +291,7 @@ def _along_run(
     if json_out:
         _print_json(_with_power(comparison.to_json(), last.versus_previous, power_percent))
         for note in comparison.notes:
-            print(note, file=sys.stderr)
+            tell(note, sys.stderr)
     else:
         print_run_table(comparison, console)
         _say_power(last.versus_previous, power_percent, console)
@@ -374,7 +375,7 @@ def _wrote(paths: list[Path], json_out: bool, console: Console) -> None:
 
 def _tell(line: str, json_out: bool, console: Console) -> None:
     if json_out:
-        print(line, file=sys.stderr)  # stdout is the JSON's alone
+        tell(line, sys.stderr)  # stdout is the JSON's alone
     else:
         say(console, line)
 
@@ -396,7 +397,7 @@ def _hold(comparison: Comparison, gate: Gate, margin_percent: float, json_out: b
     if comparison.verdict == "identical":
         line = f"{line.partition(';')[0]}; the two are identical"
     if json_out:
-        print(line, file=sys.stderr)
+        tell(line, sys.stderr)
     else:
         say(console, line, "green" if holds else "red")
     return EXIT_DONE if holds else EXIT_VERDICT

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
+from configs.paths import path_problems
+from configs.terminal import tell
 from configs.whole import read_json
 from launcher.agent import one_thread
 from launcher.compare import parse_margin
@@ -55,6 +57,10 @@ def run_eval(
         from eval.models import check_fits, check_model
         from eval.reference import load_reference
 
+    named = [("MODEL", model) for model in models] + [("--reference", reference_dir), ("--out", out or Path("."))]
+    problems = [problem for key, path in named for problem in path_problems(key, path)]
+    if problems:
+        raise ConfigError(*problems)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is there and is no directory")
     reference = load_reference(reference_dir)
@@ -81,9 +87,9 @@ def run_eval(
         print(json.dumps(rows, indent=2))
     else:
         for row in rows:
-            print(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
+            tell(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
             if row.get("until_verdict"):
-                print(verdict_words(row["model"], row["until_verdict"]))
+                tell(verdict_words(row["model"], row["until_verdict"]))
     return EXIT_DONE
 
 

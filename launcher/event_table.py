@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from configs.terminal import printable
 from launcher.verdict_words import say
 
 SHOWN = 50  # rows, unless all are asked for
@@ -29,7 +30,10 @@ GRAVE = (
     "evaluator died",
     "not scored",
 )
-NOTABLE = ("spike", "skipped", "quarantined", "damaged", "replaced", "started again", "took over", "stopped")
+NOTABLE = (
+    *("spike", "skipped", "not shown", "quarantined", "damaged", "replaced"),
+    *("started again", "took over", "stopped"),
+)
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,6 @@ def _entry(name: str, value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     lines = text.splitlines()
     return f"{name}: {text}" if len(lines) < 2 else "\n".join([f"{name}:", *(f"  {line}" for line in lines)])
-
-
-def printable(text: str) -> str:
-    """`text` with tabs as spaces, and what would steer a terminal written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\t", "    "))
 
 
 def print_events(rows: list[EventRow], console: Console, *, shown: int | None = SHOWN) -> None:

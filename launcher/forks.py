@@ -16,7 +16,7 @@ from setproctitle import setproctitle
 
 from configs.files import open_to_write
 from configs.parent import end_at_once, kill_with_parent
-from configs.terminal import is_lent
+from configs.terminal import is_lent, open_streams
 from launcher.agent import RankGroup, run, unheard
 
 LOOK_S = 0.02
@@ -115,7 +115,8 @@ def _live(
         os.dup2(output, 1)
         os.dup2(output, 2)
         _close_as_exec_does()
-        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, errors="replace", closefd=False) for fd in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+        open_streams(log=True)
         # Before the environment goes: it is found by it.
         setproctitle(f"vernier agent: {shlex.join(group.command('python'))}")
         os.environ.clear()

@@ -19,6 +19,7 @@ from configs.load import load_config
 from configs.rundir import RunDir
 from configs.scheduler import Life, current_job, life
 from configs.schema import Config
+from configs.terminal import open_streams, tell
 from launcher.job_facts import jobs_of
 from launcher.job_log import DAMAGED, add_job, read_jobs
 from launcher.processes import last_lines
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.write_state(None, job=asked.job)
         return EXIT_DONE
     except VernierError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return error.exit_code
 
 
@@ -234,7 +235,7 @@ def _training_is_gone(run: RunDir) -> bool:
     """Whether nobody will make another snapshot: where the ranks are in a container, only this script can ask."""
     state = run.read_state()
     job = state.get("job")
-    quiet = run.clock() - max(run.last_heartbeat(), float(state.get("heartbeat", 0))) > 60.0
+    quiet = run.clock() - run.heard(state) > 60.0
     return bool(job) and quiet and life(str(job)) is Life.OVER
 
 
@@ -303,4 +304,5 @@ def _progress(run: RunDir, component: str) -> int:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

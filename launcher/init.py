@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from configs.errors import ConfigError
 from configs.files import open_to_write
+from configs.paths import path_problems
 from configs.schema import Config, section_of
 
 HEAD = """\
@@ -48,6 +49,9 @@ def run_init(directory: Path) -> Path:
     path = directory / "vernier.yaml"
     if path.exists() or path.is_symlink():
         raise ConfigError(f"init: {path} is there already; remove it, or name another directory")
+    problems = list(path_problems("init", directory))
+    if problems:
+        raise ConfigError(*problems)
     directory.mkdir(parents=True, exist_ok=True)
     text = HEAD.format(file=path.name) + "\n".join(_lines(Config, "")) + "\n"
     with os.fdopen(open_to_write(path, os.O_WRONLY | os.O_EXCL), "w", encoding="utf-8") as file:

@@ -60,7 +60,7 @@ def known() -> list[Path]:
 def is_run(path: Path) -> bool:
     """Whether a directory is a run's, be it one that has not got as far as its config."""
     run = RunDir(path)
-    return run.config.is_file() or run.state.is_file() or (path / "jobs.jsonl").is_file()
+    return any(file.is_file() for file in (run.config, run.state, run.jobs, run.starter))
 
 
 def find(named: Path | str) -> RunDir:

@@ -19,7 +19,8 @@ from configs.load import dump_config, load_config, resolve
 from configs.rundir import RunDir
 from configs.scheduler import NoAnswer, SlurmJob, slurm_jobs
 from configs.schema import Config
-from configs.terminal import that_may_go
+from configs.terminal import console as people
+from configs.terminal import tell
 from configs.whole import read_json, write_atomic
 from launcher.job_log import add_job, job_ids, live_jobs, read_jobs
 from launcher.job_plan import JobPlan, make_plan
@@ -86,7 +87,7 @@ def run_launch(source: str, overrides: list[str], how: Launch, sweep: SweepAsked
             hosts=how.hosts,
             runs=how.runs,
             dry_run=how.dry_run,
-            console=Console(file=that_may_go(sys.stderr), highlight=False, soft_wrap=True),
+            console=people(sys.stderr, soft_wrap=True),
         )
     plan = make_plan(source, overrides, site, flags)
     return on_slurm(plan, how, console)
@@ -107,9 +108,9 @@ def _launch_sweep(
     found = members(source, overrides, sweep.axes, sweep.seeds, sweep_dir=sweep.dir)
     if how.dry_run:
         for member in found.members:
-            print(f"{found.run(member).path}: {member.words}, seed {member.seed}")
+            tell(f"{found.run(member).path}: {member.words}, seed {member.seed}")
         return EXIT_DONE
-    return run_local(found, console=Console(file=that_may_go(sys.stderr), highlight=False, soft_wrap=True))
+    return run_local(found, console=people(sys.stderr, soft_wrap=True))
 
 
 def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
@@ -221,7 +222,7 @@ def _check(plan: JobPlan, how: Launch) -> None:
     from trainer.lock import check_free
     from trainer.run import check_run
 
-    check_free(plan.run, lambda line: print(line))
+    check_free(plan.run, tell)
     check_run(as_checked(plan.config), extend=how.extend, force=how.force, tell=print)
 
 

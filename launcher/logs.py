@@ -19,7 +19,7 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, DataError
 from configs.files import open_to_read
 from configs.rundir import RunDir, is_locked
-from launcher.event_table import printable
+from configs.terminal import printable
 from launcher.job_facts import Told, ask_scheduler, is_active, is_unanswered, may_be_active
 from launcher.job_log import job_ids, read_jobs
 from launcher.known_runs import NAMED, find_all

@@ -21,6 +21,7 @@ from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_FAILED, VernierError
 from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
+from configs.terminal import open_streams, tell
 from configs.whole import write_atomic
 from launcher.preflight_board import PHASES, Board, Who, connect, node_names, who_am_i
 from launcher.preflight_exchange import EXCHANGE_S, exchange_within
@@ -338,9 +339,10 @@ def main(arguments: list[str]) -> int:
     try:
         return preflight(*parse(arguments))
     except VernierError as error:
-        print(f"preflight: {error}", file=sys.stderr)
+        tell(f"preflight: {error}", sys.stderr)
         return error.exit_code
 
 
 if __name__ == "__main__":
+    open_streams()
     end_at_once(main(sys.argv[1:]))

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
 from configs.load import load_config, resolve
+from configs.paths import path_problems
+from configs.terminal import console as people
+from configs.terminal import tell
 
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
@@ -21,14 +22,14 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
     from trainer.data.prepare import prepare
 
     config = resolve(load_config(source, overrides))
-    console = Console(stderr=True, highlight=False)
+    console = people(sys.stderr)
     report = prepare(config, fresh=fresh, say=lambda text: console.print(text, markup=False, soft_wrap=True))
     if json_out:
         json.dump(report, sys.stdout, indent=2)
         print()
     else:
         for what, said in _report(report, config.data_dir):
-            print(f"{what:<11}{said}")
+            tell(f"{what:<11}{said}")
     return EXIT_DONE
 
 
@@ -41,10 +42,15 @@ def run_retokenize(
     from eval.reference import retokenize
     from eval.tokenization import open_tokenizer
 
+    named = (("--reference", reference), ("--tokenizer", tokenizer), ("--out", out))
+    problems = [problem for key, path in named for problem in path_problems(key, path)]
+    if problems:
+        raise ConfigError(*problems)
+
     retokenize(reference, tokenizer, out, sequence_length=sequence_length)
     if switched_off := open_tokenizer(tokenizer).switched_off:
-        print(f"caution: {tokenizer}: its tokenizer.json asks for {switched_off}, which was switched off")
-    print(f"wrote {out}")
+        tell(f"caution: {tokenizer}: its tokenizer.json asks for {switched_off}, which was switched off")
+    tell(f"wrote {out}")
     return EXIT_DONE
 
 

@@ -32,7 +32,11 @@ CARRIED = re.compile(
     r"(NCCL|GLOO|UCX|FI|OMP|HF|TORCH|VERNIER|DS)_.*"
     r"|(CUBLAS_WORKSPACE_CONFIG|PYTHONSAFEPATH|PYTHONUNBUFFERED|TOKENIZERS_PARALLELISM)"
 )
-OURS_HERE = ("VERNIER_SSH_OPTIONS", "VERNIER_TERMINAL")  # about this machine and this terminal
+OURS_HERE = (
+    "VERNIER_SSH_OPTIONS",
+    "VERNIER_TERMINAL",
+    "VERNIER_TERMINAL_ENCODING",
+)  # about this machine and this terminal
 
 
 class Started(Protocol):

@@ -171,7 +171,7 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
     events = read_events(run) if events is None else events
     now, state, lock = time.time(), run.read_state(), holder(run)
     settings, notes = _settings(run)
-    heard = max(run.last_heartbeat(), float(state.get("heartbeat") or 0))
+    heard = run.heard(state)
     host = lock.get("host") or state.get("host")
     noted = read_jobs(run)
     notes += [line["why"] for line in noted if line.get("kind") == DAMAGED]

@@ -15,7 +15,8 @@ from rich.text import Text
 from configs.errors import EXIT_DONE, DataError
 from configs.rundir import RunDir
 from configs.scheduler import NoAnswer
-from launcher.event_table import SHOWN, event_rows, print_events, printable
+from configs.terminal import printable
+from launcher.event_table import SHOWN, event_rows, print_events
 from launcher.job_facts import UNKNOWN, Told, ask_scheduler, described
 from launcher.known_runs import find_all, known, remember
 from launcher.run_facts import RunFacts, all_runs, duration, facts_of, finite, read_events

@@ -22,8 +22,8 @@ from rich.console import Console
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError, DataError, VernierError
 from configs.rundir import RunDir, is_locked
 from configs.scheduler import NoAnswer
+from configs.terminal import printable
 from configs.whole import read_json, write_atomic
-from launcher.event_table import printable
 from launcher.job_facts import UNKNOWN, WAITING, Told, ask_scheduler, described, is_active, is_unanswered
 from launcher.job_log import add_job
 from launcher.known_runs import find_all
@@ -38,6 +38,7 @@ NOW_S = 5.0  # for a step and its checkpoint, where patience is short
 JOB_DYING_S = 150.0  # Slurm waits KillWait (30 s unless a site says otherwise) between its signals, then clears up
 RANKS_DYING_S = 60.0
 UNANSWERED_S = 20.0  # for Slurm to answer after all, where nobody else is heard of
+STARTING_S = 60.0  # from taking the run to saying so in its state
 LOOK_S, ASK_S, REMIND_S = 1.0, 5.0, 30.0
 WORKING = ("running", "pending", "requeued", "stopping")
 
@@ -133,6 +134,11 @@ def _stop(run: RunDir, *, now: bool, console: Console) -> int:
     watch = Watch(run, console)
     facts = watch.look(anew=True)
     name = facts.name
+    if facts.state == "not started" and is_locked(run.starter):  # its first seconds: STOP would be cleared away
+        begun = watch.wait(
+            lambda facts: facts.state != "not started" or not is_locked(run.starter), STARTING_S, f"{name}: it starts"
+        )
+        facts = begun or facts
     if not at_work(run, facts):
         return _not_running(watch, facts, now=now)
     try:

@@ -19,8 +19,9 @@ from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPE
 from configs.load import dump_config, is_named, resolve
 from configs.rundir import RunDir
 from configs.schema import NAME_PATTERN, Config
+from configs.terminal import console as people
 from configs.whole import read_json, write_atomic, write_json
-from configs.yaml_text import parse_mapping
+from configs.yaml_text import as_written, parse_mapping
 from launcher.agent import one_thread
 from launcher.known_runs import SWEEP as FILE
 from launcher.sweep_members import Member, Sweep, members, told_once
@@ -120,7 +121,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     was, is_now = dict(_leaves(_today(before["settings"]))), dict(_leaves(now["settings"]))
     for key in {**was, **is_now}:
         if not is_named(key, (*skipped, *(f"{one}." for one in skipped))) and was.get(key) != is_now.get(key):
-            yield f"{key} is {was.get(key)!r} there, {is_now.get(key)!r} now"
+            yield f"{key} is {as_written(was.get(key))} there, {as_written(is_now.get(key))} now"
     if swept[0] == swept[1] and before["seeds"] == now["seeds"] and before["members"] != now["members"]:
         yield f"its members are {before['members'][0]['name']} …, now {now['members'][0]['name']} …"
 
@@ -205,7 +206,7 @@ def run_local(sweep: Sweep, *, console: Console) -> int:
     for name, why in failed.items():
         console.print(f"error: {name} failed: {why}; the same command tries it again", markup=False)
     if len(failed) < len(sweep.members):
-        run_sweep_table(sweep.path, False, Console(highlight=False))
+        run_sweep_table(sweep.path, False, people())
     return EXIT_FAILED if failed else EXIT_DONE
 
 

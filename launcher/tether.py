@@ -24,6 +24,7 @@ from typing import Any
 
 from configs.errors import EXIT_USAGE, ConfigError
 from configs.parent import kill_with_parent
+from configs.terminal import open_streams, tell
 
 STOP = b"s"
 SIOCGIFADDR = 0x8915  # man 7 netdevice: the address of an interface
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     try:
         told = read_environment(asked.environment) if asked.environment is not None else {}
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", sys.stderr)
         return EXIT_USAGE
     if asked.probe is not None:
         print(json.dumps(probe(asked.probe)))
@@ -150,4 +151,5 @@ def _network() -> str:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main(sys.argv[1:]))

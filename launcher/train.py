@@ -7,15 +7,13 @@ and never ends training. The exit code is what `state.json` says, since torchrun
 from __future__ import annotations
 
 import math
-import shlex
+import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -31,6 +29,7 @@ from launcher.agent import one_thread
 from launcher.eval_group import EvalGroup
 from launcher.job_log import job_ids, live_jobs, read_jobs
 from launcher.known_runs import remember
+from launcher.last_scores import print_scores, wait_for_scores
 from launcher.processes import (
     SAVE_PATIENCE_S,
     Local,
@@ -41,7 +40,6 @@ from launcher.processes import (
     divided,
     last_lines,
 )
-from launcher.scored import unscored, why_unscored
 from trainer.lock import FRESH_S, check_free, kept_free, sole_starter
 from trainer.stop import ONE_WISH_S
 
@@ -154,6 +152,7 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     """
     run = RunDir(config.run_dir)
     with one_thread():
+        from trainer.changes import clear_unbegun
         from trainer.run import check_run, finished
 
     def tell(line: str) -> None:
@@ -172,6 +171,8 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     interrupts.listen()
     remember(run.path)
     with sole_starter(run):  # until the last score: two evaluators would write every table twice
+        with kept_free(run):  # before an evaluator looks for what there is to score
+            clear_unbegun(run, config, tell)
         if finished(run, config):
             tell(f"{run.path} is finished (step {config.steps})")
             code = EXIT_DONE
@@ -179,11 +180,13 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
             _explain_extension(config, run, how.extend, console)
             code = _train(given, run, group, interrupts, how, starter, console)
         if code == EXIT_DONE and group is not None:
-            code = _wait_for_scores(group, run, interrupts, wait=wait, console=console)
+            scored = wait_for_scores(group, run, lambda: bool(interrupts.count), wait=wait, console=console)
+            stopped = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
+            code = stopped if scored is None else scored
         if group is not None:
             group.end()
     if code == EXIT_DONE and config.eval.placement != "none":
-        _print_scores(run, console)
+        print_scores(run)
     return code
 
 
@@ -210,8 +213,14 @@ def _check_jobs(run: RunDir, tell: Callable[[str], None]) -> None:
 def _move_away(run: RunDir, tell: Callable[[str], None]) -> None:
     with sole_starter(run), kept_free(run):
         old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        run.path.rename(old)
-    tell(f"the earlier run is now {old}")
+        link = ""
+        if run.path.is_symlink():  # the link goes, what it leads to stays where it is
+            link = f", a link to {os.readlink(run.path)} as before; the new one is a folder at {run.path}"
+        try:
+            run.path.rename(old)
+        except OSError as error:  # a disk is mounted there, say
+            raise ConfigError(f"--fresh: {run.path} cannot be renamed to {old} ({error.strerror})") from None
+    tell(f"the earlier run is now {old}{link}")
 
 
 def _explain_extension(config: Config, run: RunDir, extend: bool, console: Console) -> None:
@@ -355,11 +364,15 @@ def _outcome(
         return int(code)
     failure = state.get("failure")
     if failure:
-        rank, said = f"rank {failure.get('rank')}", str(failure.get("error"))
-        console.print(f"error: {said if said.startswith(rank) else f'{rank}: {said}'}", markup=False)
-        console.print(f"its log: {run.logs / ('rank-' + str(failure.get('rank')) + '.log')}", markup=False)
+        rank, said = failure["rank"], failure["error"]
+        named = rank is None or said.startswith(f"rank {rank}")
+        console.print(f"error: {said if named else f'rank {rank}: {said}'}", markup=False)
+        log = starter.training_log if rank is None else f"rank-{rank}.log"
+        console.print(f"its log: {run.logs / log}", markup=False)
     elif code != EXIT_DONE:
-        console.print(f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False)
+        console.print(
+            f"stopped at step {state.get('step') or 0} with a checkpoint; the same command goes on", markup=False
+        )
     return int(code)
 
 
@@ -368,60 +381,3 @@ def _fail(run: RunDir, code: int, told: str, console: Console) -> None:
     console.print(f"error: {told}; the same command goes on from the last checkpoint", markup=False)
     if not run.record_failure(code, None, told):
         console.print(f"error: {run.state} cannot be written", markup=False)
-
-
-def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, wait: bool, console: Console) -> int:
-    waiting = unscored(run, group.config)
-    if waiting and not wait:
-        console.print(f"{waiting} snapshots are not scored yet; vernier train, once more, scores them", markup=False)
-        return EXIT_DONE
-    if waiting:
-        console.print(f"waiting for {waiting} snapshots to be scored", markup=False)
-    elif group.process is None:
-        return EXIT_DONE
-    from trainer.progress import ProgressLine
-
-    teller = ProgressLine(Console(stderr=True, force_terminal=False, highlight=False, soft_wrap=True), 1, 0, run.events)
-    if group.process is None:
-        group.start()
-    while group.look_after(training=False) and not interrupts.count:  # it ends by itself, with all it has to tell
-        teller.tell_events()
-        time.sleep(POLL_S)
-    teller.tell_events()
-    if interrupts.count:
-        console.print("stopped waiting; vernier train, once more, scores the rest", markup=False)
-        return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
-    left = why_unscored(run, group.config)
-    if left:
-        many = "1 snapshot" if len(left) == 1 else f"{len(left)} snapshots"
-        console.print(f"error: {many} could not be scored; see {run.logs / 'eval-rank-0.log'}", markup=False)
-        for line in left:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
-        return EXIT_FAILED
-    return EXIT_DONE
-
-
-def _print_scores(run: RunDir, console: Console) -> None:
-    from eval.along import compare_run
-    from launcher.compare import print_run_table
-
-    if not any(run.losses.glob("*/step-*.parquet")):
-        return
-    out = Console(highlight=False)
-    print_run_table(compare_run(run.path), out)
-    out.print(f"\nrun        {_shown(run.path)}", markup=False, soft_wrap=True)
-    out.print(f"snapshots  {_shown(run.snapshots)}", markup=False, soft_wrap=True)
-    out.print(f"losses     {_shown(run.losses)}", markup=False, soft_wrap=True)
-    out.print(f"watch it   {_command()} board {_shown(run.path)}", markup=False, soft_wrap=True)
-
-
-def _shown(path: Path) -> str:
-    """A path as one would type it here, quoted for a shell."""
-    inside = path.is_relative_to(Path.cwd())
-    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
-
-
-def _command() -> str:
-    """How one would type `vernier` here: after `make demo` the environment is not active."""
-    own = Path(sys.executable).with_name("vernier")
-    return _shown(own) if shutil.which("vernier") is None and own.is_file() else "vernier"

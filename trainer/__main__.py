@@ -11,13 +11,14 @@ from configs.errors import EXIT_FAILED, VernierError
 from configs.load import load_config, resolve
 from configs.parent import die_with_parent, end_at_once
 from configs.rundir import RunDir
-from configs.terminal import is_lent, is_supervised
+from configs.terminal import is_lent, is_supervised, open_streams, tell
 from trainer import stop
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; gives the exit code."""
     die_with_parent()
+    open_streams()
     stop.listen()
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("config", help="YAML file or shipped recipe")
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         ours = isinstance(error, VernierError)
         if not (is_supervised() and error.__dict__.get("recorded")):  # `vernier` tells what the run's state says
-            print(str(error) if ours else f"rank {rank}: {type(error).__name__}: {error}", file=terminal)
+            tell(str(error) if ours else f"rank {rank}: {type(error).__name__}: {error}", terminal)
         return error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
 
 

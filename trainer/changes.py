@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from configs.facts import read_run_manifest
 from configs.load import differences, is_named, load_config
 from configs.rundir import RunDir
 from configs.schema import Config
+from configs.yaml_text import as_written
 from eval.pairing import NOT_THE_EXPERIMENT
 from trainer.data.prepare import load_dataset_facts
 
@@ -82,7 +84,7 @@ def forbidden_changes(before: Config, now: Config, *, extend: bool) -> list[Chan
     for key, (old, new) in differences(before, now).items():
         if is_named(key, allowed):
             continue
-        was = f"{key}: the run was started with {old!r}, not {new!r}; "
+        was = f"{key}: the run was started with {as_written(old)}, not {as_written(new)}; "
         if key == "steps":
             refusal = (
                 f"{was}--extend goes on to {new}" if new > old else f"{was}--force-resume insists, --fresh is anew"
@@ -90,15 +92,55 @@ def forbidden_changes(before: Config, now: Config, *, extend: bool) -> list[Chan
         else:
             refusal = f"{was}--force-resume goes on all the same, --fresh starts anew; or use another run.dir"
         breaks = next((text for name, text in _CONSEQUENCES if is_named(key, (name,))), _ANY)
-        out.append(Change(key, refusal, f"{key}: {old} → {new}: {breaks.format(old=old, new=new)}"))
+        names = {"old": as_written(old, quoted=False), "new": as_written(new, quoted=False)}
+        out.append(Change(key, refusal, f"{key}: {names['old']} → {names['new']}: {breaks.format(**names)}"))
     if extend and now.steps < before.steps:
         refusal = f"steps: --extend needs more than the run's {before.steps}, not {now.steps}"
         out.append(Change("steps", refusal, f"steps: {before.steps} → {now.steps}: the run ends earlier than it said"))
     return out
 
 
+def has_begun(run: RunDir) -> bool:
+    """Whether there is anything in a run that its settings have made: a step, or a checkpoint (damaged ones count)."""
+    made = run.metrics.is_file() and run.metrics.stat().st_size > 0
+    if made or any(run.checkpoints.glob("step-*")) or any(run.quarantine.glob("step-*")):
+        return True
+    if any(step > 0 for step in run.whole_steps(run.snapshots)):
+        return True
+    return any(event.get("kind") == "checkpoint" for event in run.read_events())
+
+
+def clear_unbegun(run: RunDir, config: Config, tell: Callable[[str], Any]) -> None:
+    """Starts a run anew that never made a step, where the settings are others by now; says so in a line.
+
+    What a start leaves before its first step goes: the settings, and step 0's weights and score, which are of other
+    settings. Events, logs and jobs stay. For whoever keeps trainers out of the run.
+    """
+    if not run.config.is_file() or has_begun(run):
+        return
+    try:
+        keys = [change.key for change in _changes(run, config, extend=False)]
+    except ConfigError:  # settings that this version does not read, or half of a manifest
+        keys = ["settings that cannot be read"]
+    if not keys:
+        return
+    for folder in (run.snapshots, run.ema, run.losses, run.train_board, run.eval_board):
+        for left in folder.iterdir() if folder.is_dir() else ():  # the folder itself may be a link to another disk
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+    for file in (run.manifest, run.path / "adapted.json", run.config):  # the last says that there is something to do
+        file.unlink(missing_ok=True)
+    told = f"{run.path.name} never made a step, so it starts anew; changed: {', '.join(keys)}"
+    run.add_event("started anew", told, rank=0, keys=keys)
+    tell(told)
+
+
 def check_changes(config: Config, *, extend: bool, force: bool) -> list[Change]:
     """Holds the settings against those that the run at `config.run_dir` was started with, and the data too.
+
+    A run that never made a step is held to nothing: see `clear_unbegun`.
 
     Args:
         force: forbidden changes are given instead of refused.
@@ -107,8 +149,15 @@ def check_changes(config: Config, *, extend: bool, force: bool) -> list[Change]:
         ConfigError: what may not change and has, a line each.
     """
     run = RunDir(config.run_dir)
-    if not run.config.is_file():
+    if not run.config.is_file() or not has_begun(run):
         return []
+    changes = _changes(run, config, extend=extend)
+    if changes and not force:
+        raise ConfigError(*(change.refusal for change in changes))
+    return changes
+
+
+def _changes(run: RunDir, config: Config, *, extend: bool) -> list[Change]:
     changes = forbidden_changes(load_config(run.config), config, extend=extend)
     before = read_run_manifest(run)["data"]["data"] if run.manifest.is_file() else None
     now = load_dataset_facts(config.data_dir)["fingerprints"]["data"]
@@ -122,8 +171,6 @@ def check_changes(config: Config, *, extend: bool, force: bool) -> list[Change]:
                 "and losses are no longer paired with those on the earlier data",
             )
         )
-    if changes and not force:
-        raise ConfigError(*(change.refusal for change in changes))
     return changes
 
 

@@ -260,7 +260,9 @@ def _is_entry(entry: Any) -> bool:
 def _check_tiling(directory: Path, state: dict[str, Any], engine: Any) -> None:
     """Every parameter of the model must be covered exactly once, none may be strange."""
     if state.get("version") != VERSION:
-        raise DataError(f"{directory}: checkpoint format {state.get('version')}, this Vernier reads {VERSION}")
+        raise DataError(
+            f"{directory}: checkpoint format {state.get('version') or 'unknown'}, this Vernier reads {VERSION}"
+        )
     wanted = {name: list(zero_state.full_shape(p)) for name, p in zero_state.trainable(engine)}
     odd = sorted(set(wanted) ^ set(state["parameters"]))
     if odd:

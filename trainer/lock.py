@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,8 @@ def _alive_elsewhere(run: RunDir) -> bool:
 
 def _silence(run: RunDir) -> float:
     """For how many seconds the holder has not been heard of; by the file server's clock, as the heartbeat is."""
-    return run.clock() - run.last_heartbeat()
+    # A clock that was set back must not make it wait for that long.
+    return max(0.0, run.clock() - run.last_heartbeat())
 
 
 def _outwait(run: RunDir, tell: Callable[[str], None]) -> float | None:
@@ -231,13 +232,17 @@ def _outwait(run: RunDir, tell: Callable[[str], None]) -> float | None:
     """
     if not _elsewhere(run):
         return None
-    last, silent = run.last_heartbeat(), _silence(run)
+    last, silent, began = run.last_heartbeat(), _silence(run), time.monotonic()
+    before = silent
     if silent < FRESH_S:
         rest = f"waiting up to {FRESH_S - silent:.0f} s to see whether it is alive"
         tell(f"{run.path} was last held by {_described(run.lock)}; {rest}")
     while silent < FRESH_S:
         time.sleep(min(WATCH_S, FRESH_S - silent + 0.01))
-        if run.last_heartbeat() > last:
+        if run.last_heartbeat() != last:
             raise ConfigError(held_message(run))
-        silent = _silence(run)
+        silent = before + time.monotonic() - began  # by our own clock, which nobody sets
+    if _silence(run) < FRESH_S:  # its last beat is of a time to come: whoever asks next need not wait as well
+        with suppress(OSError):
+            os.utime(run.lock, (time.time() - silent,) * 2)
     return silent

@@ -8,7 +8,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from configs.rundir import RunDir
 from configs.schema import Config
 from configs.secret_names import shown_command
 from configs.whole import write_atomic, write_json
+from eval.reporting import Reporter
 from trainer.baseline import Baseline
 
 HEARTBEAT_S = 2.0
+SHOWN = ("loss", "router_aux_loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib")  # of a step, on the board
 
 
 def memory_gib() -> float:
@@ -62,8 +65,6 @@ class Metrics:
         self, run: RunDir, config: Config, *, step: int, parameters: int, check_current: Callable[[], None]
     ) -> None:
         """`check_current`: raises VernierError where another attempt holds the run; asked now and then."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run, self.check_current = run, check_current
         lines = lines_up_to(run, step)
         _keep_damaged(run)
@@ -71,7 +72,7 @@ class Metrics:
         appended = open_to_write(run.metrics, os.O_WRONLY | os.O_APPEND)
         self.file = os.fdopen(appended, "a", buffering=1, encoding="utf-8")  # lives as long as the run
         purge = step + 1 if run.train_board.is_dir() else None
-        self.board: Any = SummaryWriter(log_dir=str(run.train_board), purge_step=purge)
+        self.board = Reporter(run.train_board, lambda told: run.add_event("not shown", told, rank=0), purge_step=purge)
         self._hparams(config, parameters)
         self.baseline = Baseline(config.baseline, config.steps) if config.baseline is not None else None
         if self.baseline is not None:
@@ -95,8 +96,8 @@ class Metrics:
             "model": str(config.model.path or config.model.type),
             "parameters": parameters,
         }
-        for summary in hparams(values, {"train/loss": 0.0}):
-            self.board.file_writer.add_summary(summary)
+        summaries = hparams(values, {"train/loss": 0.0})
+        self.board.write(lambda writer: [writer.file_writer.add_summary(one) for one in summaries])
 
     def _beat(self) -> None:
         while not self.ended.wait(HEARTBEAT_S):
@@ -108,19 +109,17 @@ class Metrics:
         Raises:
             VernierError: there is no room for it.
         """
-        try:
+        with self._needed():
             self.file.write(sealed_line(line))
-        except OSError as error:
-            raise VernierError(
-                f"{self.run.metrics}: cannot be written ({error.strerror}), so training stops; "
-                "once that is mended, the same command goes on from the last checkpoint"
-            ) from None
-        for key in ("loss", "router_aux_loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib"):
-            if line.get(key) is not None:
-                self.board.add_scalar(f"train/{key}", line[key], line["step"])
-        if self.baseline is not None:
-            for tag, value, step in self.baseline.add(line):
-                self.board.add_scalar(f"train/{tag}", value, step)
+        shown = [(key, line.get(key), line["step"]) for key in SHOWN]
+        shown += self.baseline.add(line) if self.baseline is not None else ()
+
+        def write(writer: Any) -> None:
+            for tag, value, step in shown:
+                if value is not None:
+                    writer.add_scalar(f"train/{tag}", value, step)
+
+        self.board.write(write)
         if time.monotonic() - self.told > HEARTBEAT_S:
             self.told = time.monotonic()
             self.check_current()
@@ -128,16 +127,29 @@ class Metrics:
 
     def flush(self) -> None:
         """Hands what was written to the system."""
-        self.file.flush()
+        with self._needed():
+            self.file.flush()
         self.board.flush()
 
     def sync(self) -> None:
         """Puts what was handed over on the disk, as it must be before a checkpoint commits."""
         os.fsync(self.file.fileno())
 
+    @contextmanager
+    def _needed(self) -> Iterator[None]:
+        """A run without its metrics could not be gone on with exactly: what cannot be written ends the training."""
+        try:
+            yield
+        except OSError as error:
+            raise VernierError(
+                f"{self.run.metrics}: cannot be written ({error.strerror}), so training stops; "
+                "once that is mended, the same command goes on from the last checkpoint"
+            ) from None
+
     def close(self) -> None:
         self.ended.set()
-        self.file.close()
+        with self._needed():
+            self.file.close()
         self.board.close()
 
 

@@ -59,16 +59,17 @@ class ProgressLine:
             markup=False,
         )
 
-    def tell_events(self) -> None:
-        """Prints what the evaluator has said, and what was asked for and done, since the last look."""
+    def tell_events(self) -> bool:
+        """Prints what the evaluator has said, and what was asked for and done, since the last look; whether it did."""
         try:
             with open_to_read(self.events) as file:
                 file.seek(self.offset)
                 new = file.read()
         except OSError:
-            return
+            return False
         whole, newline, _ = new.rpartition(b"\n")
         self.offset += len(whole + newline)
+        told = False
         for text in whole.splitlines():
             try:
                 event = json.loads(text)
@@ -78,6 +79,8 @@ class ProgressLine:
                 continue
             if event.get("kind") in ("scored", "not scored", "damaged", "saved on request"):
                 self.console.print(f"  {event['message']}", markup=False)
+                told = True
+        return told
 
     def close(self) -> None:
         if self.live is not None:

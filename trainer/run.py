@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from configs.load import batch_problems, dump_config, micro_batch
 from configs.rundir import RunDir
 from configs.scheduler import current_job
 from configs.schema import Config
+from configs.terminal import console as people
 from configs.terminal import is_supervised
 from configs.whole import read_manifest, verify, write_atomic
 from eval.ranks import Ranks, StoppedByAnotherRank, environment_ranks, join, leave, set_determinism
@@ -30,7 +32,7 @@ from trainer.adaptations import (
     shared_adaptations,
 )
 from trainer.baseline import check_baseline
-from trainer.changes import check_changes, tell_forced
+from trainer.changes import check_changes, clear_unbegun, tell_forced
 from trainer.checkpoints import Clock, clear_up, load_checkpoint
 from trainer.data.integrity import AT_START_BYTES, DataWatch
 from trainer.data.prepare import load_dataset_facts, no_target
@@ -134,7 +136,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
     ranks = join(config.threads_per_rank or 1)
     set_determinism(bool(config.deterministic))
     requests = stop.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
-    console = Console(file=terminal, highlight=False, soft_wrap=True) if ranks.first else None
+    console = people(terminal, soft_wrap=True) if ranks.first else None
     lock = RunLock(run)
     attempt = None  # ours, once we hold the run
     try:
@@ -164,6 +166,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
                 tell_forced(run, changes, lambda told: console.print(told, markup=False))
             if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
                 run.stop_request.unlink(missing_ok=True)
+            clear_unbegun(run, config, lambda told: console.print(told, markup=False) if console else None)
             begin_run(run, config, attempt or 0)
         attempt = ranks.broadcast_int(attempt or 0)
         code = _train(config, run, ranks, facts, hf, requests, lock, console)
@@ -394,6 +397,8 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: in
     said = str(error).strip() or type(error).__name__
     if not isinstance(error, VernierError):
         said = f"{type(error).__name__}: {said.splitlines()[0]}"
+        if isinstance(error, OSError) and error.filename is not None:
+            said = f"{os.fsdecode(error.filename)}: {error.strerror}; once that is mended, the same command goes on"
         if "by peer" in said:  # gloo's words for a rank that was killed; it could not say so itself
             said = f"another rank has ended without a word, see logs/ ({said})"
         traceback.print_exc()

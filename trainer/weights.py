@@ -71,7 +71,9 @@ def load_masters(model: Any, checkpoint: Path) -> None:
     """
     state = read_json(checkpoint / STATE)
     if state.get("version") != VERSION:
-        raise DataError(f"{checkpoint}: checkpoint format {state.get('version')}, this Vernier reads {VERSION}")
+        raise DataError(
+            f"{checkpoint}: checkpoint format {state.get('version') or 'unknown'}, this Vernier reads {VERSION}"
+        )
     problem = state_problem(state, step_of(checkpoint.name))
     if problem is not None:
         raise DataError(f"{checkpoint / STATE}: {problem}")

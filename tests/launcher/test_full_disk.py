@@ -77,3 +77,22 @@ def test_training_goes_on_then_stops_cleanly_and_later_goes_on(
     said = vernier("train", TINY, *SETTINGS, f"data.dir={tiny_data}", f"run.dir={run}").stderr
     assert "going on from step 10," in said
     assert losses(run) == losses(straight)
+
+
+def test_a_full_disk_under_the_board_is_said_once_and_ends_no_training(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    board = run / "tensorboard"
+    board.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(board)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        (board / "somebody-elses").write_bytes(bytes(4096))
+        vernier("train", TINY, f"data.dir={tiny_data}", f"run.dir={run}")
+    finally:
+        subprocess.run(["umount", "-l", str(board)], check=True)
+    assert len(losses(run)) == 20
+    told = [event["message"] for event in lines(run / "events.jsonl") if event["kind"] == "not shown"]
+    assert len(told) == 2  # training's, and the evaluator's
+    for message in told:
+        assert "No space left on device" in message

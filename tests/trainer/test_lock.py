@@ -171,3 +171,17 @@ def test_a_line_that_a_full_disk_has_cut_spoils_no_later_event(tmp_path: Path) -
         file.write('{"time": 1, "kind": "chec')
     run.add_event("failed", "no space left")
     assert [event["kind"] for event in run.read_events()] == ["started", "failed"]
+
+
+def test_a_beat_of_a_time_to_come_is_waited_for_no_longer_than_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.lock.FRESH_S", 2.0)
+    run = RunDir(tmp_path)
+    left_by_another_host(run, -7200)  # its clock, or ours, was set back by two hours
+    assert run.heard(run.read_state()) == 0
+    began = time.monotonic()
+    check_free(run, lambda told: None)
+    assert time.monotonic() - began < 10
+    with kept_free(run):
+        pass

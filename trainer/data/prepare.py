@@ -20,6 +20,7 @@ from configs.facts import read_dataset_facts
 from configs.files import open_to_write
 from configs.schema import Config
 from configs.whole import MANIFEST, whole_directory, write_json
+from configs.yaml_text import as_written
 from eval.reference import build_reference, load_reference, read_documents, tokenizer_fingerprint
 from eval.tokenization import TextTokenizer, open_tokenizer
 from trainer.data.families import joined, sharing
@@ -78,6 +79,8 @@ def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: 
     final = config.data_dir
     settings = _settings(config)
     there = final.is_dir() and any(final.iterdir())
+    if final.is_symlink() and not there:  # to an empty folder, which is where the data is wanted
+        final = final.resolve()
     if there and not fresh:
         facts = _found(final, settings, config.data.tokenizer)
         say(f"{final} is already prepared")
@@ -96,7 +99,8 @@ def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: 
             os.rename(old, final)  # the new one could not be put in its place after all
         raise
     if old is not None:
-        say(f"the data that was there is now {old}")
+        link = f", a link to {os.readlink(old)} as before; the new is a folder at {final}" if old.is_symlink() else ""
+        say(f"the data that was there is now {old}{link}")
     return facts
 
 
@@ -150,7 +154,8 @@ def _found(final: Path, settings: dict[str, Any], given: Path | None) -> dict[st
     for key in settings:
         if before.get(key) != settings[key]:
             raise ConfigError(
-                f"{key}: {final} was prepared with {before.get(key)!r}, now it is {settings[key]!r}; "
+                f"{key}: {final} was prepared with {as_written(before.get(key))}, now it is "
+                f"{as_written(settings[key])}; "
                 "choose another data.dir, or prepare anew with --fresh"
             )
     if given is not None:  # a tokenizer's fingerprint leaves out which of its tokens ends a document

@@ -64,9 +64,7 @@ def prepare(
         int | None, typer.Option(min=2, help="Targets a window of the new reference set; default as before.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the new reference set goes.")] = None,
-    verify: Annotated[
-        Path | None, typer.Option(metavar="DATA", help="Hash prepared data again; exit 3 where something differs.")
-    ] = None,
+    verify: Annotated[Path | None, typer.Option(metavar="DATA", help="Hash it again; exit 3 if it changed.")] = None,
     json_out: JsonOption = False,
 ) -> int:
     """Turn texts into training shards and a frozen reference set."""

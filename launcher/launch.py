@@ -219,8 +219,8 @@ def _live(run: RunDir, component: str) -> str | None:
 
 def _check(plan: JobPlan, how: Launch) -> None:
     """Refuses here what the ranks would refuse later."""
+    from trainer.check import check_run
     from trainer.lock import check_free
-    from trainer.run import check_run
 
     check_free(plan.run, tell)
     check_run(as_checked(plan.config), extend=how.extend, force=how.force, tell=print)

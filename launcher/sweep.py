@@ -44,7 +44,7 @@ def check_members(
         ConfigError: what is wrong, a line each.
     """
     with one_thread():
-        from trainer.run import check_run
+        from trainer.check import check_run
 
     problems: dict[str, list[str]] = {}
     cautions: dict[str, list[str]] = {}

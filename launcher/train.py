@@ -153,7 +153,8 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     run = RunDir(config.run_dir)
     with one_thread():
         from trainer.changes import clear_unbegun
-        from trainer.run import check_run, finished
+        from trainer.check import check_run
+        from trainer.run import finished
 
     def tell(line: str) -> None:
         console.print(line, markup=False)

@@ -27,7 +27,8 @@ from eval.reporting import Reporter
 from trainer.baseline import Baseline
 
 HEARTBEAT_S = 2.0
-SHOWN = ("loss", "router_aux_loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib")  # of a step, on the board
+# Of a step, on the board.
+SHOWN = ("loss", "router_aux_loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib")
 
 
 def memory_gib() -> float:

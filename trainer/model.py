@@ -160,6 +160,14 @@ def check_looks_back(config: Config, hf: Any) -> None:
     try:
         model = _one_layer(hf)
         ahead = sees_the_future(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
+        if switch and not ahead and not _takes(model, config.sequence_length):
+            longest = next(n for n in range(config.sequence_length, -1, -1) if n == 0 or _takes(model, n))
+            raise ConfigError(
+                f"sequence_length: {config.sequence_length} is longer than the {longest} tokens that {hf.model_type} "
+                f"takes with max_position_embeddings ({text.max_position_embeddings}); some are for no token"
+            )
+    except ConfigError:
+        raise
     except Exception as error:  # each model class raises its own kinds
         if switch is None:
             return  # perhaps only as one layer; the ranks will say
@@ -192,6 +200,17 @@ def _check_routing(hf: Any) -> None:
             f"model.router_aux_loss_coef: has no effect: transformers gives a {hf.model_type} with these fields no "
             "auxiliary loss; leave it out"
         )
+
+
+def _takes(model: Any, length: int) -> bool:
+    """Whether a model has positions for so many tokens: RoBERTa's kind numbers them from `pad_token_id` + 1 on."""
+    ids = torch.full((1, length), 2, dtype=torch.int64)  # none of these is padding, at 0 or 1
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def _one_layer(hf: Any) -> Any:

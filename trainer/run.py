@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TextIO
 
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
-from configs.facts import read_reference_facts
 from configs.load import batch_problems, dump_config, micro_batch
 from configs.rundir import RunDir
 from configs.scheduler import current_job
 from configs.schema import Config
 from configs.terminal import console as people
 from configs.terminal import is_supervised
-from configs.whole import read_manifest, verify, write_atomic
-from eval.ranks import Ranks, StoppedByAnotherRank, environment_ranks, join, leave, set_determinism
-from eval.reference import tokenizer_fingerprint
+from configs.whole import write_atomic
+from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
 from trainer import stop
 from trainer.adaptations import (
     StartAgain,
@@ -31,11 +28,10 @@ from trainer.adaptations import (
     no_memory,
     shared_adaptations,
 )
-from trainer.baseline import check_baseline
 from trainer.changes import check_changes, clear_unbegun, tell_forced
+from trainer.check import check_run
 from trainer.checkpoints import Clock, clear_up, load_checkpoint
-from trainer.data.integrity import AT_START_BYTES, DataWatch
-from trainer.data.prepare import load_dataset_facts, no_target
+from trainer.data.integrity import DataWatch
 from trainer.data.shards import Windows
 from trainer.dropout import WindowDropout
 from trainer.ema import MovingAverage
@@ -45,79 +41,11 @@ from trainer.inline import InlineScoring
 from trainer.lock import RunLock
 from trainer.loop import Hooks, train
 from trainer.metrics import Metrics, write_manifest
-from trainer.model import TrainableLM, check_model_settings, checkpoints_activations, make_model, parameter_count
+from trainer.model import TrainableLM, checkpoints_activations, make_model, parameter_count
 from trainer.progress import ProgressLine
 from trainer.quarantine import find_whole_checkpoint
 from trainer.saves import Due, RunSaves
 from trainer.watchdog import Watchdog
-
-
-def check_run(
-    config: Config,
-    *,
-    extend: bool = False,
-    fresh: bool = False,
-    force: bool = False,
-    tell: Callable[[str], None] | None = None,
-) -> tuple[dict[str, Any], Any]:
-    """Everything that can be found wrong before a rank starts: gives (data facts, Hugging Face config).
-
-    Args:
-        fresh: what is in the run directory will be moved away, so it need not fit.
-        force: go on with what may not change, too.
-        tell: told, in a line each, what is allowed and perhaps not meant.
-
-    Raises:
-        ConfigError: what is wrong, a line each.
-    """
-    # A rank that `vernier` has started comes after its check; and each node's first hashes all beside the training.
-    first = environment_ranks()[2] == 0 and not is_supervised()
-    facts = load_dataset_facts(config.data_dir, AT_START_BYTES if first else 0)
-    fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
-    hf = check_model_settings(config, facts, fingerprint)
-    if config.eval.placement != "none":
-        if first and not config.reference_dir.is_relative_to(config.data_dir):
-            verify(config.reference_dir, "reference")
-        _check_reference(config, fingerprint, hf, tell)
-    windows = Windows(config.data_dir, config.sequence_length)
-    if len(windows) < 1:
-        raise ConfigError(
-            f"sequence_length: {config.sequence_length} is longer than all training tokens; prepare more data"
-        )
-    if not windows.any_target():
-        raise ConfigError(no_target(config.sequence_length, len(windows)))
-    check_baseline(config, facts["fingerprints"]["data"])
-    run = RunDir(config.run_dir)
-    if run.path.exists() and not run.path.is_dir():
-        raise ConfigError(f"run.dir: {run.path} is a file; name a directory")
-    if not fresh:
-        check_changes(config, extend=extend, force=force)
-    return facts, hf
-
-
-def _check_reference(config: Config, tokenizer: str, hf: Any, tell: Callable[[str], None] | None) -> None:
-    """Refuses a reference set that the model, once trained, could not be scored on; tells of other windows."""
-    directory = config.reference_dir
-    read_manifest(directory, "reference")
-    facts = read_reference_facts(directory)
-    if facts["tokenizer"]["fingerprint"] != tokenizer:
-        raise ConfigError(
-            f"eval.reference: {directory} has another tokenizer than the data; tokenize it again: "
-            f"vernier prepare --reference {directory} --tokenizer {config.data_dir / 'tokenizer'} --out NEW_DIR"
-        )
-    longest = getattr(hf.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and facts["sequence_length"] > longest:
-        raise ConfigError(
-            f"eval.reference: windows of {directory} have {facts['sequence_length']} tokens, the model {longest}; "
-            "prepare a reference set with a shorter sequence_length"
-        )
-    if tell is not None and facts["sequence_length"] != config.sequence_length:
-        tell(
-            f"caution: sequence_length: training has {config.sequence_length}, the windows of the reference set "
-            f"{directory} have {facts['sequence_length']}: scores are of another length of context than training's; "
-            f"for a set in windows of {config.sequence_length}: vernier prepare --reference {directory} "
-            f"--tokenizer {config.data_dir / 'tokenizer'} --sequence-length {config.sequence_length} --out NEW_DIR"
-        )
 
 
 def finished(run: RunDir, config: Config) -> bool:

@@ -217,3 +217,10 @@ def test_settings_of_the_model_that_ask_for_what_there_is_not(tiny_data: Path, t
     ctrl = "model={type: ctrl, n_embd: 32, n_layer: 1, n_head: 2, dff: 64}"
     assert "gradient_checkpointing: ctrl has none" in refused(*asked, ctrl, "gradient_checkpointing=true")
     assert not run.exists()
+
+
+def test_positions_that_are_not_for_tokens_are_reckoned_with(tiny_data: Path, tmp_path: Path) -> None:
+    sizes = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, pad_token_id: 1"
+    roberta = f"model={{type: roberta, is_decoder: true, {sizes}, max_position_embeddings: 64}}"
+    said = refused("train", TINY, f"data.dir={tiny_data}", f"run.dir={tmp_path / 'run'}", roberta)
+    assert "sequence_length: 64 is longer than the 62 tokens that roberta takes" in said

@@ -12,8 +12,8 @@ import pytest
 from configs.load import dump_config
 from configs.schema import Config
 from eval.reference import retokenize
+from trainer.check import check_run
 from trainer.data.prepare import load_dataset_facts, prepare
-from trainer.run import check_run
 
 
 def config(tmp_path: Path, documents: int, **changes: Any) -> Config:

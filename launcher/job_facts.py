@@ -173,7 +173,7 @@ def standing_in_queue(
         return ("requeued" if jobs.requeues else "pending"), f"waiting in the queue: ({reason})", None
     if ours and jobs.restarted and is_active(job):
         return "requeued", f"starting again in job {job['job']} ({job['state']})", None
-    if ours and word == "stopping" and may_be_active(job) and not (job_ended or jobs.stop_asked):
+    if ours and not fresh and word == "stopping" and may_be_active(job) and not (job_ended or jobs.stop_asked):
         # Ended from outside, by a preemption for instance: Slurm alone knows whether it is queued again.
         what = "whether its job goes on cannot be asked just now" if is_unanswered(job) else "Slurm has its job still"
         return word, f"stopped for now; {what}", None

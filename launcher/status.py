@@ -72,22 +72,20 @@ def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bo
 
 
 def _chosen(named: list[Path]) -> tuple[list[RunDir], list[str]]:
-    """(the runs that are named, each once; what is wrong with what else was)."""
+    """(the runs that are named; what is wrong with what else was)."""
     if not named:
         return all_runs() or [RunDir(path) for path in known()], []
-    found: dict[Path, RunDir] = {}
+    found: list[RunDir] = []
     odd: list[str] = []
     for path in named:
         try:
-            runs = find_all(path)
+            found += find_all(path)
         except DataError as error:
             odd.append(str(error))
-        else:
-            found |= {run.path: run for run in runs}
     if not found:
         more = f"; nor is any of {len(odd) - 1} others a run" if len(odd) > 1 else ""
         raise DataError(f"{odd[0]}{more}")
-    return list(found.values()), odd
+    return found, odd
 
 
 def _facts(run: RunDir, scheduler: Told) -> tuple[RunFacts, list[dict[str, Any]]]:

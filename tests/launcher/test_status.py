@@ -180,12 +180,12 @@ def test_a_turn_that_a_successor_takes_is_one(run: RunDir) -> None:
 def test_a_job_that_slurm_starts_again_is_not_shown_as_stopped(run: RunDir) -> None:
     add_job(run, "submitted", component="train", backend="slurm", job="12")
     add_job(run, "started", component="train", backend="slurm", job="12", restart=0)
-    set_state(run, state="stopping", exit_code=75, job="12", heard=30)  # it was preempted, with a checkpoint
+    set_state(run, state="stopping", exit_code=75, job="12")  # it was preempted, with a checkpoint
     assert facts_of(run, told=in_slurm("COMPLETING")).words == "stopped for now; Slurm has its job still"
     again = facts_of(run, told=in_slurm("RUNNING", restarts=1))
     assert (again.state, again.words) == ("requeued", "starting again in job 12 (RUNNING)")
     assert facts_of(run, told=in_slurm("CANCELLED")).state == "stopped"
-    set_state(run, state="stopping", exit_code=75, job_ended=True, heard=30)
+    set_state(run, state="stopping", exit_code=75, job_ended=True)
     assert facts_of(run, told=in_slurm("COMPLETING")).state == "stopped"
 
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TextIO, cast
 
 VARIABLE = "VERNIER_TERMINAL"
+BESIDE = "VERNIER_STDERR"  # number of the stream that stderr was, where stderr is a rank's log from its first byte
 
 
 class _Patient(io.TextIOBase):
@@ -56,6 +57,12 @@ def is_lent(environment: dict[str, str]) -> bool:
 def is_supervised() -> bool:
     """Whether a `vernier` started this process and watches over it."""
     return VARIABLE in os.environ
+
+
+def people_descriptor() -> int:
+    """The number of the stream that stderr is, or was before the agent made that this rank's log."""
+    told = os.environ.get(BESIDE, "")
+    return int(told) if told.isdigit() else 2
 
 
 def lent_terminal() -> TextIO | None:

@@ -177,6 +177,9 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
     to_lose = max(0, step - whole[-1]) if whole else step
     if words == WITH_CHECKPOINT and (to_lose or not whole):
         words = "stopped before a checkpoint of its last steps" if whole else "stopped before its first checkpoint"
+    for job in jobs.jobs:
+        told = run.script_end("eval", job["job"]) if job["component"] == "eval" else None
+        notes += [f"the evaluator's job {job['job']}: {told['error']}"] if told else []
     if word == "running":
         notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]
     return RunFacts(

@@ -21,6 +21,7 @@ from types import FrameType
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
+from configs.last_words import how_ended
 from configs.load import batch_problems, dump_config, load_config, resolve, with_absolute_paths
 from configs.relay import Relay
 from configs.rundir import RunDir
@@ -28,6 +29,7 @@ from configs.scheduler import current_job
 from configs.schema import Config
 from configs.whole import write_atomic
 from launcher.agent import one_thread
+from launcher.ends import first_to_end, sizes, without_a_word
 from launcher.eval_group import EvalGroup
 from launcher.job_log import job_ids, live_jobs, read_jobs
 from launcher.known_runs import remember
@@ -237,13 +239,14 @@ def _train(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     while True:
+        before = sizes(run.logs)
         trainer = _start_ranks(config, run, how, starter)
         if group is not None and group.process is None:
             group.start()
         killed = _watch(trainer, run, group, interrupts, starter, tell_new, console)
         why = run.read_state().get("again")
         if not why:
-            return _outcome(run, trainer.returncode or 0, killed, interrupts, starter, console)
+            return _outcome(run, trainer.returncode or 0, killed, interrupts, starter, console, before)
         if interrupts.count:
             console.print(f"stopped ({why}); the same command goes on", markup=False)
             return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
@@ -261,8 +264,7 @@ def _train(
 def _start_ranks(config: Config, run: RunDir, how: Resume, starter: Starter) -> Started:
     given = run.path / "train-config.yaml"  # config.yaml itself is the trainer's to write, once it holds the lock
     with _once_free(run, starter):  # rank 0 of an earlier start may still be dying
-        state = {"exit_code": None, "failure": None, "again": None, "steps": config.steps}
-        run.write_state("pending", **state, job=current_job())
+        run.start_afresh("pending", steps=config.steps, job=current_job())
         write_atomic(given, dump_config(config))
     flags = [*(["--extend"] if how.extend else []), *(["--force-resume"] if how.force else [])]
     return starter.train([*flags, str(given)], run.logs)
@@ -332,35 +334,46 @@ def _watch(
 
 
 def _outcome(
-    run: RunDir, returncode: int, killed: str, interrupts: Interrupts, starter: Starter, console: Console
+    run: RunDir,
+    returncode: int,
+    killed: str,
+    interrupts: Interrupts,
+    starter: Starter,
+    console: Console,
+    before: dict[str, int],
 ) -> int:
     state = run.read_state()
     code = state.get("exit_code")
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
-        how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
+        rank, words = first_to_end(run.logs, before, "train")
         with _once_free(run, starter):  # held by another trainer, which was quicker: the state is its own
-            told = f"the training ranks ended without a word ({starter.name}: {how})"
+            told = f"the training ranks {without_a_word(f'{starter.name}: {how_ended(returncode)}', words)}"
             if killed:
-                told = f"the training ranks were killed {killed}, before their checkpoint was whole"
-            _fail(run, code, told, console)
+                rank, told = None, f"the training ranks were killed {killed}, before their checkpoint was whole"
+            elif rank is not None:
+                told = without_a_word(words)
+            _fail(run, code, told, console, rank)
         if code == EXIT_FAILED and returncode > 0:
             console.print(last_lines(run.logs / starter.training_log), markup=False)
         return int(code)
     failure = state.get("failure")
     if failure:
-        rank, said = f"rank {failure['rank']}", failure["error"]
-        console.print(f"error: {said if said.startswith(rank) else f'{rank}: {said}'}", markup=False)
-        console.print(f"its log: {run.logs / ('rank-' + str(failure['rank']) + '.log')}", markup=False)
+        rank, said = failure["rank"], failure["error"]
+        who = "" if rank is None or said.startswith(f"rank {rank}") else f"rank {rank}: "
+        console.print(f"error: {who}{said}", markup=False)
+        if rank is not None:
+            console.print(f"its log: {run.logs / f'rank-{rank}.log'}", markup=False)
     elif code != EXIT_DONE:
         console.print(f"stopped at step {state.get('step')} with a checkpoint; the same command goes on", markup=False)
     return int(code)
 
 
-def _fail(run: RunDir, code: int, told: str, console: Console) -> None:
-    run.add_event("failed", told)
-    console.print(f"error: {told}; the same command goes on from the last checkpoint", markup=False)
-    if not run.record_failure(code, None, told):
+def _fail(run: RunDir, code: int, told: str, console: Console, rank: int | None = None) -> None:
+    run.add_event("failed", told, rank=rank)
+    who = "" if rank is None else f"rank {rank}: "
+    console.print(f"error: {who}{told}; the same command goes on from the last checkpoint", markup=False)
+    if not run.record_failure(code, rank, told):
         console.print(f"error: {run.state} cannot be written", markup=False)
 
 

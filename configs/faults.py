@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
-# On the way of a rank: `early`, before it imports torch; `joined` its rank-group.
+# On the way of a rank: `early`, before it imports torch, of an evaluator `scoring`; `joined` its rank-group.
 # The phases of a save, in their order. The first three are for every rank (`unsynced` once a file, so perhaps never);
 # the others for rank 0.
 SAVE_POINTS = ("copied", "unsynced", "written", "told", "hashed", "renamed", "thinned")

@@ -11,9 +11,9 @@ MOST = 400  # characters of a reason
 
 # What a rank meets when another one has ended: of gloo, NCCL, the store and torch's agent. Never a cause.
 _FOLLOWS = re.compile(
-    r"by peer|[Bb]roken pipe|[Cc]onnection (was )?(closed|refused|aborted)|[Tt]imed out (waiting|after)|operation timeout|aborted communicator"
-    r"|NCCL communicator was aborted|remote process exited|another rank has (ended|failed)|signal 15\b"
-    r"|recv(Value|Bytes|Vector)? failed|failed to (recv|send)|Socket closed"
+    r"by peer|[Bb]roken pipe|[Cc]onnection (was )?(closed|refused|aborted)|[Tt]imed out (waiting|after)"
+    r"|operation timeout|(aborted communicator|communicator was aborted)|remote process exited|Socket closed"
+    r"|recv(Value|Bytes|Vector)? failed|failed to (recv|send)|another rank has (ended|failed)|signal 15\b"
 )
 _SIGNS = (  # of an end that nobody caught: the first kind that is found counts, and of it the last
     re.compile(r"^(?P<said>terminate called .*(?:\n\s+what\(\): .*)?)", re.MULTILINE),

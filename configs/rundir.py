@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from configs.errors import EXIT_FAILED, DataError, VernierError
 from configs.last_words import follows_another
+from configs.script_ends import script_end
 from configs.whole import MANIFEST, read_json, write_atomic
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "failed"]
@@ -134,36 +135,10 @@ class RunDir:
         except (DataError, TypeError, ValueError):
             found = {}
         if found.get("state") in ("pending", "requeued"):
-            told = self.script_end("train", found.get("job"))
+            told = script_end(self.path, "train", found.get("job"))
             if told is not None:
                 return {**found, "state": "failed", "exit_code": EXIT_FAILED, "failure": {"rank": None, **told}}
         return found
-
-    def script_end(self, component: str, job: Any) -> dict[str, Any] | None:
-        """(error, time, log) of a job's script that ended before its ranks; None where it did not.
-
-        The scripts of a sweep's tasks leave it in the sweep's own folder.
-        """
-        for folder in (self.path, self.path.parent):
-            file = folder / "jobs" / f"{component}-{job}.failed"
-            with suppress(OSError):
-                words, when = file.read_text(errors="replace"), file.stat().st_mtime
-                log = next((folder / "logs").glob(f"slurm-{component}*-{job}.out"), None)
-                named = {"log": os.path.relpath(log, self.logs)} if log else {}
-                return {"error": " ".join(words.split()), "time": when, **named}
-        return None
-
-    def note_script_end(self, component: str, job: str, why: str | None) -> None:
-        """Says why a job's script ends before its ranks, as it does itself where it has no Python; None: it does not.
-
-        Nothing is said where that cannot be written.
-        """
-        with suppress(OSError):
-            for folder in (self.scripts, self.path.parent / "jobs"):
-                if why is None:
-                    (folder / f"{component}-{job}.failed").unlink(missing_ok=True)
-                elif folder.is_dir():
-                    return write_atomic(folder / f"{component}-{job}.failed", f"{why}\n")
 
     def start_afresh(self, state: State, **facts: Any) -> None:
         """Writes a state without what an earlier start has left in it: for whoever starts ranks, before they are there.
@@ -223,7 +198,7 @@ class RunDir:
         log: str | None = None,
         unsaid: bool = False,
     ) -> bool:
-        """Says that the run has failed, unless a failure stands there already: the first with a cause of its own counts.
+        """Says that the run has failed, unless a failure stands there: the first with a cause of its own counts.
 
         Args:
             begun: this attempt's state is there, so that a wish to be started again is its own; that counts more.
@@ -242,7 +217,7 @@ class RunDir:
 
         def failed(before: dict[str, Any]) -> dict[str, Any] | None:
             there = before.get("failure")
-            if _is_recent(there, since):
+            if isinstance(there, dict) and _is_recent(there, since):
                 return {**before, **now} if there.get("follows") and not follows else None
             if begun and before.get("again"):
                 return None

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             config = resolve(load_config(asked.config, asked.overrides))
             log_to_file(RunDir(config.run_dir).logs / log_name(asked, rank))
             logged = True
-            reached("early")
+            reached("scoring")
             watch_run(config)
         elif asked.models and asked.reference:
             if asked.log_dir:

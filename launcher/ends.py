@@ -36,5 +36,7 @@ def first_to_end(logs: Path, before: dict[str, int], component: str) -> tuple[in
             own = logs / f"{'eval-' if scoring else ''}rank-{rank}.log"
             words = "" if ": " in how else last_words(own, before.get(own.name, 0))  # the agent has read it
             return rank, f"{how}{f': {words}' if words else ''}"
-    words = (last_words(path, before.get(path.name, 0)) or last_line(path, before.get(path.name, 0)) for path in starters)
-    return None, next((one for one in words if one), "")
+    said = (
+        last_words(path, before.get(path.name, 0)) or last_line(path, before.get(path.name, 0)) for path in starters
+    )
+    return None, next((one for one in said if one), "")

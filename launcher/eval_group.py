@@ -72,7 +72,9 @@ class EvalGroup:
         self.deaths = 1 if progress else self.deaths + 1
         if self.deaths > EVAL_RESTARTS:
             self.given_up = True
-            told = f"the evaluator died {self.deaths} times without scoring anything ({how}); training goes on without it"
+            told = (
+                f"the evaluator died {self.deaths} times without scoring anything ({how}); training goes on without it"
+            )
         else:
             self.next_start = time.monotonic() + min(30.0, 0.5 * 2**self.deaths)
             told = f"the evaluator died ({how}); it is started again"

@@ -19,6 +19,7 @@ from configs.load import load_config
 from configs.rundir import RunDir
 from configs.scheduler import current_job, is_active
 from configs.schema import Config
+from configs.script_ends import note_script_end
 from launcher.ends import first_to_end, sizes, without_a_word
 from launcher.job_facts import jobs_of
 from launcher.job_log import add_job, read_jobs
@@ -65,11 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
             return EXIT_DONE
         run = RunDir(asked.run)
         if asked.verb == "begin":
-            run.note_script_end(asked.component, str(current_job()), None)  # of an earlier turn of this job
+            note_script_end(run.path, asked.component, str(current_job()), None)  # of an earlier turn of this job
             try:
                 return begin(run, asked.component)
             except VernierError as error:
-                run.note_script_end(asked.component, str(current_job()), str(error))
+                note_script_end(run.path, asked.component, str(current_job()), str(error))
                 raise
         if asked.verb == "next":
             return after_ranks(run, asked.component, asked.code, asked.signal)
@@ -180,7 +181,8 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
         print("the ranks were ended from outside before their last word")
         return EXIT_FAILED
     failure = state.get("failure") or {}
-    if not signal and (said is None and state.get("state") == "pending" or said == EXIT_FAILED and failure.get("early")):
+    early = state.get("state") == "pending" if said is None else said == EXIT_FAILED and bool(failure.get("early"))
+    if early and not signal:
         who = "" if failure.get("rank") is None else f"rank {failure['rank']}: "
         why = f"no rank has started ({who}{failure['error']})" if failure else _no_start(run, code)
         return _start_again(run, component, why, most=NO_START, pause_s=10.0)

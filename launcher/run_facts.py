@@ -19,6 +19,7 @@ import yaml
 
 from configs.errors import DataError
 from configs.rundir import RunDir, is_locked
+from configs.script_ends import script_end
 from configs.whole import read_json
 from launcher.board import live_board
 from launcher.job_facts import UNKNOWN, RunJobs, Told, is_active, jobs_of, standing_in_queue
@@ -178,7 +179,7 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
     if words == WITH_CHECKPOINT and (to_lose or not whole):
         words = "stopped before a checkpoint of its last steps" if whole else "stopped before its first checkpoint"
     for job in jobs.jobs:
-        told = run.script_end("eval", job["job"]) if job["component"] == "eval" else None
+        told = script_end(run.path, "eval", job["job"]) if job["component"] == "eval" else None
         notes += [f"the evaluator's job {job['job']}: {told['error']}"] if told else []
     if word == "running":
         notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]

@@ -26,8 +26,10 @@ PYTHON = ".venv/bin/python"  # which `make setup` makes
 TRIES = 20
 OF_THIS_MACHINE = re.compile(r".*_(HOME|DIR|CACHE|PATH|FILE|IFNAME)")  # variables that mean nothing elsewhere
 STORES = re.compile(r"[a-z0-9]+://")
-SETUP_FAILS = '''trap 'code=$?; [ -n "${BASH_SOURCE[1]-}" ] || ''' \
-    '''{ echo "error: site profile: $BASH_COMMAND: exit code $code" >&2; exit 1; }' ERR'''
+SETUP_FAILS = (
+    """trap 'code=$?; [ -n "${BASH_SOURCE[1]-}" ] || """
+    """{ echo "error: site profile: $BASH_COMMAND: exit code $code" >&2; exit 1; }' ERR"""
+)
 STATE = "import json, sys; s = json.load(open(sys.argv[1])); print('again' if s.get('again') else s.get('exit_code'))"
 
 

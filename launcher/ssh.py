@@ -35,8 +35,10 @@ CONNECTION = (
 )
 PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
 # A line of the site's set-up that fails ends what it prepares, with that line; not one inside of a file it reads.
-FAILS = '''trap 'code=$?; [ -n "${BASH_SOURCE[0]-}" ] || { echo "error: site profile: $BASH_COMMAND: ''' \
-    '''exit code $code" >&2; exit 1; }' ERR'''
+FAILS = (
+    """trap 'code=$?; [ -n "${BASH_SOURCE[0]-}" ] || { echo "error: site profile: $BASH_COMMAND: """
+    """exit code $code" >&2; exit 1; }' ERR"""
+)
 LONE_S = 30.0  # for the other hosts' torchruns to end after one has failed
 
 

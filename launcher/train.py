@@ -7,15 +7,12 @@ and never ends training. The exit code is what `state.json` says, since torchrun
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -43,6 +40,7 @@ from launcher.processes import (
     divided,
     last_lines,
 )
+from launcher.run_scores import print_scores
 from launcher.scored import unscored
 from trainer.lock import FRESH_S, check_free, kept_free, sole_starter
 from trainer.stop import ONE_WISH_S
@@ -183,7 +181,7 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
         if group is not None:
             group.end()
     if code == EXIT_DONE and config.eval.placement != "none":
-        _print_scores(run, console)
+        print_scores(run)
     return code
 
 
@@ -403,29 +401,3 @@ def _wait_for_scores(group: EvalGroup, run: RunDir, interrupts: Interrupts, *, w
         console.print(f"error: {left} snapshots could not be scored; see {run.logs / 'eval-rank-0.log'}", markup=False)
         return EXIT_FAILED
     return EXIT_DONE
-
-
-def _print_scores(run: RunDir, console: Console) -> None:
-    from eval.along import compare_run
-    from launcher.compare import print_run_table
-
-    if not any(run.losses.glob("*/step-*.parquet")):
-        return
-    out = Console(highlight=False)
-    print_run_table(compare_run(run.path), out)
-    out.print(f"\nrun        {_shown(run.path)}", markup=False, soft_wrap=True)
-    out.print(f"snapshots  {_shown(run.snapshots)}", markup=False, soft_wrap=True)
-    out.print(f"losses     {_shown(run.losses)}", markup=False, soft_wrap=True)
-    out.print(f"watch it   {_command()} board {_shown(run.path)}", markup=False, soft_wrap=True)
-
-
-def _shown(path: Path) -> str:
-    """A path as one would type it here, quoted for a shell."""
-    inside = path.is_relative_to(Path.cwd())
-    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
-
-
-def _command() -> str:
-    """How one would type `vernier` here: after `make demo` the environment is not active."""
-    own = Path(sys.executable).with_name("vernier")
-    return _shown(own) if shutil.which("vernier") is None and own.is_file() else "vernier"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from configs.errors import EXIT_FAILED
 from configs.last_words import first_end, last_line, last_words, size_of
+from configs.rundir import RunDir
 
 
 def without_a_word(how: str, words: str = "") -> str:
@@ -40,3 +42,12 @@ def first_to_end(logs: Path, before: dict[str, int], component: str) -> tuple[in
         last_words(path, before.get(path.name, 0)) or last_line(path, before.get(path.name, 0)) for path in starters
     )
     return None, next((one for one in said if one), "")
+
+
+def name_the_cause(run: RunDir, before: dict[str, int]) -> None:
+    """Where the run's failure only followed from another rank's end, puts that there, as the starter's log tells it."""
+    if not (run.read_state().get("failure") or {}).get("follows"):
+        return
+    rank, words = first_to_end(run.logs, before, "train")
+    if rank is not None:
+        run.record_failure(EXIT_FAILED, rank, without_a_word(words))

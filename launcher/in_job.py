@@ -20,7 +20,7 @@ from configs.rundir import RunDir
 from configs.scheduler import current_job, is_active
 from configs.schema import Config
 from configs.script_ends import note_script_end
-from launcher.ends import first_to_end, sizes, without_a_word
+from launcher.ends import first_to_end, name_the_cause, sizes, without_a_word
 from launcher.job_facts import jobs_of
 from launcher.job_log import add_job, read_jobs
 from launcher.processes import last_lines
@@ -172,6 +172,7 @@ def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
 
 def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
     component = "train"
+    name_the_cause(run, _logs_before(run, component))
     state = run.read_state()
     said = state.get("exit_code")
     why = state.get("again")

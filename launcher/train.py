@@ -26,7 +26,7 @@ from configs.scheduler import current_job
 from configs.schema import Config
 from configs.whole import write_atomic
 from launcher.agent import one_thread
-from launcher.ends import first_to_end, sizes, without_a_word
+from launcher.ends import first_to_end, name_the_cause, sizes, without_a_word
 from launcher.eval_group import EvalGroup
 from launcher.job_log import job_ids, live_jobs, read_jobs
 from launcher.known_runs import remember
@@ -340,6 +340,7 @@ def _outcome(
     console: Console,
     before: dict[str, int],
 ) -> int:
+    name_the_cause(run, before)
     state = run.read_state()
     code = state.get("exit_code")
     if code is None:  # killed before its last word

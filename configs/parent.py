@@ -15,6 +15,16 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STARTERS = (b"launcher.agent", b"torch.distributed.run", b"torchrun", b"mpirun", b"orted", b"prted")  # of ranks
 
 
+def began(pid: int) -> float:
+    """When a process began, in seconds since the epoch by this machine's clock; now where that cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat, open("/proc/uptime") as uptime:
+            ticks = int(stat.read().rpartition(")")[2].split()[19])  # proc(5): starttime, the 22nd
+            return time.time() - float(uptime.read().split()[0]) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
 def kill_with_parent() -> None:
     """Has the kernel kill this process when its parent does (Linux; kept over exec)."""
     if sys.platform == "linux":

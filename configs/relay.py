@@ -1,16 +1,17 @@
-"""What ranks say to people where no terminal can be lent to them (behind mpirun, on other machines): lines with a mark
-in the log that catches all their output, which `vernier` passes on."""
+"""Where ranks talk to people, and their logs. Where no terminal can be lent to them (behind mpirun, on other machines)
+they say it in lines with a mark in the log that catches all their output, which `vernier` passes on."""
 
 from __future__ import annotations
 
 import io
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO, cast
 
-from configs.files import open_to_read
-from configs.terminal import VARIABLE
+from configs.files import open_to_read, open_to_write
+from configs.terminal import VARIABLE, lent_terminal, open_streams, open_terminal, people_descriptor
 
 MARK = "vernier> "
 
@@ -39,10 +40,34 @@ def ask_for_marks(environment: dict[str, str]) -> None:
 
 
 def marked_terminal() -> TextIO | None:
-    """The stream to talk to people on, where `vernier` has asked for marks; it goes where stderr does now."""
+    """The stream to talk to people on, where `vernier` has asked for marks; it goes where stderr does."""
     if os.environ.get(VARIABLE) != "marked":
         return None
-    return cast(TextIO, _Marked(os.dup(2)))
+    return cast(TextIO, _Marked(os.dup(people_descriptor())))
+
+
+def stream_to_people() -> TextIO:
+    """Where a rank talks to people: the terminal it was lent, else stderr, which may be its log's by now."""
+    stream = lent_terminal() or marked_terminal()
+    if stream is not None:
+        return stream
+    return open_terminal(people_descriptor(), sys.stderr.encoding or "utf-8")
+
+
+def log_to_file(path: Path) -> None:
+    """Sends this process's stdout and stderr, its libraries' too, to `path`.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = open_to_write(path, os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    open_streams(log=True)
 
 
 class Relay:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from configs.errors import DataError, VernierError
+from configs.errors import EXIT_FAILED, DataError, VernierError
 from configs.files import open_to_read, open_to_write, read_bytes
 from configs.json_lines import append_line as append_line
 from configs.json_lines import read_jsonl as read_jsonl
 from configs.json_lines import wait_for_flock
+from configs.last_words import follows_another
+from configs.script_ends import script_end
 from configs.seal import parsed, sealed
 from configs.steps import step_name as step_name  # for those who name what lies in a run
 from configs.steps import step_of as step_of
@@ -130,12 +132,50 @@ class RunDir:
     def read_state(self) -> dict[str, Any]:
         """`state.json`; empty where the run has none, or a damaged one: nothing is believed of that, see `check_state`.
 
-        What a run goes on from are its checkpoints, and these do not hang on it.
+        What a run goes on from are its checkpoints, and these do not hang on it. Where a job's script has ended before
+        it had Python to say so (`jobs/train-JOB.failed`), that is its state.
         """
         try:
-            return self._state()
+            found = self._state()
         except DataError:
             return {}
+        if found.get("state") in ("pending", "requeued"):
+            told = script_end(self.path, "train", found.get("job"))
+            if told is not None:
+                return {**found, "state": "failed", "exit_code": EXIT_FAILED, "failure": {"rank": None, **told}}
+        return found
+
+    def start_afresh(self, state: State, **facts: Any) -> None:
+        """Writes a state without what an earlier start has left in it: for whoever starts ranks, before they are there.
+
+        Raises:
+            VernierError: it could not be written.
+        """
+        self.write_state(state, exit_code=None, failure=None, again=None, **facts)
+
+    def take_up(self, state: State | None, *, since: float, **facts: Any) -> bool:
+        """As a rank: writes a state, and clears what was left in it from before `since` (seconds since the epoch).
+
+        Returns:
+            False, with nothing written, where another rank of this start has failed already.
+
+        Raises:
+            VernierError: it could not be written.
+        """
+        good = True
+
+        def taken(before: dict[str, Any]) -> dict[str, Any] | None:
+            nonlocal good
+            good = not _is_recent(before.get("failure"), since)
+            named = {"state": state} if state else {}
+            cleared = {"exit_code": None, "failure": None, "again": None}
+            return {**before, **named, **cleared, **facts} if good else None
+
+        try:
+            self._change_state(taken, durable=True)
+        except OSError as error:
+            raise VernierError(f"{self.state}: {state!r} cannot be written ({error.strerror})") from None
+        return good
 
     def check_state(self) -> None:
         """Refuses a `state.json` that is damaged; not one that a power cut has left empty, which the run will mend.
@@ -197,21 +237,45 @@ class RunDir:
             if state is not None:
                 raise VernierError(f"{self.state}: {state!r} cannot be written ({error.strerror})") from None
 
-    def record_failure(self, code: int, rank: int | None, error: str, *, begun: bool = False) -> bool:
-        """Says that the run has failed, unless a failure stands there already: the first counts.
+    def record_failure(
+        self,
+        code: int,
+        rank: int | None,
+        error: str,
+        *,
+        begun: bool = False,
+        since: float = 0.0,
+        log: str | None = None,
+        unsaid: bool = False,
+    ) -> bool:
+        """Says that the run has failed, unless a failure stands there: the first with a cause of its own counts.
 
         Args:
             begun: this attempt's state is there, so that a wish to be started again is its own; that counts more.
+            since: when this start began, in seconds since the epoch; a failure from before is none of it.
+            log: file in `logs` that tells more; default the rank's.
+            unsaid: only where this start has not said its last word (stopped, to be started again).
 
         Returns:
             False where it could not be written.
         """
+        follows = follows_another(error)
         failure = {"rank": rank, "error": error, "time": time.time()}
-        now = {"state": "failed", "exit_code": code, "failure": failure}
+        failure |= {"log": log} if log else {}
+        failure |= {"follows": True} if follows else {}  # from another rank's end
+        now = {"state": "failed", "exit_code": code, "failure": failure, "again": None}
 
         def failed(before: dict[str, Any]) -> dict[str, Any] | None:
-            told = before.get("failure") or (begun and before.get("again"))
-            return None if told else {**before, **now}
+            there = before.get("failure")
+            if isinstance(there, dict) and _is_recent(there, since):
+                return {**before, **now} if there.get("follows") and not follows else None
+            if begun and before.get("again"):
+                return None
+            said = before.get("exit_code") is not None or before.get("again")
+            if unsaid and said and float(before.get("heartbeat") or 0) >= since:
+                return None
+            early = {"failure": {**failure, "early": True}} if before.get("state") == "pending" else {}
+            return {**before, **now, **early}
 
         try:
             self._change_state(failed, durable=True)
@@ -308,6 +372,10 @@ class RunDir:
     def read_events(self) -> list[dict[str, Any]]:
         """All whole lines of `events.jsonl`; one that a full disk has cut is passed over."""
         return read_jsonl(self.events, strict=False)
+
+
+def _is_recent(failure: Any, since: float) -> bool:
+    return isinstance(failure, dict) and float(failure.get("time") or 0) >= since
 
 
 def is_locked(path: Path) -> bool:

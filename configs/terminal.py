@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `vernier --help` must not wait for it
     from rich.console import Console
     from rich.segment import Segment
 
+BESIDE = "VERNIER_STDERR"  # number of the stream that stderr was, where stderr is a rank's log from its first byte
 VARIABLE, ENCODING = "VERNIER_TERMINAL", "VERNIER_TERMINAL_ENCODING"
 SHOWABLE = "vernier.showable"  # what to do with characters that an encoding has not, as codecs name it
 # Signs that numbers are read by, and that not every terminal has.
@@ -151,6 +152,12 @@ def is_lent(environment: dict[str, str]) -> bool:
 def is_supervised() -> bool:
     """Whether a `vernier` started this process and watches over it."""
     return VARIABLE in os.environ
+
+
+def people_descriptor() -> int:
+    """The number of the stream that stderr is, or was before the agent made that this rank's log."""
+    told = os.environ.get(BESIDE, "")
+    return int(told) if told.isdigit() else 2
 
 
 def lent_terminal() -> TextIO | None:

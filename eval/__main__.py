@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import EXIT_FAILED, ConfigError, VernierError
-from configs.load import load_config, resolve
+from configs.faults import reached
+from configs.load import load_config, resolve, with_absolute_paths
 from configs.parent import die_with_parent, end_at_once
+from configs.relay import log_to_file, stream_to_people
 from configs.rundir import RunDir
 from configs.terminal import open_streams, tell
 from configs.whole import write_atomic
@@ -47,26 +49,46 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def log_name(asked: argparse.Namespace, rank: object) -> str:
+    """What the log of a rank is called."""
+    return f"{'' if asked.config is None else 'eval-'}rank-{rank}.log"
+
+
+def logs_of(arguments: list[str]) -> str | None:
+    """Path of the logs of ranks with these arguments, if they have any; {rank} stands for the rank.
+
+    Raises:
+        VernierError: the settings are no settings.
+    """
+    asked = parse(arguments)
+    folder = asked.log_dir
+    if asked.config is not None:
+        folder = RunDir(with_absolute_paths(load_config(asked.config, asked.overrides)).run_dir).logs
+    return None if folder is None else str(folder / log_name(asked, "{rank}"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; gives the exit code."""
     die_with_parent()
     open_streams()
     asked = parse(sys.argv[1:] if arguments is None else arguments)
-    # torch is imported from here on, once the command line is known to be good
+    # torch is imported from here on, once the command line is known to be good and the log is open
     from eval.rank_environment import this_rank
-    from eval.ranks import log_to_file
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for training; the evaluator ends when told or done
-    rank, console = 0, sys.stderr
+    rank, console, logged = 0, stream_to_people(), False
     try:
         rank = this_rank().rank
         if asked.config is not None:
             config = resolve(load_config(asked.config, asked.overrides))
-            console = log_to_file(RunDir(config.run_dir).logs / f"eval-rank-{rank}.log")
+            log_to_file(RunDir(config.run_dir).logs / log_name(asked, rank))
+            logged = True
+            reached("scoring")
             watch_run(config)
         elif asked.models and asked.reference:
             if asked.log_dir:
-                console = log_to_file(asked.log_dir / f"rank-{rank}.log")
+                log_to_file(asked.log_dir / log_name(asked, rank))
+                logged = True
             score_directories(asked, console)
         else:
             raise ConfigError("eval: give CONFIG, or --models with --reference")
@@ -76,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         said = str(error) if ours else f"rank {rank}: {type(error).__name__}: {error}"
         if not ours:
             traceback.print_exc()  # into the log
+        elif logged:
+            print(f"error: {said}", file=sys.stderr)
         if asked.log_dir:  # torchrun turns every exit code into 1; `vernier eval` reads this
             # A fault that is not ours to name may be another rank's death, and scoring can go on.
             kind = "error" if ours else "fault"

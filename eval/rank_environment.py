@@ -16,10 +16,14 @@ from functools import cache
 from typing import Any
 
 from configs.errors import VernierError
+from configs.parent import began
+from configs.terminal import is_supervised
 
 PORT = "29500"  # torchrun's own default, for platforms that give a job machines of its own
 SLURM_PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
 SCONTROL_S = 20.0
+WORDS = 512  # bytes that a rank tells the others by MPI: a host's name, an address
+CLOCK_S = 0.05  # to which a process's start is known
 
 
 @dataclass(frozen=True)
@@ -265,20 +269,29 @@ def _mpi_place(told: Told) -> tuple[str, str, str]:
             f"rank {told.rank}: the launcher says {told.world} ranks, MPI {communicator.size}; "
             "is mpi4py built for the MPI whose mpirun started it?"
         )
-    hosts = communicator.allgather(socket.gethostname())
-    own = communicator.rank == 0
-    place = ("", "", "")
+    hosts = _told_to_all(communicator, socket.gethostname())
+    port = ""
     if len(set(hosts)) == 1:
         address = "127.0.0.1"
     else:  # as others see it: on its own machine a host's name often means loopback
-        seen = communicator.allgather("" if hosts[communicator.rank] == hosts[0] else _address_of(hosts[0]))
+        own_view = "" if hosts[communicator.rank] == hosts[0] else _address_of(hosts[0])
+        seen = _told_to_all(communicator, own_view)
         address = next((one for one in seen if one and not one.startswith("127.")), "") or outward_address()
-    if own:
+    if communicator.rank == 0:
         with socket.socket() as probe:
             probe.bind((address if address.startswith("127.") else "", 0))
-            place = (address, str(probe.getsockname()[1]), "MPI")
-    address, port, source = communicator.bcast(place, root=0)
-    return address, port, source
+            port = str(probe.getsockname()[1])
+    address, port = _told_to_all(communicator, f"{address} {port}")[0].split()
+    return address, port, "MPI"
+
+
+def _told_to_all(communicator: Any, words: str) -> list[str]:
+    """What each rank says, on every rank, by buffers: mpi4py's lower-case methods unpickle what comes."""
+    own = bytearray(words.encode()[:WORDS].ljust(WORDS, b"\0"))
+    heard = bytearray(WORDS * communicator.size)
+    communicator.Allgather(own, heard)
+    pieces = (heard[at : at + WORDS] for at in range(0, len(heard), WORDS))
+    return [bytes(piece).rstrip(b"\0").decode(errors="replace") for piece in pieces]
 
 
 def _address_of(host: str) -> str:
@@ -313,6 +326,17 @@ def forget() -> None:
     """Has this process ask anew: it was forked, and is another rank than its parent was."""
     this_rank.cache_clear()
     meet.cache_clear()
+
+
+def start_began() -> float:
+    """When this rank-group was started, in seconds since the epoch: what a run's state says from before is not of it.
+
+    0 where whoever started it has cleared that: `vernier`, or a job's script.
+    """
+    if is_supervised():
+        return 0.0
+    alone = this_rank().by not in ("torchrun", "mpirun", "srun")  # else they have one parent, the starter
+    return began(os.getpid() if alone else os.getppid()) - CLOCK_S
 
 
 def environment_ranks() -> tuple[int, int, int]:

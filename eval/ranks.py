@@ -1,4 +1,4 @@
-"""The rank-group: who this process is among its peers, its threads, its process group, its log.
+"""The rank-group: who this process is among its peers, its threads, its process group.
 
 Used by training and scoring alike. Nothing here knows what the ranks do.
 """
@@ -10,16 +10,13 @@ import random
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from configs.errors import VernierError
-from configs.files import open_to_write
-from configs.relay import marked_terminal
-from configs.terminal import lent_terminal, open_streams, open_terminal
+from configs.last_words import shortened
 from eval.rank_environment import environment_ranks, load_mpi, local_world_size, meet, this_rank
 
 WORDS = 512  # bytes that a rank may use to say what it found
@@ -47,7 +44,7 @@ class Ranks:
     def broadcast_int(self, value: int) -> int:
         """Rank 0's number, on every rank."""
         if self.mpi is not None:
-            return int(self.mpi.bcast(value, root=0))
+            return int(self.broadcast(torch.tensor([value], dtype=torch.int64)).item())
         box = torch.tensor([value], dtype=torch.int64)
         dist.broadcast(box, src=0, group=self.control)
         return int(box.item())
@@ -81,34 +78,32 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for every rank, on the CPU."""
         if self.mpi is not None:
-            self.mpi.barrier()
+            self.mpi.Barrier()
             return
         dist.all_reduce(torch.zeros(1), group=self.control)
 
     def agree(self, good: bool) -> bool:
         """Whether `good` holds on every rank."""
-        if self.mpi is not None:
-            return all(self.mpi.allgather(good))
         return self.total(int(not good)) == 0
 
     def total(self, value: int) -> int:
         """The sum of a number over ranks."""
         if self.mpi is not None:
-            return int(self.mpi.allreduce(value))
+            return int(self.sum(torch.tensor([value], dtype=torch.int64)).item())
         box = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(box, group=self.control)
         return int(box.item())
 
     def first_words(self, words: str) -> tuple[int, str]:
         """(rank, what it says) of the lowest rank that says anything, on every rank; (-1, "") where none does."""
+        rows = torch.zeros(self.world, WORDS, dtype=torch.int32)
+        said = words.encode()[:WORDS]
+        rows[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.int32)
         if self.mpi is not None:
-            heard = self.mpi.allgather(words)
+            rows = self.sum(rows)
         else:
-            rows = torch.zeros(self.world, WORDS, dtype=torch.int32)
-            said = words.encode()[:WORDS]
-            rows[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.int32)
             dist.all_reduce(rows, group=self.control)
-            heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.tolist()]
+        heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.tolist()]
         return next(((rank, one) for rank, one in enumerate(heard) if one), (-1, ""))
 
 
@@ -167,7 +162,7 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
         else:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError, dist.DistError) as error:
-        raise VernierError(f"rank {rank} of {world}: could not join its rank-group: {error}") from error
+        raise VernierError(f"rank {rank} of {world}: could not join its rank-group: {shortened(str(error))}") from error
     # An idle evaluator waits in a broadcast for as long as training takes.
     control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     return Ranks(rank, world, local_rank, device, control)
@@ -189,19 +184,3 @@ def leave() -> None:
         dist.destroy_process_group()
     if "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].Finalize()
-
-
-def log_to_file(path: Path) -> TextIO:
-    """Sends this process's stdout and stderr, its libraries' too, to `path`; gives the stream to talk to people on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    console = lent_terminal() or marked_terminal()
-    if console is None:
-        console = open_terminal(2, sys.stderr.encoding or "utf-8")
-    log = open_to_write(path, os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    open_streams(log=True)
-    return console

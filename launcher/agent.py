@@ -25,13 +25,16 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from configs.errors import VernierError
 from configs.own import put_first_for_children
 from configs.parent import end_at_once
-from configs.terminal import open_streams
+from configs.relay import log_to_file
+from configs.terminal import BESIDE, open_streams
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # without a handler the last two would kill the agent itself
 LOOPBACK = "127.0.0.1"
 TERM_GRACE_S = 5.0
+PEOPLE = 9  # the number of the stream to people where a shell opens a rank's log; it has but ten
 # What a rank comes to import on its way, by the module that it runs; else each would import it for itself. (pyarrow
 # imports pandas wherever it is installed.)
 IMPORTED: dict[str, tuple[str, ...]] = {
@@ -139,11 +142,15 @@ def import_model(kind: str) -> None:
 
 
 def run(group: RankGroup) -> int:
-    """Starts the ranks of this node and waits for their end; gives 0 where all ended well, else 1."""
+    """Starts the ranks of this node and waits for their end; gives 0 where all ended well, else 1.
+
+    Where a rank of a training did not, and could not say why, the run's state says what its log ends with.
+    """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    from launcher.first_ends import FirstEnds, tell_ends
 
     why = why_not_fork() if group.start == "fork" else f"--start is {group.start}"
     if why:
@@ -153,18 +160,20 @@ def run(group: RankGroup) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in a line a rank
     scratch = tempfile.TemporaryDirectory(prefix="vernier-agent-")  # torch's own would stay
-    agent = LocalElasticAgent(
+    logs = logs_of(group)
+    agent = FirstEnds(
         WorkerSpec(
             role="default",
             local_world_size=group.nproc,
-            entrypoint=sys.executable if why else _rank,
-            args=("-u", "-m", group.module, *group.arguments) if why else (group.module, group.arguments),
+            entrypoint="/bin/sh" if why else _rank,
+            args=exec_rank(group, logs) if why else (group.module, group.arguments, logs),
             rdzv_handler=_meeting(group),
             max_restarts=0,
         ),
         logs_specs=DefaultLogsSpecs(log_dir=scratch.name),
         start_method="fork",
         shutdown_timeout=group.patience_s,
+        logs=logs,
     )
     try:
         with scratch:
@@ -174,18 +183,30 @@ def run(group: RankGroup) -> int:
         return 1
     if not result.is_failed():
         return 0
-    ends = {rank: (failure.pid, failure.exitcode) for rank, failure in result.failures.items()}
-    for rank, (pid, code) in sorted((_ends_of_forks(agent) | ends).items()):
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-        print(f"rank {rank} (pid {pid}): {how}", file=sys.stderr, flush=True)
+    tell_ends(group, agent)
     return 1
 
 
-def _ends_of_forks(agent: Any) -> dict[int, tuple[int, int]]:
-    """(pid, exit code) of each rank that did not end well. Of forks torch tells but one, not always the first."""
-    first = agent.get_worker_group().workers[0].global_rank
-    forks = getattr(getattr(agent._pcontext, "_pc", None), "processes", ())
-    return {first + place: (one.pid, one.exitcode) for place, one in enumerate(forks) if one.exitcode}
+def logs_of(group: RankGroup) -> str | None:
+    """Path of the logs of a group's ranks, {rank} for the rank; None where they have none, or none can be written."""
+    try:
+        tells = getattr(import_module(f"{group.module}.__main__"), "logs_of", None)
+        logs = tells(list(group.arguments)) if tells else None
+        if logs is not None:
+            Path(logs).parent.mkdir(parents=True, exist_ok=True)
+    except (VernierError, ImportError, OSError, SystemExit):  # each rank says it for itself
+        return None
+    return logs
+
+
+def exec_rank(group: RankGroup, logs: str | None) -> tuple[str, ...]:
+    """Arguments of the shell that makes a rank's log its output, as `_rank` does, and becomes the rank."""
+    python = (sys.executable, "-u", "-m", group.module, *group.arguments)
+    if logs is None:
+        return ("-c", 'exec "$@"', "sh", *python)
+    before, after = logs.split("{rank}")
+    opened = f'exec {PEOPLE}>&2 >>"$0$RANK$1" 2>&1 && shift && export {BESIDE}={PEOPLE} && exec "$@"'
+    return ("-c", opened, before, after, *python)
 
 
 def _meeting(group: RankGroup) -> Any:
@@ -203,10 +224,15 @@ def _meeting(group: RankGroup) -> Any:
     return meeting
 
 
-def _rank(module: str, arguments: tuple[str, ...]) -> None:
+def _rank(module: str, arguments: tuple[str, ...], logs: str | None) -> None:
     """A rank, in the process that torch's agent has forked for it."""
     from eval.rank_environment import forget
 
+    if logs is not None:
+        with suppress(OSError):  # a full disk, say; the rank says it
+            beside = os.dup(2)
+            log_to_file(Path(logs.replace("{rank}", os.environ["RANK"])))
+            os.environ[BESIDE] = str(beside)
     unheard()
     forget()
     setproctitle(f"vernier rank {os.environ['RANK']}: python -m {module} {' '.join(arguments)}")

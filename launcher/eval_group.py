@@ -7,11 +7,13 @@ import time
 from rich.console import Console
 
 from configs.errors import VernierError
+from configs.last_words import how_ended
 from configs.load import dump_config
 from configs.rundir import RunDir
 from configs.schema import Config
 from configs.whole import write_atomic
 from launcher.processes import Started, Starter, end
+from launcher.rank_ends import first_to_end, sizes
 from launcher.scored import loss_tables
 
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
@@ -26,11 +28,13 @@ class EvalGroup:
         self.deaths, self.next_start = 0, 0.0
         self.scored_at_death = -1
         self.given_up = False
+        self.before: dict[str, int] = {}  # bytes in the logs when it was started
 
     def start(self) -> None:
         given = self.run.path / "eval-config.yaml"
         if self.process is None:  # written once: its restart must not need room on the disk
             write_atomic(given, dump_config(self.config))
+        self.before = sizes(self.run.logs)
         self.process = self.starter.score([str(given)], self.run.logs)
 
     def look_after(self, *, training: bool) -> bool:
@@ -59,17 +63,23 @@ class EvalGroup:
             scored = len(loss_tables(self.run, self.config.reference_dir, self.config.eval.dtype))
         except VernierError:  # the reference set cannot be read at this moment
             scored = self.scored_at_death
+        rank, words = first_to_end(self.run.logs, self.before, "eval")
+        how = f"{self.starter.name}: {how_ended(code)}{f': {words}' if words else ''}"
+        if rank is not None:
+            how = f"rank {rank}: {words}"
         progress = scored > self.scored_at_death
         self.scored_at_death = scored
         self.deaths = 1 if progress else self.deaths + 1
         if self.deaths > EVAL_RESTARTS:
             self.given_up = True
-            told = f"the evaluator died {self.deaths} times without scoring anything; training goes on without it"
+            told = (
+                f"the evaluator died {self.deaths} times without scoring anything ({how}); training goes on without it"
+            )
         else:
             self.next_start = time.monotonic() + min(30.0, 0.5 * 2**self.deaths)
-            told = f"the evaluator died ({self.starter.name}'s exit code {code}); it is started again"
-        self.run.add_event("evaluator died", told, exit_code=code)
-        self.console.print(f"{told}; see {self.run.logs / 'eval-rank-0.log'}", markup=False)
+            told = f"the evaluator died ({how}); it is started again"
+        self.run.add_event("evaluator died", told, exit_code=code, rank=rank)
+        self.console.print(f"{told}; see {self.run.logs / f'eval-rank-{rank or 0}.log'}", markup=False)
 
     def end(self) -> None:
         if self.process is not None:

@@ -19,10 +19,12 @@ from configs.load import load_config
 from configs.rundir import RunDir
 from configs.scheduler import Life, current_job, life
 from configs.schema import Config
+from configs.script_ends import note_script_end
 from configs.terminal import open_streams, tell
 from launcher.job_facts import jobs_of
 from launcher.job_log import DAMAGED, add_job, read_jobs
 from launcher.processes import last_lines
+from launcher.rank_ends import first_to_end, name_the_cause, sizes, without_a_word
 from launcher.scored import can_be_scored
 
 AGAIN = 10  # start the ranks again, in this job
@@ -65,7 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
             return EXIT_DONE
         run = RunDir(asked.run)
         if asked.verb == "begin":
-            return begin(run, asked.component)
+            note_script_end(run.path, asked.component, str(current_job()), None)  # of an earlier turn of this job
+            try:
+                return begin(run, asked.component)
+            except VernierError as error:
+                note_script_end(run.path, asked.component, str(current_job()), str(error))
+                raise
         if asked.verb == "next":
             return after_ranks(run, asked.component, asked.code, asked.signal)
         named = {"job": asked.job, "after": current_job()} if asked.verb == "successor" else {"job": current_job()}
@@ -131,14 +138,14 @@ def begin(run: RunDir, component: str) -> int:
                     if jobs_of(read_jobs(run), {}).stop_asked:
                         return _asked_to_stop(run)
                     run.stop_request.unlink(missing_ok=True)
-                    state = {"exit_code": None, "failure": None, "again": None, "job_ended": None}
-                    run.write_state("pending", **state, steps=config.steps, job=job)
+                    run.start_afresh("pending", steps=config.steps, job=job, job_ended=None)
                 break
             except ConfigError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(2.0)
-    add_job(run, "started", component=component, backend="slurm", job=job, progress=progress, **where)
+    said = _sizes(run)
+    add_job(run, "started", component=component, backend="slurm", job=job, progress=progress, logs=said, **where)
     return EXIT_DONE
 
 
@@ -166,6 +173,7 @@ def after_ranks(run: RunDir, component: str, code: int, signal: str) -> int:
 
 def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
     component = "train"
+    name_the_cause(run, _logs_before(run, component))
     state = run.read_state()
     said = state.get("exit_code")
     why = state.get("again")
@@ -174,8 +182,11 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
     if said is None and signal == "TERM":  # cancelled, preempted, or a node was lost: Slurm itself knows what follows
         print("the ranks were ended from outside before their last word")
         return EXIT_FAILED
-    if said is None and not signal and state.get("state") == "pending":
-        why = f"no rank has started (srun: exit code {code})"
+    failure = state.get("failure") or {}
+    early = state.get("state") == "pending" if said is None else said == EXIT_FAILED and bool(failure.get("early"))
+    if early and not signal:
+        who = "" if failure.get("rank") is None else f"rank {failure['rank']}: "
+        why = f"no rank has started ({who}{failure['error']})" if failure else _no_start(run, code)
         return _start_again(run, component, why, most=NO_START, pause_s=10.0)
     if said is None and signal:
         said = EXIT_STOPPED  # killed at the time limit, before its checkpoint was whole: the last one is there
@@ -183,7 +194,9 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
         from trainer.lock import kept_free
 
         log = _newest_log(run, component)
-        told = f"the training ranks ended without a word (srun: exit code {code}); see {log or run.logs}"
+        rank, words = first_to_end(run.logs, _logs_before(run, component), component)
+        who = "the training ranks" if rank is None else f"rank {rank}"
+        told = f"{who} {without_a_word(f'srun: exit code {code}', words)}; see {log or run.logs}"
         if log is not None:
             print(last_lines(log))
         with kept_free(run, patience_s=DYING_S):  # else the state is that of another trainer
@@ -228,7 +241,26 @@ def _after_scoring(run: RunDir, config: Config, code: int, signal: str) -> int:
         return REQUEUE
     if code == EXIT_DONE or signal:
         return code
-    return _start_again(run, "eval", f"the evaluator died (srun: exit code {code})")
+    rank, words = first_to_end(run.logs, _logs_before(run, "eval"), "eval")
+    how = f"srun: exit code {code}{f': {words}' if words else ''}" if rank is None else f"rank {rank}: {words}"
+    return _start_again(run, "eval", f"the evaluator died ({how})")
+
+
+def _no_start(run: RunDir, code: int) -> str:
+    rank, words = first_to_end(run.logs, _logs_before(run, "train"), "train")
+    told = f"srun: exit code {code}" if rank is None else f"rank {rank}"
+    return f"no rank has started ({told}{f': {words}' if words else ''})"
+
+
+def _sizes(run: RunDir) -> dict[str, int]:
+    """Bytes in the logs of what starts ranks, of those before a start."""
+    return {name: size for name, size in sizes(run.logs).items() if "torchrun" in name}
+
+
+def _logs_before(run: RunDir, component: str) -> dict[str, int]:
+    kinds = ("started", "started again")
+    lines = (line for line in reversed(read_jobs(run)) if line.get("kind") in kinds)
+    return dict(next((line.get("logs") or {} for line in lines if line.get("component") == component), {}))
 
 
 def _training_is_gone(run: RunDir) -> bool:
@@ -257,7 +289,10 @@ def _start_again(run: RunDir, component: str, why: str, *, most: int = STARTS_AG
             print(last_lines(log))
         _give_up(run, component, told)
         return EXIT_FAILED
-    add_job(run, "started again", component=component, backend="slurm", job=job, progress=progress, why=why)
+    if component == "train":
+        run.start_afresh("pending")
+    said = _sizes(run)
+    add_job(run, "started again", component=component, backend="slurm", job=job, progress=progress, why=why, logs=said)
     run.add_event("started again" if component == "train" else "evaluator died", f"{why}; it is started again")
     print(f"starting the ranks again: {why}")
     time.sleep(min(30.0, 0.5 * 2 ** len(earlier)) if component == "eval" else pause_s)

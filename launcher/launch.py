@@ -164,14 +164,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
                 raise
             if script.component != "eval":
                 live = job
-                state = {
-                    "exit_code": None,
-                    "failure": None,
-                    "again": None,
-                    "job_ended": None,
-                    "steps": plan.config.steps,
-                }
-                run.write_state("pending", **state, job=job)
+                run.start_afresh("pending", steps=plan.config.steps, job=job, job_ended=None)
             console.print(f"{script.component}: job {job}, {script.path}", markup=False, soft_wrap=True)
     console.print(f"how it stands: vernier status {shlex.quote(str(run.path))}", markup=False, soft_wrap=True)
     return EXIT_DONE

@@ -72,7 +72,7 @@ def _submit(asked: Sweep, plan: JobPlan, script: Script, at_once: int, console: 
         facts = {"component": "train", "backend": "slurm", "script": str(script.path), "login": plan.site.login}
         add_job(run, "submitted", job=own, **facts)
         steps = asked.members[at].config.steps
-        run.write_state("pending", exit_code=None, failure=None, again=None, job_ended=None, steps=steps, job=own)
+        run.start_afresh("pending", steps=steps, job=own, job_ended=None)
         remember(run.path)
     release(job)
     console.print(

@@ -129,6 +129,9 @@ def choose(run: RunDir, wanted: Wanted) -> Path:
     failure = None if wanted.evaluator else failure_of(run)
     if failure is None:
         return run.logs / f"{prefix}rank-0.log"
+    told = (run.read_state().get("failure") or {}).get("log")
+    if told:
+        return run.logs / told
     if failure[0] is not None:
         return run.logs / f"rank-{failure[0]}.log"
     # No rank said it: what started them may know more.

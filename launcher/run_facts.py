@@ -20,6 +20,7 @@ import yaml
 from configs.errors import EXIT_STOPPED, DataError
 from configs.files import open_to_read, read_bytes
 from configs.rundir import RunDir, is_locked
+from configs.script_ends import script_end
 from configs.seal import parsed
 from configs.whole import read_json
 from launcher.board import live_board
@@ -192,6 +193,9 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
     to_lose = max(0, step - whole[-1]) if whole else step
     if words == WITH_CHECKPOINT and (to_lose or not whole):
         words = "stopped before a checkpoint of its last steps" if whole else "stopped before its first checkpoint"
+    for job in jobs.jobs:
+        told = script_end(run.path, "eval", job["job"]) if job["component"] == "eval" else None
+        notes += [f"the evaluator's job {job['job']}: {told['error']}"] if told else []
     if word == "running":
         notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]
     return RunFacts(

@@ -98,7 +98,9 @@ class Site(Settings):
     requeue: bool = Field(True, description="false: the site forbids requeueing; a successor is submitted instead")
     export: Literal["ALL", "NONE"] = Field("ALL", description="whether a job sees the environment it is submitted in")
     modules: list[Line] = Field(default_factory=list, description="`module load` each")
-    setup: list[Line] = Field(default_factory=list, description="shell lines at the start of a job, as they are")
+    setup: list[Line] = Field(
+        default_factory=list, description="shell lines at the start of a job, as they are; one that fails ends it"
+    )
     environment: dict[str, str] = Field(default_factory=dict, description="variables of all ranks, to the letter")
     environment_file: Path | None = Field(
         None, description="a file of NAME=value lines, to the letter, read by jobs: the place for secrets"

@@ -27,6 +27,10 @@ PYTHON = ".venv/bin/python"  # which `make setup` makes
 TRIES = 20
 OF_THIS_MACHINE = re.compile(r".*_(HOME|DIR|CACHE|PATH|FILE|IFNAME)")  # variables that mean nothing elsewhere
 STORES = re.compile(r"[a-z0-9]+://")
+SETUP_FAILS = (
+    """trap 'code=$?; [ -n "${BASH_SOURCE[1]-}" ] || """
+    """{ echo "error: site profile: $BASH_COMMAND: exit code $code" >&2; exit 1; }' ERR"""
+)
 STATE = "import json, sys; s = json.load(open(sys.argv[1])); print('again' if s.get('again') else s.get('exit_code'))"
 
 
@@ -80,7 +84,7 @@ def render_task(plan: JobPlan, *, accelerators: str | None = None, runs: str | N
     secret = secret_names()
     if secret:
         task["secrets"] = dict.fromkeys(secret)  # names alone: sky launch --secret NAME takes the value from its shell
-    task["setup"] = "\n".join([*plan.site.setup, "make setup"])
+    task["setup"] = "\n".join([*([SETUP_FAILS, *plan.site.setup] if plan.site.setup else []), "make setup"])
     run_dir = f"{RUNS}/{plan.config.name}" if runs is not None else _folder_there(plan)
     config = _config_there(plan, run_dir, inline=several, reference=REFERENCE in mounts)
     task["run"] = _script(plan, config, run_dir, several=several, each=each)

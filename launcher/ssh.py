@@ -34,6 +34,11 @@ CONNECTION = (
     *("-oControlMaster=no", "-oClearAllForwardings=yes"),  # no other connection hangs on one that may be killed
 )
 PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
+# A line of the site's set-up that fails ends what it prepares, with that line; not one inside of a file it reads.
+FAILS = (
+    """trap 'code=$?; [ -n "${BASH_SOURCE[0]-}" ] || { echo "error: site profile: $BASH_COMMAND: """
+    """exit code $code" >&2; exit 1; }' ERR"""
+)
 LONE_S = 30.0  # for the other hosts' torchruns to end after one has failed
 
 
@@ -244,7 +249,8 @@ def over_ssh(plan: JobPlan, host: str, command: list[str]) -> list[str]:
     script = f"{folder} && {last}"
     if site.modules or site.setup:
         modules = [f"module load {shlex.quote(module)}" for module in site.modules]
-        script = "\n".join([f"{folder} || exit 1", *modules, *site.setup, last])  # lines as they are: comments, too
+        lines = [f"{folder} || exit 1", FAILS, *modules, *site.setup, "trap - ERR", last]  # as they are: comments, too
+        script = "\n".join(lines)
         script = f"exec bash -lc {shlex.quote(script)}"
     return ["ssh", *CONNECTION, *ssh_options(plan), host, script]
 

@@ -19,6 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
+from configs.last_words import how_ended
 from configs.load import batch_problems, dump_config, load_config, resolve, with_absolute_paths
 from configs.relay import Relay
 from configs.rundir import RunDir
@@ -40,6 +41,7 @@ from launcher.processes import (
     divided,
     last_lines,
 )
+from launcher.rank_ends import first_to_end, name_the_cause, sizes, without_a_word
 from trainer.lock import FRESH_S, check_free, kept_free, sole_starter
 from trainer.stop import ONE_WISH_S
 
@@ -253,13 +255,14 @@ def _train(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     while True:
+        before = sizes(run.logs)
         trainer = _start_ranks(config, run, how, starter)
         if group is not None and group.process is None:
             group.start()
         killed = _watch(trainer, run, group, interrupts, starter, tell_new, console)
         why = run.read_state().get("again")
         if not why:
-            return _outcome(run, trainer.returncode or 0, killed, interrupts, starter, console)
+            return _outcome(run, trainer.returncode or 0, killed, interrupts, starter, console, before)
         if interrupts.count:
             console.print(f"stopped ({why}); the same command goes on", markup=False)
             return EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_STOPPED
@@ -277,8 +280,7 @@ def _train(
 def _start_ranks(config: Config, run: RunDir, how: Resume, starter: Starter) -> Started:
     given = run.path / "train-config.yaml"  # config.yaml itself is the trainer's to write, once it holds the lock
     with _once_free(run, starter):  # rank 0 of an earlier start may still be dying
-        state = {"exit_code": None, "failure": None, "again": None, "steps": config.steps}
-        run.write_state("pending", **state, job=current_job())
+        run.start_afresh("pending", steps=config.steps, job=current_job())
         write_atomic(given, dump_config(config))
     flags = [*(["--extend"] if how.extend else []), *(["--force-resume"] if how.force else [])]
     return starter.train([*flags, str(given)], run.logs)
@@ -348,26 +350,35 @@ def _watch(
 
 
 def _outcome(
-    run: RunDir, returncode: int, killed: str, interrupts: Interrupts, starter: Starter, console: Console
+    run: RunDir,
+    returncode: int,
+    killed: str,
+    interrupts: Interrupts,
+    starter: Starter,
+    console: Console,
+    before: dict[str, int],
 ) -> int:
+    name_the_cause(run, before)
     state = run.read_state()
     code = state.get("exit_code")
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
-        how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
+        rank, words = first_to_end(run.logs, before, "train")
         with _once_free(run, starter):  # held by another trainer, which was quicker: the state is its own
-            told = f"the training ranks ended without a word ({starter.name}: {how})"
+            told = f"the training ranks {without_a_word(f'{starter.name}: {how_ended(returncode)}', words)}"
             if killed:
-                told = f"the training ranks were killed {killed}, before their checkpoint was whole"
-            _fail(run, code, told, console)
+                rank, told = None, f"the training ranks were killed {killed}, before their checkpoint was whole"
+            elif rank is not None:
+                told = without_a_word(words)
+            _fail(run, code, told, console, rank)
         if code == EXIT_FAILED and returncode > 0:
             console.print(last_lines(run.logs / starter.training_log), markup=False)
         return int(code)
     failure = state.get("failure")
     if failure:
         rank, said = failure["rank"], failure["error"]
-        named = rank is None or said.startswith(f"rank {rank}")
-        console.print(f"error: {said if named else f'rank {rank}: {said}'}", markup=False)
+        who = "" if rank is None or said.startswith(f"rank {rank}") else f"rank {rank}: "
+        console.print(f"error: {who}{said}", markup=False)
         log = starter.training_log if rank is None else f"rank-{rank}.log"
         console.print(f"its log: {run.logs / log}", markup=False)
     elif code != EXIT_DONE:
@@ -377,8 +388,9 @@ def _outcome(
     return int(code)
 
 
-def _fail(run: RunDir, code: int, told: str, console: Console) -> None:
-    run.add_event("failed", told)
-    console.print(f"error: {told}; the same command goes on from the last checkpoint", markup=False)
-    if not run.record_failure(code, None, told):
+def _fail(run: RunDir, code: int, told: str, console: Console, rank: int | None = None) -> None:
+    run.add_event("failed", told, rank=rank)
+    who = "" if rank is None else f"rank {rank}: "
+    console.print(f"error: {who}{told}; the same command goes on from the last checkpoint", markup=False)
+    if not run.record_failure(code, rank, told):
         console.print(f"error: {run.state} cannot be written", markup=False)

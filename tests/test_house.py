@@ -1,6 +1,7 @@
 """The house of docs/design.md: which folder may import which, and what a quick command must not load."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,19 @@ def test_every_setting_is_documented_in_the_starter_config(tmp_path: Path) -> No
     assert load_config(tmp_path / "vernier.yaml").name == "my-run"
     for key in known_keys():
         assert f"{key.rpartition('.')[2]}:" in text
+
+
+def test_ranks_exchange_nothing_that_is_unpickled() -> None:
+    # torch's collectives of objects, mpi4py's lower-case methods: whoever reaches their port would run code of his own.
+    objects = re.compile(r"\w*_object(_list)?$")
+    by_mpi = {"bcast", "gather", "allgather", "scatter", "alltoall", "reduce", "allreduce", "send", "recv", "sendrecv"}
+    for file in (file for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                named, owner = node.func.attr, ast.unparse(node.func.value)
+                of_torch = owner in ("dist", "torch.distributed", "deepspeed.comm") and objects.match(named)
+                of_mpi = named in by_mpi and ("mpi" in owner.lower() or "communicator" in owner or "COMM_" in owner)
+                pickles = bool(of_torch or of_mpi)
+                assert not pickles, f"{file}:{node.lineno}: {owner}.{named}"
+            named_imports = node.names if isinstance(node, ast.Import | ast.ImportFrom) else ()
+            assert not any(alias.name == "pickle" or objects.match(alias.name) for alias in named_imports), file

@@ -19,6 +19,7 @@ from configs.scheduler import current_job
 
 FRESH_S = 60.0
 PATIENCE_S = 1.0  # whoever asks if a run is held takes the lock for an instant
+STARTED = "%Y-%m-%d %H:%M:%S"
 WATCH_S = 1.0  # the holder touches its lock every 2 seconds
 
 
@@ -151,6 +152,14 @@ def held_message(run: RunDir) -> str:
     return _refusal(run, run.lock)
 
 
+def held_since_before(run: RunDir, since: float) -> bool:
+    """Whether a trainer holds the run that began before `since` (seconds since the epoch): its state is its own."""
+    started = holder(run).get("started")
+    if not started or not (run.is_held() or _alive_elsewhere(run)):
+        return False
+    return time.mktime(time.strptime(str(started), STARTED)) + 1.0 < since
+
+
 def _refusal(run: RunDir, path: Path) -> str:
     return f"run.dir: {run.path} is held by {_described(path)}; stop it first, or use another run.dir"
 
@@ -194,7 +203,7 @@ def _sign(descriptor: int, attempt: int | None) -> None:
     named = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "started": time.strftime(STARTED),
         "job": current_job(),
         "attempt": attempt,
     }

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
+from configs.faults import reached
+from configs.last_words import follows_another
 from configs.load import batch_problems, dump_config, micro_batch
 from configs.rundir import RunDir
 from configs.scheduler import current_job
@@ -18,6 +20,7 @@ from configs.schema import Config
 from configs.terminal import console as people
 from configs.terminal import is_supervised
 from configs.whole import write_atomic
+from eval.rank_environment import start_began
 from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
 from trainer import stop
 from trainer.adaptations import (
@@ -62,6 +65,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
     """
     run = RunDir(config.run_dir)
     ranks = join(config.threads_per_rank or 1)
+    reached("joined")
     set_determinism(bool(config.deterministic))
     requests = stop.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
     console = people(terminal, soft_wrap=True) if ranks.first else None
@@ -74,7 +78,9 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
                 run.check_files()
                 attempt = int(run.read_state().get("attempt") or 0) + 1
                 lock.acquire(attempt)
-                run.write_state(None, exit_code=None, failure=None, again=None)  # what stands there is of another start
+                # What stands there is of another start, unless another rank of this one has failed already.
+                if not run.take_up(None, since=start_began()):
+                    raise StoppedByAnotherRank("another rank has failed before this one held the run")
             except BaseException:
                 attempt = None  # another trainer's run: its state is not ours to write
                 ranks.agree(False)
@@ -117,16 +123,9 @@ def begin_run(run: RunDir, config: Config, attempt: int) -> None:
             ) from None
     if not run.config.is_file():  # else once the checkpoint is found to fit
         write_atomic(run.config, dump_config(config), durable=True)
-    run.write_state(
-        "running",
-        attempt=attempt,
-        exit_code=None,
-        failure=None,
-        again=None,
-        steps=config.steps,
-        job=current_job(),
-        job_ended=None,
-    )
+    facts = {"attempt": attempt, "steps": config.steps, "job": current_job(), "job_ended": None}
+    if not run.take_up("running", since=start_began(), **facts):
+        raise StoppedByAnotherRank("another rank has failed before the run began")
     run.add_event("started", f"attempt {attempt}", rank=0)
 
 
@@ -327,7 +326,7 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: in
         said = f"{type(error).__name__}: {said.splitlines()[0]}"
         if isinstance(error, OSError) and error.filename is not None:
             said = f"{os.fsdecode(error.filename)}: {error.strerror}; once that is mended, the same command goes on"
-        if "by peer" in said:  # gloo's words for a rank that was killed; it could not say so itself
+        if follows_another(said):  # gloo's words for a rank that was killed; it could not say so itself
             said = f"another rank has ended without a word, see logs/ ({said})"
         traceback.print_exc()
     code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
@@ -335,10 +334,11 @@ def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: in
     begun = attempt is not None and state.get("attempt") == attempt
     if not lock.still_ours() if ranks.first else attempt is not None and not begun:
         return False  # another attempt's by now
-    if begun and (state.get("failure") or state.get("again")):
+    failure = state.get("failure") or {}
+    if begun and (state.get("again") or (failure and (not failure.get("follows") or follows_another(said)))):
         return True  # what another rank has told first is why this one fails
     if isinstance(error, StartAgain):
         run.write_state("stopping", exit_code=code, again=said)
         return True
     run.add_event("failed", said, rank=ranks.rank)
-    return run.record_failure(code, ranks.rank, said, begun=begun)
+    return run.record_failure(code, ranks.rank, said, begun=begun, since=start_began())

@@ -212,3 +212,15 @@ def test_a_site_that_forbids_requeueing_gets_a_successor(cluster: Cluster, tiny_
     assert (state["state"], state["step"], state["job"]) == ("done", 400, told[0]["job"])
     assert [one["job"] for one in lines(run / "jobs.jsonl") if one["kind"] == "started"] == [first, told[0]["job"]]
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_module_that_is_not_there_ends_the_job_and_stands_in_the_status(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = (f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=none")
+    job = launch({"modules": ["no/such"]}, tmp_path, *settings)["train"]
+    assert cluster.wait_for(job, *END) == "FAILED"
+    said = "site profile: module load no/such: exit code 127 (exit code 1)"
+    status = json.loads(subprocess.check_output([VERNIER, "status", "--json", run], text=True))
+    assert (status["state"], status["why"]) == ("failed", said)

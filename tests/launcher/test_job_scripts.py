@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, TINY, vernier
 
 from configs.errors import ConfigError
+from configs.rundir import RunDir
 from launcher.job_plan import JobPlan, make_plan
 from launcher.sites import Site
 from launcher.slurm import render
@@ -304,3 +305,49 @@ def test_a_broken_template_is_one_line_with_its_place(text: str, line: int | Non
 def test_a_template_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     done = vernier("launch", TINY, "--template", tmp_path / "no.j2", "--dry-run", code=2)
     assert f"--template: {tmp_path / 'no.j2'} is not there" in done.stderr
+
+
+# ---- scripts that end before their ranks
+
+
+@pytest.mark.parametrize(
+    ("site", "said"),
+    [
+        ({"modules": ["no/such"]}, "site profile: module load no/such: exit code 127 (exit code 1)"),
+        (
+            {"setup": ["true", "source /no/such.sh  # ours"]},
+            "site profile: source /no/such.sh: exit code 1 (exit code 1)",
+        ),
+        ({"setup": ["exit 5"]}, "a line of the site profile's setup ended this script (exit code 5)"),
+        ({"environment_file": "/no/such"}, "/no/such: cannot be read on this node (exit code 1)"),
+        ({}, "/no/python -m launcher.in_job begin: failed (exit code 127)"),
+    ],
+)
+def test_a_script_that_ends_before_its_ranks_says_why(site: dict, said: str, tmp_path: Path) -> None:
+    script = script_for(tmp_path, site=site)
+    script = re.sub(r"^PYTHON=.*", "PYTHON=/no/python", script, flags=re.MULTILINE)
+    run = RunDir(tmp_path / "run")
+    for folder in (run.scripts, run.logs):
+        folder.mkdir(parents=True)
+    log = run.logs / "slurm-train-7.out"
+    run.start_afresh("pending", job="7")
+    done = run_bash(script, env={**os.environ, "SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path)})
+    log.write_text(done.stdout + done.stderr)
+    assert done.returncode != 0
+    assert run.read_state()["failure"]["error"] == said
+    assert said in " ".join(vernier("status", run.path).stdout.split())
+    shown = vernier("logs", run.path).stdout
+    assert said in " ".join(shown.split())
+    assert log.name in shown
+    run.start_afresh("pending", job="8")  # launched once more
+    assert run.read_state()["failure"] is None
+
+
+def test_a_set_up_that_reads_a_file_with_a_failing_line_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "env.sh").write_text("false\n[ -z x ]\nexport OURS=1\n")
+    script = script_for(tmp_path, site={"setup": [f"source {tmp_path}/env.sh", "[ -e /no/such ] && source /no/such"]})
+    head = script[: script.index("trap - ERR")]
+    (tmp_path / "run" / "jobs").mkdir(parents=True)
+    (tmp_path / "script").write_text(f'{head}\necho "$OURS"')
+    done = run_bash(f"exec bash {tmp_path}/script", env={**os.environ, "SLURM_JOB_ID": "7"})
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

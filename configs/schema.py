@@ -95,12 +95,7 @@ class OptimizerSettings(Settings):
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="peak learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="on matrices and embeddings, not on norms, biases and other vectors"
-    )
-    no_decay: list[str] = Field(
-        default_factory=list, description="further parameters without weight decay, by name: ['*embed_tokens*']"
-    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only, not on norms and biases")
 
 
 class ScheduleSettings(Settings):

@@ -122,18 +122,13 @@ def mixture_nll(
 def training_loss(
     parts: tuple[Any, Head], ids_BT: torch.Tensor, target_BT: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable)."""
-    decoder, head = parts
-    hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
-    return loss_of_hidden(hidden_BTH, target_BT, head, vocab_size)
-
-
-def loss_of_hidden(hidden_BTH: torch.Tensor, target_BT: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
-    """As `training_loss`, of what the decoder gives.
+    """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable).
 
     Where the logits of all targets would be large, they are made chunk by chunk and again in the backward pass.
     """
-    hidden_NH, target_N = hidden_BTH.flatten(0, 1), target_BT.flatten()
+    decoder, head = parts
+    hidden_NH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+    target_N = target_BT.flatten()
 
     def summed(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(hidden).float(), target, ignore_index=IGNORED, reduction="sum")

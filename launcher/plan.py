@@ -189,7 +189,6 @@ def make_plan(config: Config, given: Given = Given()) -> Plan:
     found = model_size(model, config, on_gpu=on_gpu)
     tensors = Tensors(model.parameters, 0) if found is None else found.tensors
     if found is not None:
-        found.check_no_decay(config.optimizer.no_decay)
         found.activations(micro_batch(config, ranks))  # what is asked about is run, other micro-batches may be reckoned
     machine = machine_memory()
     device = read_size(given.memory, "--memory") if given.memory is not None else None
@@ -339,7 +338,6 @@ def changed(plan: Plan, change: dict[str, Any]) -> Plan:
     if "gradient_checkpointing" in change:
         found = model_size(plan.model, config, on_gpu=plan.on_gpu)
     if found is not None:
-        found.check_no_decay(config.optimizer.no_decay)
         found.activations(micro_batch(config, ranks))
     whole = _saving(config, plan.model.parameters, ranks=1)
     during = whole.most if config.checkpoint.every < config.steps else whole.snapshot + whole.average

@@ -11,7 +11,7 @@ import copy
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -46,8 +46,7 @@ class ModelSize:
                 setattr(hf, name, 0.0)
         self.hf, self.sequence_length, self.precision = hf, sequence_length, precision
         self.checkpointing, self.whole_logits = checkpointing, whole_logits
-        self.meta = _without_memory(hf)
-        self.tensors = _tensors(self.meta)
+        self.tensors = _tensors(hf)
         self.found: dict[int, Activations | None] = {}
         self.models: dict[Any, tuple[Any, Any]] = {}  # (fake mode, model), by dtype
 
@@ -67,33 +66,18 @@ class ModelSize:
         names = a.__dataclass_fields__
         return Activations(**{n: round(getattr(a, n) + part * (getattr(b, n) - getattr(a, n))) for n in names})
 
-    def check_no_decay(self, patterns: Sequence[str]) -> None:
-        """Refuses patterns of `optimizer.no_decay` that name nothing.
-
-        Raises:
-            ConfigError: a line each.
-        """
-        from trainer.weight_decay import check_patterns
-
-        check_patterns([name for name, _ in self.meta.named_parameters()], patterns)
-
     def known(self, micro: int) -> bool:
         """Whether activations of `micro` windows could be found."""
         self.activations(micro)
         return self.found[micro] is not None
 
 
-def _without_memory(hf: Any) -> Any:
+def _tensors(hf: Any) -> Tensors:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from eval.models import quiet_libraries
-
-    with quiet_libraries(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf)
-
-
-def _tensors(model: Any) -> Tensors:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
     own = (sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules())
     return Tensors.of([one.numel() for one in model.parameters() if one.requires_grad], largest_module=max(own))
 
@@ -139,10 +123,9 @@ def _pass(size: ModelSize, micro: int, dtype: Any) -> Activations:
     import torch
 
     from eval.losses import training_loss
-    from eval.models import quiet_libraries
     from trainer.dropout import WindowDropout
 
-    with quiet_libraries(), warnings.catch_warnings(), _one_sequence_a_window():
+    with warnings.catch_warnings(), _one_sequence_a_window():
         warnings.simplefilter("ignore")
         mode, model = _fake_model(size, dtype)
         live = _live_storages([*model.parameters(), *model.buffers()])

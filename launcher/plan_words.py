@@ -50,7 +50,6 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "steps": config.steps,
         "tokens": tokens * config.steps,
         "windows": plan.windows,
-        "decay": decay_groups(plan),
         "precision": config.precision,
         "zero_stage": config.zero.stage,
         "on_gpu": plan.on_gpu,
@@ -156,7 +155,6 @@ def print_plan(plan: Plan, console: Console) -> None:
         say(console, f"          {note}", "yellow")
     say(console, f"batch     {ranks} × {here.micro} × {here.accumulation} = {config.batch.global_:,} windows a step")
     say(console, f"tokens    {tokens:,} a step; {config.steps:,} steps: {tokens * config.steps:,}{_passes(plan)}")
-    _print_decay(plan, console)
     place = "of its GPU" if plan.on_gpu else "of this machine, there is no GPU"
     say(console, f"memory    a rank, {config.precision}, ZeRO-{config.zero.stage} ({place}), {plan.memory.moment}")
     _print_memory(plan, console)
@@ -182,38 +180,6 @@ def print_plan(plan: Plan, console: Console) -> None:
     _print_scaling(plan, console)
     for line in warnings(plan):
         say(console, f"does not fit: {line}", "red")
-
-
-def decay_groups(plan: Plan) -> list[dict[str, Any]]:
-    """What weight decay takes and what it leaves: tensors and parameters of each kind, a name as an example."""
-    if plan.sizes.model is None:
-        return []
-    from trainer.weight_decay import decay_of  # torch comes with it
-
-    settings = plan.config.optimizer
-    kinds: dict[str | None, list[Any]] = {}
-    for one in decay_of(plan.sizes.model.meta, settings.no_decay):
-        kinds.setdefault(one.kept_from, []).append(one)
-    return [
-        {
-            "weight_decay": settings.weight_decay if kind is None else 0.0,
-            "kind": kind or "matrices and embeddings",
-            "tensors": len(found),
-            "parameters": sum(one.parameter.numel() for one in found),
-            "example": found[0].name,
-        }
-        for kind, found in sorted(kinds.items(), key=lambda item: item[0] or "")
-    ]
-
-
-def _print_decay(plan: Plan, console: Console) -> None:
-    title = "decay"
-    for group in decay_groups(plan):
-        rate = f"{group['weight_decay']:g}" if group["weight_decay"] else "none"
-        sizes = f"{_count(group['tensors'], 'tensor')}, {group['parameters']:,} parameters"
-        say(console, f"{title:<10}{rate:<5} {group['kind']}: {sizes}")
-        say(console, f"{'':<16}{group['example']}{' …' if group['tensors'] > 1 else ''}", "dim")
-        title = ""
 
 
 def _passes(plan: Plan) -> str:

@@ -16,7 +16,6 @@ from torch import nn
 from configs.load import micro_batch
 from configs.overrides import merged
 from configs.schema import Config
-from trainer.weight_decay import parameter_groups
 
 
 def import_deepspeed() -> Any:
@@ -80,15 +79,15 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam or AdamW over two groups: with weight decay and without (`trainer.weight_decay`).
-
-    Raises:
-        ConfigError: `optimizer.no_decay` names no parameter.
-    """
+    """Adam or AdamW over two groups: matrices with weight decay, norms and biases without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     settings = config.optimizer
-    groups = parameter_groups(model, settings.weight_decay, settings.no_decay)
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return kind([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def make_engine(config: Config, model: nn.Module, world: int) -> tuple[Any, dict[str, Any]]:

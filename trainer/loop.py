@@ -49,18 +49,15 @@ class Measured:
     """A step's figures on their way from the device."""
 
     line: dict[str, Any] | None  # None: the update was skipped, only the flags count
-    sums: torch.Tensor  # fp64 [loss in nats, of routing, ranks asked to stop, by Ctrl-C, to save, norm], on the CPU
+    sums: torch.Tensor  # fp64 [loss in nats, ranks asked to stop, by Ctrl-C, to save, gradient norm], on the CPU
     ready: Callable[[], Any]
     targets: int
-    routed: bool  # a loss of the routing is trained too
 
     def read(self) -> tuple[dict[str, Any] | None, Asked]:
         """(metrics line, what any rank was asked for); waits for what was enqueued up to its own step."""
         self.ready()
-        loss, routing, stop, interrupt, save, norm = self.sums.tolist()
+        loss, stop, interrupt, save, norm = self.sums.tolist()
         line = self.line and {"loss": loss / self.targets, **self.line, "grad_norm": norm}
-        if line is not None and self.routed:
-            line["router_aux_loss"] = routing / self.targets
         return line, Asked(stop > 0, interrupt > 0, save > 0)
 
 
@@ -80,8 +77,6 @@ def train(
     accumulation = config.batch.global_ // (ranks.world * micro)
     pending: Measured | None = None
     asked = Asked()
-    model = engine.module
-    signs = torch.tensor([-(model.router_weight or 0.0), 1.0], dtype=torch.float64, device=ranks.device)
     if clock.step == 0:
         hooks.save(clock, Due(snapshot=True))
     while clock.step < config.steps and not asked.stop:
@@ -100,7 +95,7 @@ def train(
         rate = learning_rate(step, peak=config.optimizer.lr, steps=config.steps, schedule=config.schedule)
         set_learning_rate(engine, rate)
 
-        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # the loss in nats, that of the routing
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for ids_BT, target_BT, seeds in micro_batches(data, windows, config, ranks, clock.position, micro):
             hooks.mark(clock.step)
             starve(config, len(ids_BT))
@@ -108,13 +103,11 @@ def train(
                 loss = bent(engine(ids_BT, target_BT), clock.position)
             # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
             engine.backward(loss * (ranks.world * accumulation / targets))
-            sums[0] += loss.detach()
-            if model.router_weight is not None:  # the language's loss and the routing's are told apart
-                sums += model.routing * signs
+            loss_sum += loss.detach()
             if engine.is_gradient_accumulation_boundary():
                 norm = grad_norm_before_step(engine)
                 hooks.before_update()
-                if guard.refuses(clock, sums[0], targets, norm):
+                if guard.refuses(clock, loss_sum, targets, norm):
                     refuse_update(engine)
             engine.step()
 
@@ -129,8 +122,8 @@ def train(
         line = _line(step, clock, windows, rate, seconds, targets, ranks, micro) if applied else None
         line = line and {**line, **guard.measured}  # the very loss that was decided on, where it is known by now
         norm = norm if norm is not None else engine.get_global_grad_norm()
-        pending = _measure(line, sums, norm, targets, requests.poll(), routed=model.router_weight is not None)
-        guard.after(applied, clock, sums[0])
+        pending = _measure(line, loss_sum, norm, targets, requests.poll())
+        guard.after(applied, clock, loss_sum)
         if not applied:  # the batch is used up, the step is made with the next
             if asked.stop and clock.step:
                 hooks.save(clock, Due(checkpoint=True))
@@ -171,17 +164,10 @@ def micro_batches(
         yield ids_BT, target_BT, window_seeds(config.seed, position, chosen)
 
 
-def _measure(
-    line: dict[str, Any] | None,
-    losses: torch.Tensor,
-    norm: Any,
-    targets: int,
-    asked: Asked,
-    *,
-    routed: bool,
-) -> Measured:
+def _measure(line: dict[str, Any] | None, loss_sum: torch.Tensor, norm: Any, targets: int, asked: Asked) -> Measured:
     flags = torch.tensor([asked.stop, asked.interrupt, asked.save], dtype=torch.float64)
-    sums = torch.cat([losses, flags.to(losses.device, non_blocking=True)])
+    flags = flags.to(loss_sum.device, non_blocking=True)
+    sums = torch.cat([loss_sum.reshape(1), flags])
     work = dist.all_reduce(sums, async_op=True)
     own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).reshape(1)
     if sums.device.type == "cpu":
@@ -191,13 +177,13 @@ def _measure(
             found[:-1] = sums
 
         found = torch.cat([torch.zeros(len(sums), dtype=torch.float64), own])
-        return Measured(line, found, arrived, targets, routed)
+        return Measured(line, found, arrived, targets)
     work.wait()  # orders the stream behind the all-reduce; the host goes on
     on_host = torch.empty(len(sums) + 1, dtype=torch.float64, pin_memory=True)
     on_host.copy_(torch.cat([sums, own.to(sums.device, non_blocking=True)]), non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return Measured(line, on_host, event.synchronize, targets, routed)
+    return Measured(line, on_host, event.synchronize, targets)
 
 
 def _observe(pending: Measured, hooks: Hooks) -> Asked:

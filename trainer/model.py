@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
-from eval.losses import IGNORED, loss_of_hidden, split_model, training_loss
-from eval.models import check_loaded, check_model, quantization, quiet_libraries, sees_the_future
+from eval.losses import IGNORED, split_model, training_loss
+from eval.models import check_loaded, check_model, quantization, sees_the_future
 from eval.ranks import environment_ranks, seed_everything
 from trainer.dropout import drops, recompute_contexts
-from trainer.weight_decay import check_patterns
 from trainer.weights import check_step, find_step, load_masters
 
 WIDEST_TRIED = 1536  # one layer of this takes half a second
@@ -67,15 +65,6 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(f"model.{key}: {kind} has no such field" + (f"; did you mean {near[0]}?" if near else ""))
-        if isinstance(getattr(default, key, None), float) and type(fields[key]) is int:
-            fields[key] = float(fields[key])  # transformers is strict, YAML's `0` is a number all the same
-    if fields.get("router_aux_loss_coef") and not fields.get(
-        "output_router_logits", getattr(default, "output_router_logits", True)
-    ):
-        raise ConfigError(
-            "model.router_aux_loss_coef: has no effect without model.output_router_logits: true, as in transformers; "
-            "set that too, or leave this out"
-        )
     for key in ("bos_token_id", "eos_token_id"):
         if key in known:
             fields.setdefault(key, facts["eos_id"])
@@ -123,10 +112,6 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
             )
     if problems:
         raise ConfigError(*problems)
-    if config.optimizer.no_decay:
-        _check_no_decay(config, hf)
-    if config.model.fields.get("router_aux_loss_coef"):
-        _check_routing(hf)
     check_looks_back(config, hf)
     return hf
 
@@ -177,31 +162,6 @@ def check_looks_back(config: Config, hf: Any) -> None:
         raise ConfigError(f"{kind} sees the tokens after the one that it predicts, as encoders do; {what_to_do}")
 
 
-def _check_no_decay(config: Config, hf: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    with quiet_libraries(), torch.device("meta"):
-        names = [name for name, _ in AutoModelForCausalLM.from_config(hf).named_parameters()]
-    check_patterns(names, config.optimizer.no_decay)
-
-
-def _check_routing(hf: Any) -> None:
-    """Refuses a weight for an auxiliary loss where transformers has none: one layer is tried, if it is narrow."""
-    if getattr(hf.get_text_config(), "hidden_size", WIDEST_TRIED + 1) > WIDEST_TRIED:
-        return
-    try:
-        found = checked_router_weight(_one_layer(hf))
-    except ConfigError:
-        raise
-    except Exception:  # perhaps only as one layer; the ranks will say
-        return
-    if found is None:
-        raise ConfigError(
-            f"model.router_aux_loss_coef: has no effect: transformers gives a {hf.model_type} with these fields no "
-            "auxiliary loss; leave it out"
-        )
-
-
 def _takes(model: Any, length: int) -> bool:
     """Whether a model has positions for so many tokens: RoBERTa's kind numbers them from `pad_token_id` + 1 on."""
     ids = torch.full((1, length), 2, dtype=torch.int64)  # none of these is padding, at 0 or 1
@@ -217,6 +177,7 @@ def _one_layer(hf: Any) -> Any:
     """A model of this kind with one layer and few entries in its vocabulary (where it has these), at random, on the
     CPU."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     small = copy.deepcopy(hf)
     text = small.get_text_config()
@@ -225,8 +186,13 @@ def _one_layer(hf: Any) -> Any:
         text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
-    with quiet_libraries(), torch.random.fork_rng(devices=[]):
-        return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is wrong is said by us
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    finally:
+        logging.set_verbosity(before)
 
 
 def _home(path: Path | None) -> Path | None:
@@ -265,99 +231,25 @@ class TrainableLM(nn.Module):
     """A causal LM whose forward pass gives a micro-batch's summed loss, as DeepSpeed wants it: one module, one call."""
 
     def __init__(self, lm: Any) -> None:
-        """Raises ConfigError where transformers trains this model on a loss that is not ours."""
         super().__init__()
         # Held as `lm` only; listing decoder and head again would double the parameters' names.
         self.lm = lm
         self.split = split_model(lm) is not None
-        self.router_weight = checked_router_weight(lm)
-        self.routing: torch.Tensor | None = None  # auxiliary loss of the last micro-batch × its targets, detached
 
     def parts(self) -> tuple[Any, Any] | None:
         """(decoder, head), where logits are head(decoder(ids))."""
         return (self.lm.get_decoder(), self.lm.get_output_embeddings()) if self.split else None
 
     def forward(self, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-        """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar.
-
-        Where `router_weight` is set, so many times `routing` comes to it, which is kept for who tells the two apart.
-        """
+        """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar."""
         vocab_size = int(self.lm.config.get_text_config().vocab_size)
         parts = self.parts()
-        if parts is not None and self.router_weight is None:
-            return training_loss(parts, ids_BT, target_BT, vocab_size)
-        hidden: list[torch.Tensor] = []
-        more: dict[str, Any] = {} if self.router_weight is None else {"output_router_logits": True}
-        hook = None
-        if parts is not None:  # the head is ours to call, in chunks; of its logits the routing needs none
-            hook = parts[0].register_forward_hook(lambda module, given, out: hidden.append(out.last_hidden_state))
-            more["logits_to_keep"] = 1
-        try:
-            out = self.lm(input_ids=ids_BT, use_cache=False, **more)
-        finally:
-            if hook is not None:
-                hook.remove()
         if parts is not None:
-            loss = loss_of_hidden(hidden[0], target_BT, parts[1], vocab_size)
-        else:
-            logits, targets = out.logits.float().flatten(0, 1), target_BT.flatten()
-            loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        if self.router_weight is None:
-            return loss
-        # As often as there are targets: over their number it is the mean that transformers trains, whatever is masked.
-        routing = out.aux_loss.to(loss) * (target_BT != IGNORED).sum()
-        self.routing = routing.detach()
-        return loss + self.router_weight * routing
-
-
-def router_weight(lm: Any) -> float | None:
-    """What the auxiliary loss of a mixture of experts counts in training; None where there is none.
-
-    As transformers has it: with `output_router_logits` the load-balancing loss (Fedus et al., "Switch Transformers",
-    JMLR 2022, equations 4 to 6) is added, `router_aux_loss_coef` times.
-    """
-    config = lm.config.get_text_config()
-    names = ("router_aux_loss_coef", "aux_loss_coef")  # jetmoe's is the second
-    weight = next((one for name in names if (one := getattr(config, name, None)) is not None), None)
-    return float(weight) if weight and getattr(config, "output_router_logits", False) else None
-
-
-@torch.no_grad()
-def checked_router_weight(lm: Any) -> float | None:
-    """`router_weight`, once transformers' own loss was found to be ours: tried on a few tokens.
-
-    Raises:
-        ConfigError: transformers trains this model on something else; with both numbers.
-    """
-    weight = router_weight(lm)
-    if "labels" not in inspect.signature(lm.forward).parameters:
-        return weight
-    was_training = lm.training
-    lm.eval()
-    probe_BT = torch.arange(1, 9)[None] % lm.config.get_text_config().vocab_size
-    try:
-        out = lm(input_ids=probe_BT, labels=probe_BT, use_cache=False)
-        logits_TV = out.logits[0].float()
-        # Decoders that once had an encoder leave it to their callers to shift labels.
-        ours = [nn.functional.cross_entropy(logits_TV[:-1], probe_BT[0, 1:])]
-        ours.append(nn.functional.cross_entropy(logits_TV, probe_BT[0]))
-    except Exception:  # each model class raises its own kinds; training does without labels
-        return weight
-    finally:
-        lm.train(was_training)
-    routing = getattr(out, "aux_loss", None)
-    if routing is None:
-        weight = None
-    else:
-        ours = [one + (weight or 0.0) * routing for one in ours]
-    own = out.loss.float()
-    if torch.isfinite(own) and not any(torch.allclose(own, one.float(), rtol=1e-3, atol=1e-4) for one in ours):
-        raise ConfigError(
-            f"model: a {lm.config.model_type} is trained by transformers on more than its tokens' negative log "
-            f"likelihood (on a few tokens {float(own):.4f}, where that is {float(ours[0]):.4f}); Vernier would leave "
-            "that out: switch it off in the model's config, or take another model"
+            return training_loss(parts, ids_BT, target_BT, vocab_size)
+        logits = self.lm(input_ids=ids_BT, use_cache=False).logits.float()
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-    return weight
 
 
 def parameter_count(model: nn.Module) -> int:

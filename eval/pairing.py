@@ -98,8 +98,8 @@ def pairing_problems(a: Pairing, b: Pairing) -> list[str]:
 def read_curve(run: Path) -> Curve:
     """The lines of a run's `metrics.jsonl`.
 
-    `tokens` there is a running total, in which a skipped batch counts too: a line's targets are the growth since the
-    line before, divided by the positions that it spans.
+    A line says its `targets`. One of an earlier version has only `tokens`, a running total in which a skipped batch
+    counts too: there they are the growth since the line before, divided by the positions that it spans.
 
     Raises:
         DataError: there are none, or they are not in order.
@@ -117,11 +117,12 @@ def read_curve(run: Path) -> Curve:
     spanned_T = np.diff(position_T, prepend=-1)
     if np.any(spanned_T <= 0) or np.any(np.diff(step_T) <= 0):
         raise DataError(f"{path}: its steps and positions do not ascend; it is damaged")
+    grown_T = np.diff(tokens_T, prepend=0) / spanned_T
     return Curve(
         step_T,
         position_T,
         loss_T,
-        np.diff(tokens_T, prepend=0) / spanned_T,
+        np.array([line.get("targets", grown) for line, grown in zip(lines, grown_T, strict=True)], dtype=np.float64),
         np.array([line.get("ranks", 0) for line in lines], dtype=np.int64),
         np.array([line.get("micro", 0) for line in lines], dtype=np.int64),
     )

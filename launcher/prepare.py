@@ -66,6 +66,11 @@ def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
         "training",
         f"{train['documents']:,} documents, {train['tokens']:,} tokens{scored}, {train['windows']:,} windows",
     )
+    if train.get("windows_without_target"):  # not in data of an earlier version
+        yield (
+            "",
+            f"{train['windows_without_target']:,} windows have no token to train on; batches of such alone are passed over",
+        )
     yield (
         "reference",
         f"{reference['documents']:,} documents, {reference['samples']:,} samples, {reference['tokens']:,} tokens; "

@@ -127,8 +127,8 @@ class Baseline:
 
     def add(self, line: dict[str, Any], *, tell: bool = True) -> list[Point]:
         """Takes a line of this run's metrics; gives what can be told now, also of steps that had to wait."""
-        spanned = max(1, line["position"] - self.position)
-        targets = (line["tokens"] - self.tokens) / spanned
+        grown = (line["tokens"] - self.tokens) / max(1, line["position"] - self.position)  # in a line without targets
+        targets = line.get("targets", grown)
         self.tokens, self.position = line["tokens"], line["position"]
         self.waiting.append((line["step"], line["position"], line["loss"], targets))
         if time.monotonic() - self.looked >= REREAD_S:

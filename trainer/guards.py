@@ -105,6 +105,7 @@ class Guard:
         self.not_finite: list[int] = []  # positions, in a row
         threshold, steps = self.settings.spike_z or math.inf, self.settings.spike_steps
         self.spikes = Spikes(threshold, steps, losses[:-1])
+        self.told_of_targets = False
         self.row = 0  # latest updates that were spikes all the same
         if losses:
             self._made(losses[-1])
@@ -112,6 +113,19 @@ class Guard:
     def passes_over(self, position: int) -> bool:
         """Whether the batch at a position is used up without a step and without counting its tokens."""
         return position in self.passed_over
+
+    def without_targets(self, clock: Clock) -> None:
+        """Takes note of a batch that is used up without a step, since none of its windows has a target: told once."""
+        if self.ranks.first and not self.told_of_targets:
+            counts = self.data.target_counts(np.arange(len(self.data)))
+            self.run.add_event(
+                "skipped",
+                f"batch {clock.position} is used up without an update: it has no token to train on, like "
+                f"{int((counts == 0).sum()):,} of {len(counts):,} windows; more such batches are not told",
+                step=clock.step,
+                rank=0,
+            )
+        self.told_of_targets = True
 
     def refuses(self, clock: Clock, loss_sum: torch.Tensor, targets: int, norm: torch.Tensor | None) -> bool:
         """Whether the update that is due must not be made; the same on every rank.

@@ -87,8 +87,11 @@ def train(
         started = time.perf_counter()
         step = clock.step + 1
         windows = windows_at(clock.position, batch=config.batch.global_, windows=len(data), seed=config.seed)
-        # Of the whole global batch, known to every rank; a batch may be all masked.
-        targets = max(1, int(data.target_counts(windows).sum()))
+        targets = int(data.target_counts(windows).sum())  # of the whole global batch, known to every rank
+        if targets == 0:  # all prompts: nothing to learn, and an update would only decay the weights
+            guard.without_targets(clock)
+            clock = replace(clock, position=clock.position + 1)
+            continue
         rate = learning_rate(step, peak=config.optimizer.lr, steps=config.steps, schedule=config.schedule)
         set_learning_rate(engine, rate)
 
@@ -198,6 +201,7 @@ def _line(
         "position": clock.position - 1,
         "windows": f"{zlib.crc32(windows.tobytes()):08x}",  # two runs saw the same ones where these are equal
         "tokens": clock.tokens,
+        "targets": targets,
         "lr": rate,
         "step_s": round(seconds, 6),
         "tokens_per_s": round(targets / seconds, 1),

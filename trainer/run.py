@@ -31,7 +31,7 @@ from trainer.adaptations import (
 from trainer.baseline import check_baseline
 from trainer.changes import check_changes, tell_forced
 from trainer.checkpoints import Clock, clear_up, load_checkpoint
-from trainer.data.prepare import load_dataset_facts
+from trainer.data.prepare import load_dataset_facts, no_target
 from trainer.data.shards import Windows
 from trainer.dropout import WindowDropout
 from trainer.ema import MovingAverage
@@ -73,10 +73,13 @@ def check_run(
     hf = check_model_settings(config, facts, fingerprint)
     if config.eval.placement != "none":
         _check_reference(config, fingerprint, hf, tell)
-    if len(Windows(config.data_dir, config.sequence_length)) < 1:
+    windows = Windows(config.data_dir, config.sequence_length)
+    if len(windows) < 1:
         raise ConfigError(
             f"sequence_length: {config.sequence_length} is longer than all training tokens; prepare more data"
         )
+    if not windows.any_target():
+        raise ConfigError(no_target(config.sequence_length, len(windows)))
     check_baseline(config, facts["fingerprints"]["data"])
     run = RunDir(config.run_dir)
     if run.path.exists() and not run.path.is_dir():

@@ -21,7 +21,7 @@ from configs.whole import MANIFEST, read_json, verify, whole_directory, write_at
 from eval.reference import build_reference, load_reference, read_documents, tokenizer_fingerprint
 from eval.tokenization import TextTokenizer
 from trainer.data.families import joined, sharing
-from trainer.data.shards import FOLDER, write_shards
+from trainer.data.shards import FOLDER, Windows, write_shards
 from trainer.data.sources import Document
 from trainer.data.sources import read_documents as read_sources
 from trainer.data.split import Split, split_by_family
@@ -104,6 +104,14 @@ def load_dataset_facts(data_dir: Path) -> dict[str, Any]:
     if not (data_dir / MANIFEST).is_file() or not (data_dir / FACTS).is_file():
         raise DataError(f"data.dir: {data_dir} is not there; run `vernier prepare CONFIG` first")
     return dict(read_json(data_dir / FACTS))
+
+
+def no_target(sequence_length: int, windows: int) -> str:
+    """Why data is refused that has nothing to train on."""
+    return (
+        f"data.prompt_field: none of the {windows:,} training windows of {sequence_length} tokens has a token to "
+        "train on, all are of prompts; raise sequence_length, give shorter prompts, or leave data.prompt_field out"
+    )
 
 
 def load_shards_check(data_dir: Path) -> dict[str, Any]:
@@ -216,6 +224,10 @@ def _build(
             f"data.source: {shards['tokens']} training tokens: no window of {config.sequence_length} + 1; "
             "give more data, or lower sequence_length or reference.max_fraction"
         )
+    found = Windows(part, config.sequence_length)
+    without = int((found.target_counts(np.arange(windows)) == 0).sum())
+    if without == windows:
+        raise DataError(no_target(config.sequence_length, windows))
     sha256 = shards.pop("sha256")
     facts: dict[str, Any] = {
         "name": config.name,
@@ -229,7 +241,12 @@ def _build(
             "reference_tokens": reference["fingerprints"]["tokens"],
         },
         "read": read.as_dict(),
-        "train": {**shards, "windows": windows, "bytes": _bytes(documents, training)},
+        "train": {
+            **shards,
+            "windows": windows,
+            "windows_without_target": without,
+            "bytes": _bytes(documents, training),
+        },
         "reference": {**reference["counts"], "max_windows": reference["cut"]["max_windows"]},
         "decontamination": decontamination,
         "tokenizer_trained": config.data.tokenizer is None,

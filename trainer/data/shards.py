@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,12 @@ class Windows:
         if self._masks is None:
             return np.full(len(indices), self.sequence_length, np.int64)
         if self._counts is None:
-            self._counts = self._count(self._masks)
+            self._counts = np.concatenate([*self._counted(self._masks), np.empty(0, np.int64)])
         return self._counts[indices]
+
+    def any_target(self) -> bool:
+        """Whether there is a target at all to train on; reads no more than it takes to find one."""
+        return self._masks is None or any(counts.any() for counts in self._counted(self._masks))
 
     def documents(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers, ascending, of the documents that these windows hold tokens of; from 0, as the shards have them."""
@@ -179,15 +183,14 @@ class Windows:
             out[here] = arrays[number][places[here] - start]
         return out
 
-    def _count(self, masks: list[NDArray[np.bool_]]) -> NDArray[np.int64]:
+    def _counted(self, masks: list[NDArray[np.bool_]]) -> Iterator[NDArray[np.int64]]:
+        """Targets of each window, int64, some windows at a time."""
         length, windows = self.sequence_length, len(self)
-        out = np.empty(windows, np.int64)
         step = max(1, _COUNT_CHUNK // length)
         for first in range(0, windows, step):
             last = min(windows, first + step)
             places = np.arange(first * length + 1, last * length + 1)
-            out[first:last] = self._taken(masks, places).reshape(last - first, length).sum(axis=1)
-        return out
+            yield self._taken(masks, places).reshape(last - first, length).sum(axis=1)
 
 
 def _mapped(path: Path) -> NDArray[Any]:

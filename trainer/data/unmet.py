@@ -43,6 +43,12 @@ def unmet_requests(facts: Mapping[str, Any]) -> Iterator[str]:
             f"data.vocab_size: {entries:,} asked for, {facts['vocab_size']:,} made: "
             "there is too little text for more; lower it, or give more text"
         )
+    empty, every = facts["train"].get("windows_without_target", 0), facts["train"]["windows"]
+    if 2 * empty > every:
+        yield (
+            f"data.prompt_field: {empty:,} of {every:,} training windows ({100 * empty / every:.0f} %) hold nothing but "
+            "prompts, and teach nothing; raise sequence_length, or shorten the prompts"
+        )
     without = facts["read"]["documents_without_prompt"]
     if without:
         yield (

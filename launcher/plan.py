@@ -33,7 +33,7 @@ from configs.memory import gib
 from configs.step_time import GB, Links, Work
 from configs.training_memory import HOST_FIXED, Job, RankMemory, Tensors, host_beside_gpu, rank_memory
 from configs.whole import read_json
-from launcher.plan_model import Model, find_model, model_size, work_of
+from launcher.plan_model import Decay, Model, decay_of, find_model, model_size, work_of
 from launcher.plan_scaling import Row, Sizes, largest_micro, row, scaling, usable
 from launcher.plan_speed import Speed, find_speed, gpu_memory, read_size
 
@@ -103,6 +103,11 @@ class Plan:
         if self.device_bytes is None:
             return None
         return largest_micro(self.sizes, ranks=self.ranks, device=self.device_bytes)
+
+    @cached_property
+    def decay(self) -> tuple[Decay, Decay] | None:
+        """What weight decay pulls at, and what it does not; None where that is not known."""
+        return decay_of(self.model, self.config)
 
     @property
     def activations_known(self) -> bool:

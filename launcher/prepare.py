@@ -69,7 +69,8 @@ def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
     if train.get("windows_without_target"):  # not in data of an earlier version
         yield (
             "",
-            f"{train['windows_without_target']:,} windows have no token to train on; batches of such alone are passed over",
+            f"{train['windows_without_target']:,} windows have no token to train on; batches of these alone are "
+            "passed over",
         )
     yield (
         "reference",

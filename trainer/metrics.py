@@ -89,7 +89,7 @@ class Metrics:
                 f"{self.run.metrics}: cannot be written ({error.strerror}), so training stops; "
                 "once that is mended, the same command goes on from the last checkpoint"
             ) from None
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib"):
+        for key in ("loss", "auxiliary_loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib"):
             if line.get(key) is not None:
                 self.board.add_scalar(f"train/{key}", line[key], line["step"])
         if self.baseline is not None:

@@ -34,6 +34,7 @@ from trainer.checkpoints import Clock, clear_up, load_checkpoint
 from trainer.data.prepare import load_dataset_facts, no_target
 from trainer.data.shards import Windows
 from trainer.dropout import WindowDropout
+from trainer.effects import check_losses, loss_is_off
 from trainer.ema import MovingAverage
 from trainer.engine import make_engine
 from trainer.guards import Guard, recent_losses
@@ -71,6 +72,11 @@ def check_run(
     verify(config.data_dir, "dataset", hashes=False)  # sizes only: hashing terabytes at each start would take hours
     fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
     hf = check_model_settings(config, facts, fingerprint)
+    if tell is not None and loss_is_off(hf):
+        tell(
+            "caution: model: its experts are trained without the loss that balances their load, since its "
+            "output_router_logits is false"
+        )
     if config.eval.placement != "none":
         _check_reference(config, fingerprint, hf, tell)
     windows = Windows(config.data_dir, config.sequence_length)
@@ -212,6 +218,7 @@ def _train(
     watchdog.start()
     checkpoint, damaged = find_whole_checkpoint(run, ranks)
     model = TrainableLM(make_model(config, hf))
+    check_losses(config.model.fields, hf.model_type, adds=model.adds)
     parameters = parameter_count(model)
     dropout = WindowDropout(model.lm)
     try:

@@ -46,8 +46,8 @@ def unmet_requests(facts: Mapping[str, Any]) -> Iterator[str]:
     empty, every = facts["train"].get("windows_without_target", 0), facts["train"]["windows"]
     if 2 * empty > every:
         yield (
-            f"data.prompt_field: {empty:,} of {every:,} training windows ({100 * empty / every:.0f} %) hold nothing but "
-            "prompts, and teach nothing; raise sequence_length, or shorten the prompts"
+            f"data.prompt_field: {empty:,} of {every:,} training windows ({100 * empty / every:.0f} %) hold nothing "
+            "but prompts, and teach nothing; raise sequence_length, or shorten the prompts"
         )
     without = facts["read"]["documents_without_prompt"]
     if without:

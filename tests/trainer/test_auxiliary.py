@@ -62,7 +62,7 @@ def test_a_loss_on_logits_is_trained_too() -> None:
     target_BT = torch.cat([ids_BT[:, 1:], torch.full((2, 1), -100)], dim=1)
     model = TrainableLM(lm)
     theirs = lm(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-    assert float(model(ids_BT, target_BT)) / 30 == pytest.approx(float(theirs), rel=1e-5)
+    assert model(ids_BT, target_BT).item() / 30 == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_a_loss_that_is_not_understood_is_refused() -> None:

@@ -96,6 +96,9 @@ class OptimizerSettings(Settings):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="on matrices only, not on norms and biases")
+    no_decay: list[str] = Field(
+        default_factory=list, description="patterns of further parameters without weight decay, e.g. '*embed_tokens*'"
+    )
 
 
 class ScheduleSettings(Settings):

@@ -51,6 +51,7 @@ def split_model(model: Any) -> tuple[Any, Head] | None:
         # Logits of a new model are near 0, where a cap does nothing yet: seen at a hundredfold it shows.
         hook = head.register_forward_pre_hook(lambda _, given: (100 * given[0],))
         try:
+            whole = probe_BT.new_empty(1)
             whole = model(input_ids=probe_BT, use_cache=False).logits
         except BaseException:
             hook.remove()
@@ -122,12 +123,18 @@ def mixture_nll(
 def training_loss(
     parts: tuple[Any, Head], ids_BT: torch.Tensor, target_BT: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable).
+    """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable)."""
+    decoder, head = parts
+    hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+    return loss_of_hidden(hidden_BTH, target_BT, head, vocab_size)
+
+
+def loss_of_hidden(hidden_BTH: torch.Tensor, target_BT: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
+    """As `training_loss`, of a decoder's last hidden states.
 
     Where the logits of all targets would be large, they are made chunk by chunk and again in the backward pass.
     """
-    decoder, head = parts
-    hidden_NH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden_NH = hidden_BTH.flatten(0, 1)
     target_N = target_BT.flatten()
 
     def summed(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +198,31 @@ def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust
     return model.to(device)
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within it transformers and torch's fake tensors say nothing: what is wrong is said by us."""
+    from transformers.utils import logging as of_transformers
+
+    of_torch = logging.getLogger("torch._subclasses.fake_tensor")
+    before, level = of_transformers.get_verbosity(), of_torch.level
+    of_transformers.set_verbosity_error()
+    of_torch.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(before)
+        of_torch.setLevel(level)
+
+
 def load_checked(auto: Any, kind: str, directory: Path, dtype: str, trust_remote_code: bool) -> Any:
     """The model that transformers' class `auto` makes of a directory, on the CPU, for inference.
 
     Raises:
         DataError: it is no such model (`kind` in words), or its weights do not fit its config.
     """
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     try:
         model, info = auto.from_pretrained(
             directory,

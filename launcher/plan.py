@@ -33,7 +33,7 @@ from configs.memory import gib
 from configs.step_time import GB, Links, Work
 from configs.training_memory import HOST_FIXED, Job, RankMemory, Tensors, host_beside_gpu, rank_memory
 from configs.whole import read_json
-from launcher.plan_model import Model, find_model, model_size, work_of
+from launcher.plan_model import Decay, Model, decay_of, find_model, model_size, work_of
 from launcher.plan_scaling import Row, Sizes, largest_micro, row, scaling, usable
 from launcher.plan_speed import Speed, find_speed, gpu_memory, read_size
 
@@ -104,6 +104,11 @@ class Plan:
             return None
         return largest_micro(self.sizes, ranks=self.ranks, device=self.device_bytes)
 
+    @cached_property
+    def decay(self) -> tuple[Decay, Decay] | None:
+        """What weight decay pulls at, and what it does not; None where that is not known."""
+        return decay_of(self.model, self.config)
+
     @property
     def activations_known(self) -> bool:
         return self.sizes.model is not None and self.sizes.model.known(self.here.micro)
@@ -155,7 +160,10 @@ def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Cons
     config = load_config(source, overrides)
     if config.precision is None and config.launch.gpus_per_node:  # as it will be where the ranks are
         config = config.model_copy(update={"precision": "bf16"})
-    plan = make_plan(resolve(config), given or Given())
+    from eval.models import quiet_libraries  # torch comes with it
+
+    with quiet_libraries():
+        plan = make_plan(resolve(config), given or Given())
     if json_out:
         from launcher.plan_words import to_json
 

@@ -73,6 +73,31 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
     return Model(str(settings.type), _built_parameters(hf) if count is None else count, tuple(notes), described, hf)
 
 
+@dataclass(frozen=True)
+class Decay:
+    """What weight decay pulls at, and what it does not: tensors, parameters, and a few names of each."""
+
+    tensors: int
+    parameters: int
+    names: tuple[str, ...]
+
+
+def decay_of(model: Model, config: Config) -> tuple[Decay, Decay] | None:
+    """(decayed, not decayed); None where transformers has no such type.
+
+    Raises:
+        ConfigError: a pattern of `optimizer.no_decay` that no parameter has.
+    """
+    if model.hf is None:
+        return None
+    from trainer.decay import alike, decay_groups  # torch comes with it
+    from trainer.model import built_without_memory
+
+    groups = decay_groups(built_without_memory(model.hf), config.optimizer.no_decay)
+    decayed, kept = (Decay(len(group), sum(p.numel() for p in group.values()), tuple(alike(group))) for group in groups)
+    return decayed, kept
+
+
 def work_of(model: Model, sequence_length: int) -> Work:
     """What a token of this model computes; layers and heads that its config does not name count for nothing."""
     text = model.described.get("text_config")
@@ -140,12 +165,9 @@ def _counted(described: dict[str, Any]) -> int | None:
 
 def _built_parameters(hf: Any) -> int:
     """Parameters of the model that transformers builds, without memory for any."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from trainer.model import built_without_memory
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in built_without_memory(hf).parameters())
 
 
 def _stored_parameters(directory: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +17,7 @@ from launcher.run_facts import duration
 from launcher.verdict_words import new_table, print_table, say
 
 FLOPS_RULE = "6N + 12·L·H·Q·T (PaLM, appendix B)"
+WIDTH = 80
 WHAT_IT_IS = {
     "weights": "",
     "gradients": "",
@@ -39,6 +41,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model": plan.model.name,
         "parameters": plan.model.parameters,
         "notes": _notes(plan),
+        "weight_decay": _decay_json(plan),
         "ranks": plan.ranks,
         "ranks_a_node": plan.ranks_here,
         "micro": here.micro,
@@ -139,6 +142,24 @@ def _time_json(row: Row) -> dict[str, Any]:
     }
 
 
+def _decay_json(plan: Plan) -> dict[str, Any] | None:
+    if plan.decay is None:
+        return None
+    return {key: asdict(group) for key, group in zip(("decayed", "not_decayed"), plan.decay, strict=True)}
+
+
+def _decay_lines(plan: Plan) -> Iterator[str]:
+    """Two lines of 80 columns, with as many names as there is room for."""
+    for key, what, group in zip(("decay", ""), ("decays", "does not"), plan.decay or (), strict=False):
+        line = f"{key:<10}{what}: {_count(group.tensors, 'tensor')}, {group.parameters:,} parameters"
+        names = [name.rpartition("layers.*.")[2] for name in group.names]
+        shown = 0
+        while shown < len(names) and len(", ".join(names[: shown + 1])) < WIDTH - len(line) - len(" (, …)"):
+            shown += 1
+        more = ", …" if shown < len(names) else ""
+        yield line + (f" ({', '.join(names[:shown])}{more})" if shown else "")
+
+
 def _notes(plan: Plan) -> list[str]:
     if plan.activations_known:
         return list(plan.model.notes)
@@ -147,12 +168,14 @@ def _notes(plan: Plan) -> list[str]:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints it for people."""
-    config, here = plan.config, plan.here
+    config, here, decay = plan.config, plan.here, list(_decay_lines(plan))  # a pattern may be refused: before a word
     tokens = config.batch.global_ * config.sequence_length
     ranks = "1 rank" if plan.ranks == 1 else f"{plan.ranks:,} ranks"
     say(console, f"model     {plan.model.name}, {plan.model.parameters:,} parameters")
     for note in _notes(plan):
         say(console, f"          {note}", "yellow")
+    for line in decay:
+        say(console, line)
     say(console, f"batch     {ranks} × {here.micro} × {here.accumulation} = {config.batch.global_:,} windows a step")
     say(console, f"tokens    {tokens:,} a step; {config.steps:,} steps: {tokens * config.steps:,}{_passes(plan)}")
     place = "of its GPU" if plan.on_gpu else "of this machine, there is no GPU"

@@ -18,6 +18,7 @@ from trainer.changes import check_changes
 from trainer.data.integrity import AT_START_BYTES
 from trainer.data.prepare import load_dataset_facts, no_target
 from trainer.data.shards import Windows
+from trainer.effects import loss_is_off
 from trainer.model import check_model_settings
 
 
@@ -44,6 +45,11 @@ def check_run(
     facts = load_dataset_facts(config.data_dir, AT_START_BYTES if first else 0)
     fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
     hf = check_model_settings(config, facts, fingerprint)
+    if tell is not None and loss_is_off(hf):
+        tell(
+            "caution: model: its experts are trained without the loss that balances their load, since its "
+            "output_router_logits is false"
+        )
     if config.eval.placement != "none":
         if first and not config.reference_dir.is_relative_to(config.data_dir):
             verify(config.reference_dir, "reference")

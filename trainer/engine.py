@@ -16,6 +16,7 @@ from torch import nn
 from configs.load import micro_batch
 from configs.overrides import merged
 from configs.schema import Config
+from trainer.decay import decay_groups
 
 
 def import_deepspeed() -> Any:
@@ -79,12 +80,12 @@ def deepspeed_config(config: Config, world: int, parameters: int) -> dict[str, A
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Adam or AdamW over two groups: matrices with weight decay, norms and biases without."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """Adam or AdamW over two groups, with weight decay and without: see `trainer.decay`."""
     settings = config.optimizer
+    decayed, kept = decay_groups(model, settings.no_decay)
     groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": list(decayed.values()), "weight_decay": settings.weight_decay},
+        {"params": list(kept.values()), "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
     return kind([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)

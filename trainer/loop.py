@@ -49,15 +49,18 @@ class Measured:
     """A step's figures on their way from the device."""
 
     line: dict[str, Any] | None  # None: the update was skipped, only the flags count
-    sums: torch.Tensor  # fp64 [loss in nats, ranks asked to stop, by Ctrl-C, to save, gradient norm], on the CPU
+    sums: torch.Tensor  # fp64 [loss in nats, added to it, ranks asked to stop, by Ctrl-C, to save, gradient norm]; CPU
     ready: Callable[[], Any]
     targets: int
+    adds: bool  # the model adds something to its language loss
 
     def read(self) -> tuple[dict[str, Any] | None, Asked]:
         """(metrics line, what any rank was asked for); waits for what was enqueued up to its own step."""
         self.ready()
-        loss, stop, interrupt, save, norm = self.sums.tolist()
+        loss, added, stop, interrupt, save, norm = self.sums.tolist()
         line = self.line and {"loss": loss / self.targets, **self.line, "grad_norm": norm}
+        if line and self.adds:
+            line["auxiliary_loss"] = added / self.targets
         return line, Asked(stop > 0, interrupt > 0, save > 0)
 
 
@@ -95,7 +98,7 @@ def train(
         rate = learning_rate(step, peak=config.optimizer.lr, steps=config.steps, schedule=config.schedule)
         set_learning_rate(engine, rate)
 
-        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        loss_sum, added_sum = torch.zeros((2,), dtype=torch.float64, device=ranks.device)
         for ids_BT, target_BT, seeds in micro_batches(data, windows, config, ranks, clock.position, micro):
             hooks.mark(clock.step)
             starve(config, len(ids_BT))
@@ -104,6 +107,10 @@ def train(
             # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
             engine.backward(loss * (ranks.world * accumulation / targets))
             loss_sum += loss.detach()
+            added = engine.module.added
+            if added is not None:  # told apart: `loss` is the language's alone
+                loss_sum -= added
+                added_sum += added
             if engine.is_gradient_accumulation_boundary():
                 norm = grad_norm_before_step(engine)
                 hooks.before_update()
@@ -122,7 +129,7 @@ def train(
         line = _line(step, clock, windows, rate, seconds, targets, ranks, micro) if applied else None
         line = line and {**line, **guard.measured}  # the very loss that was decided on, where it is known by now
         norm = norm if norm is not None else engine.get_global_grad_norm()
-        pending = _measure(line, loss_sum, norm, targets, requests.poll())
+        pending = _measure(line, loss_sum, added_sum, norm, targets, engine.module.adds, requests.poll())
         guard.after(applied, clock, loss_sum)
         if not applied:  # the batch is used up, the step is made with the next
             if asked.stop and clock.step:
@@ -164,10 +171,18 @@ def micro_batches(
         yield ids_BT, target_BT, window_seeds(config.seed, position, chosen)
 
 
-def _measure(line: dict[str, Any] | None, loss_sum: torch.Tensor, norm: Any, targets: int, asked: Asked) -> Measured:
+def _measure(
+    line: dict[str, Any] | None,
+    loss_sum: torch.Tensor,
+    added_sum: torch.Tensor,
+    norm: Any,
+    targets: int,
+    adds: bool,
+    asked: Asked,
+) -> Measured:
     flags = torch.tensor([asked.stop, asked.interrupt, asked.save], dtype=torch.float64)
     flags = flags.to(loss_sum.device, non_blocking=True)
-    sums = torch.cat([loss_sum.reshape(1), flags])
+    sums = torch.cat([loss_sum.reshape(1), added_sum.reshape(1), flags])
     work = dist.all_reduce(sums, async_op=True)
     own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).reshape(1)
     if sums.device.type == "cpu":
@@ -177,13 +192,13 @@ def _measure(line: dict[str, Any] | None, loss_sum: torch.Tensor, norm: Any, tar
             found[:-1] = sums
 
         found = torch.cat([torch.zeros(len(sums), dtype=torch.float64), own])
-        return Measured(line, found, arrived, targets)
+        return Measured(line, found, arrived, targets, adds)
     work.wait()  # orders the stream behind the all-reduce; the host goes on
     on_host = torch.empty(len(sums) + 1, dtype=torch.float64, pin_memory=True)
     on_host.copy_(torch.cat([sums, own.to(sums.device, non_blocking=True)]), non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return Measured(line, on_host, event.synchronize, targets)
+    return Measured(line, on_host, event.synchronize, targets, adds)
 
 
 def _observe(pending: Measured, hooks: Hooks) -> Asked:

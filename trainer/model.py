@@ -13,13 +13,17 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
-from eval.losses import IGNORED, split_model, training_loss
+from eval.losses import IGNORED, loss_of_hidden, split_model, training_loss
 from eval.models import check_loaded, check_model, quantization, sees_the_future
 from eval.ranks import environment_ranks, seed_everything
+from trainer.auxiliary import added_loss, adds_loss, hidden_states_of
+from trainer.decay import check_patterns
 from trainer.dropout import drops, recompute_contexts
+from trainer.effects import check_fields, check_losses, fields_read, run_once, without_effect
 from trainer.weights import check_step, find_step, load_masters
 
 WIDEST_TRIED = 1536  # one layer of this takes half a second
+MOST_TRIED = 20_000_000  # parameters of a model that is tried as a whole
 
 
 def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
@@ -112,7 +116,12 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
             )
     if problems:
         raise ConfigError(*problems)
+    if config.optimizer.no_decay:
+        names = [name for name, p in built_without_memory(hf).named_parameters() if p.requires_grad]
+        check_patterns(names, config.optimizer.no_decay)
     check_looks_back(config, hf)
+    if config.model.fields and environment_ranks()[2] == 0:
+        check_effects(config.model, facts, hf)
     return hf
 
 
@@ -121,6 +130,36 @@ def checkpoints_activations(hf: Any) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)].supports_gradient_checkpointing)
+
+
+def check_effects(settings: ModelSettings, facts: dict[str, Any], hf: Any) -> None:
+    """Refuses fields under `model:` that change nothing in training; as far as that is found without much memory.
+
+    Raises:
+        ConfigError: which, and why; or the model's loss is one that is not trained here.
+    """
+    others = {}
+    for name in settings.fields:
+        with suppress(ConfigError):  # without it there is no such model: it has an effect
+            rest = {key: value for key, value in settings.fields.items() if key != name}
+            others[name] = hf_config(ModelSettings(type=settings.type, **rest), facts)
+    check_fields(settings.fields, hf, others)
+    try:
+        with fields_read(hf) as read:
+            model = built_without_memory(hf)
+            small = sum(p.numel() for p in model.parameters()) <= MOST_TRIED
+            if small:
+                model = _random(hf)
+            run_once(model)  # of a larger one without numbers
+    except Exception:  # what a model's own code asks of tensors without numbers cannot be listed
+        return
+    idle = without_effect(settings.fields, read, hf, others)
+    if idle:
+        raise ConfigError(
+            *(f"model.{name}: a {hf.model_type} never reads it, so it has no effect; leave it out" for name in idle)
+        )
+    if small:  # else the ranks will say
+        check_losses(settings.fields, hf.model_type, adds=TrainableLM(model).adds)
 
 
 def check_looks_back(config: Config, hf: Any) -> None:
@@ -176,9 +215,6 @@ def _takes(model: Any, length: int) -> bool:
 def _one_layer(hf: Any) -> Any:
     """A model of this kind with one layer and few entries in its vocabulary (where it has these), at random, on the
     CPU."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     small = copy.deepcopy(hf)
     text = small.get_text_config()
     text.vocab_size = min(text.vocab_size, 1024)
@@ -186,13 +222,29 @@ def _one_layer(hf: Any) -> Any:
         text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
+    return _random(small).eval()
+
+
+def _random(hf: Any) -> Any:
+    """A model at random, on the CPU, without a word of transformers'."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # what is wrong is said by us
     try:
         with torch.random.fork_rng(devices=[]):
-            return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+            return AutoModelForCausalLM.from_config(copy.deepcopy(hf), dtype=torch.float32)  # which writes to it
     finally:
         logging.set_verbosity(before)
+
+
+def built_without_memory(hf: Any) -> Any:
+    """The causal LM of a Hugging Face config with its parameters' names and shapes, and no numbers in them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(hf), dtype=torch.float32)  # which writes to it
 
 
 def _home(path: Path | None) -> Path | None:
@@ -228,28 +280,73 @@ def make_model(config: Config, hf: Any) -> Any:
 
 
 class TrainableLM(nn.Module):
-    """A causal LM whose forward pass gives a micro-batch's summed loss, as DeepSpeed wants it: one module, one call."""
+    """A causal LM whose forward pass gives a micro-batch's summed loss, as DeepSpeed wants it: one module, one call.
+
+    Raises:
+        ConfigError: the model's own loss is one that is not trained here.
+    """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
         # Held as `lm` only; listing decoder and head again would double the parameters' names.
         self.lm = lm
         self.split = split_model(lm) is not None
+        self.adds = adds_loss(lm)  # something to its language loss
+        self.added: torch.Tensor | None = None  # so much, in the last forward pass
+        if self.adds:
+            self.split = self.split and _adds_without_logits(lm)
 
     def parts(self) -> tuple[Any, Any] | None:
         """(decoder, head), where logits are head(decoder(ids))."""
         return (self.lm.get_decoder(), self.lm.get_output_embeddings()) if self.split else None
 
     def forward(self, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-        """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar."""
+        """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar.
+
+        Of a model that adds to its mean loss over a micro-batch, with that times the targets; which is in `added`.
+        """
         vocab_size = int(self.lm.config.get_text_config().vocab_size)
         parts = self.parts()
-        if parts is not None:
+        if parts is not None and not self.adds:
             return training_loss(parts, ids_BT, target_BT, vocab_size)
-        logits = self.lm(input_ids=ids_BT, use_cache=False).logits.float()
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        mean = None  # that is added
+        if parts is not None:
+            with hidden_states_of(parts[0]) as hidden:
+                mean, _ = added_loss(self.lm, ids_BT, keep=1)
+            loss = loss_of_hidden(hidden[0], target_BT, parts[1], vocab_size)
+        else:
+            if self.adds:
+                mean, logits = added_loss(self.lm, ids_BT)
+            else:
+                logits = self.lm(input_ids=ids_BT, use_cache=False).logits
+            loss = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        if mean is None:
+            return loss
+        more = mean * (target_BT != IGNORED).sum()
+        self.added = more.detach()
+        return loss + more
+
+
+@torch.no_grad()
+def _adds_without_logits(lm: Any) -> bool:
+    """Whether what a model adds to its loss is the same without most of its logits, its decoder showing its states."""
+    ids_BT = torch.arange(1, 9, device=next(lm.parameters()).device)[None] % lm.config.get_text_config().vocab_size
+    was_training = lm.training
+    lm.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            whole, _ = added_loss(lm, ids_BT)
+            torch.manual_seed(0)
+            with hidden_states_of(lm.get_decoder()) as hidden:
+                part, _ = added_loss(lm, ids_BT, keep=1)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    finally:
+        lm.train(was_training)
+    return len(hidden) == 1 and torch.equal(whole, part)
 
 
 def parameter_count(model: nn.Module) -> int:

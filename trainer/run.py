@@ -37,6 +37,7 @@ from trainer.checkpoints import Clock, clear_up, load_checkpoint
 from trainer.data.integrity import DataWatch
 from trainer.data.shards import Windows
 from trainer.dropout import WindowDropout
+from trainer.effects import check_losses
 from trainer.ema import MovingAverage
 from trainer.engine import make_engine
 from trainer.guards import Guard, recent_losses
@@ -147,6 +148,7 @@ def _train(
     watchdog.start()
     checkpoint, damaged = find_whole_checkpoint(run, ranks)
     model = TrainableLM(make_model(config, hf))
+    check_losses(config.model.fields, hf.model_type, adds=model.adds)
     parameters = parameter_count(model)
     dropout = WindowDropout(model.lm)
     try:

@@ -252,6 +252,6 @@ def _outwait(run: RunDir, tell: Callable[[str], None]) -> float | None:
             raise ConfigError(held_message(run))
         silent = before + time.monotonic() - began  # by our own clock, which nobody sets
     if _silence(run) < FRESH_S:  # its last beat is of a time to come: whoever asks next need not wait as well
-        with suppress(OSError):
-            os.utime(run.lock, (time.time() - silent,) * 2)
+        with suppress(OSError):  # a second more than it was: file systems' clocks tick in steps
+            os.utime(run.lock, (run.clock() - silent - 1.0,) * 2)
     return silent

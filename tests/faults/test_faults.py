@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from configs.json_lines import sealed_line
+from configs.seal import parsed
+
 from .killing import ROOT, processes
 from .rounds import FAULTS, RANKS, draw_round
 from .same import differences, not_whole, tensors_of
@@ -105,8 +108,8 @@ def test_what_a_kill_could_spoil_is_seen(places: Places, tmp_path: Path) -> None
 def _spoil(run: Path, what: str, last: str) -> None:
     steps = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     if what == "a loss":
-        line = json.loads(steps[8])
-        steps[8] = json.dumps({**line, "loss": float(np.nextafter(line["loss"], 9))}) + "\n"
+        line = parsed(steps[8])
+        steps[8] = sealed_line({**line, "loss": float(np.nextafter(line["loss"], 9))})
         (run / "metrics.jsonl").write_text("".join(steps))
     elif what == "a step twice":
         (run / "metrics.jsonl").write_text("".join([*steps[:7], *steps[6:]]))

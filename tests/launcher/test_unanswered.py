@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import TINY, vernier
 
+from configs.json_lines import sealed_line
 from configs.rundir import RunDir
 from configs.scheduler import Life, NoAnswer, life, slurm_jobs
+from configs.seal import parsed, sealed
 from eval.watch import training_is_over
 from launcher.job_log import add_job
 from launcher.run_facts import facts_of
@@ -67,8 +69,8 @@ def queued(tmp_path: Path) -> RunDir:
     run.path.mkdir()
     add_job(run, "submitted", component="train", backend="slurm", job="12")
     run.write_state("pending", steps=20, job="12")
-    state = json.loads(run.state.read_text())
-    run.state.write_text(json.dumps({**state, "heartbeat": state["heartbeat"] - 3000}))
+    state = run.read_state()
+    run.state.write_text(json.dumps(sealed({**state, "heartbeat": state["heartbeat"] - 3000})))
     return run
 
 
@@ -137,11 +139,11 @@ def test_a_run_in_a_job_that_cannot_be_asked_for_has_not_died(tiny_run: Path, tm
     run = RunDir(tmp_path / "run")
     add_job(run, "submitted", component="train", backend="slurm", job="12")
     run.write_state("running", exit_code=None, job="12")
-    state = json.loads(run.state.read_text())
-    run.state.write_text(json.dumps({**state, "heartbeat": state["heartbeat"] - 3000}))
+    state = run.read_state()
+    run.state.write_text(json.dumps(sealed({**state, "heartbeat": state["heartbeat"] - 3000})))
     os.utime(run.lock, (0, 0))
-    line = json.loads(run.jobs.read_text())
-    run.jobs.write_text(json.dumps({**line, "time": line["time"] - 9000}) + "\n")
+    line = parsed(run.jobs.read_text())
+    run.jobs.write_text(sealed_line({**line, "time": line["time"] - 9000}))
     assert facts_of(run, told={}).state == "died"
     facts = facts_of(run, told=NoAnswer("it is down"))
     assert (facts.state, facts.why) == ("running", None)

@@ -152,6 +152,16 @@ def scored_fingerprint(source: str, dtype: str, settings: str = "") -> str:
     return hashlib.sha256(f"{source} {dtype} {settings}".rstrip().encode()).hexdigest()
 
 
+def why(error: BaseException) -> str:
+    """In one line why transformers did not make a config or model, and what to do where it is clear."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "trust_remote_code" in str(error):
+        return "it is made by code of its own; read that code, then say --trust-remote-code"
+    if isinstance(error, ImportError):
+        return f"{said.partition(' You can')[0].rstrip('.')}; install what it asks for"
+    return said
+
+
 def check_fits(directory: Path, reference: ReferenceSet) -> None:
     """Refuses a model that cannot be scored on `reference`: another tokenizer, or too few positions or tokens."""
     config = read_json(directory / "config.json")
@@ -183,6 +193,20 @@ def _tokenize_again(directory: Path, reference: ReferenceSet) -> str:
         "tokenize the same documents again: "
         f"vernier prepare --reference {reference.directory} --tokenizer {directory} --out NEW_DIR"
     )
+
+
+def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The Hugging Face config of a model directory.
+
+    Raises:
+        DataError: transformers does not know its type, or refuses what it says.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each config class raises its own kinds
+        raise DataError(f"{directory}: transformers cannot read its config.json: {why(error)}") from error
 
 
 def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust_remote_code: bool = False) -> Any:
@@ -232,8 +256,8 @@ def load_checked(auto: Any, kind: str, directory: Path, dtype: str, trust_remote
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(f"{directory}: transformers cannot load it as a {kind}: {_first_line(error)}") from error
+    except Exception as error:  # each model class raises its own kinds
+        raise DataError(f"{directory}: transformers cannot load it as a {kind}: {why(error)}") from error
     check_loaded(directory, info)
     return model.eval().requires_grad_(False)
 
@@ -271,7 +295,3 @@ def check_loaded(directory: Path, info: dict[str, Any]) -> None:
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             raise DataError(f"{directory}: {what.replace('_', ' ')} in its weights: {sorted(map(str, info[what]))[0]}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from configs.errors import ConfigError, DataError
-from configs.memory import model_shapes, placement
-from configs.whole import read_json
+from configs.memory import placement
 from eval.losses import LOGITS_BYTES, Scorer
-from eval.models import load_for_scoring
+from eval.model_shapes import model_shapes, on_meta
+from eval.models import load_for_scoring, read_config
 from eval.objectives import make_scorer
 from eval.ranks import Ranks
 from eval.reference import ReferenceSet
@@ -71,7 +71,7 @@ def _is_sharded(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
     said, answer = "", 0
     if ranks.first:
         try:
-            answer = int(_chosen(models[0], reference, ranks, how.dtype) == "sharded")
+            answer = int(_chosen(models[0], reference, ranks, how) == "sharded")
         except ConfigError as error:
             said, answer = str(error), 2
     answer = ranks.broadcast_int(answer)
@@ -80,16 +80,16 @@ def _is_sharded(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
     return answer == 1
 
 
-def _chosen(model: Path, reference: ReferenceSet, ranks: Ranks, dtype: str) -> str:
-    """Where the weights go by the memory model; whole where it does not know the architecture."""
-    config = read_json(model / "config.json")
+def _chosen(model: Path, reference: ReferenceSet, ranks: Ranks, how: Scoring) -> str:
+    """Where the weights go by the memory model; whole where the model cannot be built, which loading then refuses."""
     try:
-        model_shapes(config)
-    except ConfigError:
+        trust = how.trust_remote_code
+        shapes = model_shapes(on_meta(read_config(model, trust_remote_code=trust), trust_remote_code=trust))
+    except (ConfigError, DataError):
         return "replicated"
     return placement(
-        config,
-        dtype,
+        shapes,
+        how.dtype,
         sequence_length=reference.sequence_length,
         batch=int(np.bincount(reference.batch).max()),
         device_bytes=ranks.free_bytes(),

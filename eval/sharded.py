@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from configs.errors import DataError
 from eval.losses import Scorer
-from eval.models import DTYPES, check_causal, weight_files
+from eval.model_shapes import repeated_layers
+from eval.models import DTYPES, check_causal, read_config, weight_files, why
 from eval.ranks import Ranks
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -38,7 +39,9 @@ def sharded_scorer(
             causal LM, or makes more of its logits than its output matrix does.
     """
     model = _described(directory, dtype, trust_remote_code)
-    layers = _layers(model, directory)
+    layers = repeated_layers(model)
+    if not len(layers):
+        raise DataError(f"{directory}: {type(model).__name__} has no list of layers to shard; use --weights replicated")
     scorer = Scorer(model, sequence_length, device=ranks.device)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for layer in layers:
@@ -66,14 +69,14 @@ def _give_back_freed_memory(ranks: Ranks) -> None:
 
 def _described(directory: Path, dtype: str, trust_remote_code: bool) -> Any:
     """The model with real buffers (some are computed, and in no file) and parameters that only have a shape."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = read_config(directory, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
         with _shapes_only():
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{directory}: transformers cannot build it as a causal LM: {error}") from error
+    except Exception as error:  # each model class raises its own kinds
+        raise DataError(f"{directory}: transformers cannot build it as a causal LM: {why(error)}") from error
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -93,17 +96,6 @@ def _shapes_only() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _layers(model: Any, directory: Path) -> list[Any]:
-    """The decoder's repeated layers: the longest list of modules in it."""
-    found: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) > len(found):
-            found = list(module)
-    if not found:
-        raise DataError(f"{directory}: {type(model).__name__} has no list of layers to shard; use --weights replicated")
-    return found
 
 
 def _load(losses: torch.nn.Module, directory: Path, dtype: str, ranks: Ranks, mesh: Any) -> None:

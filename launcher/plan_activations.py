@@ -26,7 +26,7 @@ class ModelSize:
 
     def __init__(
         self,
-        hf: Any,
+        model: Any,
         *,
         sequence_length: int,
         precision: str,
@@ -36,17 +36,18 @@ class ModelSize:
     ) -> None:
         """
         Args:
-            hf: the Hugging Face config.
+            model: as transformers builds it, on the meta device.
             whole_logits: logits are more than head(hidden), so those of a micro-batch are held at once.
             on_gpu: attention that drops weights does not store them there; on CPU it does.
         """
+        hf = model.config
         if on_gpu:
             hf = copy.deepcopy(hf)
             for name in ATTENTION_DROPOUT & set(vars(hf)):
                 setattr(hf, name, 0.0)
         self.hf, self.sequence_length, self.precision = hf, sequence_length, precision
         self.checkpointing, self.whole_logits = checkpointing, whole_logits
-        self.tensors = _tensors(hf)
+        self.tensors = _tensors(model)
         self.found: dict[int, Activations | None] = {}
         self.models: dict[Any, tuple[Any, Any]] = {}  # (fake mode, model), by dtype
 
@@ -72,12 +73,7 @@ class ModelSize:
         return self.found[micro] is not None
 
 
-def _tensors(hf: Any) -> Tensors:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf)
+def _tensors(model: Any) -> Tensors:
     own = (sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules())
     return Tensors.of([one.numel() for one in model.parameters() if one.requires_grad], largest_module=max(own))
 

@@ -14,6 +14,7 @@ from torch import nn
 from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
 from eval.losses import IGNORED, loss_of_hidden, split_model, training_loss
+from eval.model_shapes import on_meta
 from eval.models import check_loaded, check_model, quantization, sees_the_future
 from eval.ranks import environment_ranks, seed_everything
 from trainer.auxiliary import added_loss, adds_loss, hidden_states_of
@@ -116,6 +117,7 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
             )
     if problems:
         raise ConfigError(*problems)
+    on_meta(hf)  # refuses what transformers cannot build
     if config.optimizer.no_decay:
         names = [name for name, p in built_without_memory(hf).named_parameters() if p.requires_grad]
         check_patterns(names, config.optimizer.no_decay)

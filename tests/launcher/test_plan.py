@@ -158,6 +158,28 @@ def test_a_model_by_path_is_counted_from_its_files(tiny_run: Path, tiny_data: Pa
         find_model(resolve(load_config(TINY, [settings[0], f"model={{path: {strange}}}"])), None)
 
 
+def test_flops_are_of_the_experts_that_a_token_goes_through(tiny_data: Path) -> None:
+    few, all_of_them = (
+        make_plan(
+            resolve(
+                load_config(
+                    TINY,
+                    [
+                        f"data.dir={tiny_data}",
+                        "model={type: mixtral, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+                        "num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 4, "
+                        f"num_experts_per_tok: {chosen}}}",
+                    ],
+                )
+            ),
+            Given(flops=1e12),
+        )
+        for chosen in (1, 4)
+    )
+    assert few.model.parameters == all_of_them.model.parameters == all_of_them.work.parameters
+    assert few.work.parameters == few.model.parameters - 2 * 3 * 3 * 32 * 64
+
+
 def test_what_does_not_fit_is_said_with_the_settings_that_change_it(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +209,9 @@ def test_the_memory_of_a_container_is_what_it_may_take(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused_in_one_line(tiny_data: Path) -> None:
     told = vernier("plan", TINY, f"data.dir={tiny_data}", "model.hiden_size=3", code=2).stderr
     assert told == "error: model.hiden_size: llama has no such field; did you mean hidden_size?\n"
+    told = vernier("plan", TINY, f"data.dir={tiny_data}", "model={type: nemotron}", code=2).stderr
+    assert told.startswith("error: model: transformers cannot build type nemotron as a causal LM: ")
+    assert told.count("\n") == 1
     assert "batch.global: 15 is not divisible by 2 ranks" in vernier("plan", TINY, "batch.global=15", code=2).stderr
 
 
@@ -219,7 +244,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(tiny_data: Path, setting
     assert plan.activations_known
     found = plan.job.activations
     model = AutoModelForCausalLM.from_config(
-        plan.model.hf, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32
+        plan.model.built.config, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,17 +1,18 @@
-"""What the ranks of a training say of themselves, and where each is: signs and stacks, carried by the store that joined
-them. What is to be made of it is in `trainer/watchdog.py`.
+"""What the ranks of a training say of themselves, and where each is: heartbeats and stacks, carried by the store that
+joined them. What is to be made of it is in `hang_verdict.py`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
@@ -25,9 +26,19 @@ WAITING_LINE = re.compile(r"\.(wait|synchronize|item|tolist|cpu|barrier|all_redu
 
 
 @dataclass(frozen=True)
-class Sign:
+class Stack:
+    """Where a rank's main thread is."""
+
+    text: str
+    at: str  # the innermost frame, in a line
+    waits: bool
+
+
+@dataclass(frozen=True)
+class Heartbeat:
     """What a rank says of itself. Its time is new each time, so that one who says the same for long is silent."""
 
+    rank: int
     time: float
     host: str
     pid: int
@@ -35,101 +46,92 @@ class Sign:
     doing: str
     rests: bool
     still_s: float  # since its last progress
-    ended: bool
+    stack: Stack | None = None  # once that is long
+    ended: bool = False
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Where a rank's main thread is."""
+class Said:
+    """What a rank says to the others, and wants to hear of them."""
 
-    text: str
-    at: str  # the innermost frame, in a line
-    waits: bool
-    ask: int = 0
+    beat: Heartbeat
+    looks: bool = False  # at the teller; the teller looks at all
+    follows: int | None = None  # takes the place of this teller
+    tells: bool = False  # why the training ends: it is told
 
 
 @dataclass(frozen=True)
-class StoreAddress:
-    """Where the store is that joined the ranks."""
+class Heard:
+    """The answer to it."""
 
-    host: str
-    port: int
-    prefix: str  # of this attempt's keys
+    told: bool
+    teller: int | None = None  # who judges; None where it did not look
+    beats: dict[int, Heartbeat | None] = field(default_factory=dict)  # of all that were looked at
 
-    @staticmethod
-    def of_group(attempt: int) -> StoreAddress | None:
-        """That of the process group; None where it has no TCP store."""
-        store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-        while isinstance(store, dist.PrefixStore):
-            store = store.underlying_store
-        if not isinstance(store, dist.TCPStore):
-            return None
+
+def store_of_group() -> dist.TCPStore | None:
+    """That which joined the ranks; None where it is no TCP store, which alone takes a second connection."""
+    store: Any = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store if isinstance(store, dist.TCPStore) else None
+
+
+class StoreClient(threading.Thread):
+    """Carries words between the ranks, in a thread of its own: a call to a store whose host is frozen never returns.
+
+    To each Said in `out` there is one answer in `answers`, None where the store is lost; None in `out` ends it.
+    """
+
+    def __init__(self, host: str, port: int, attempt: int, rank: int, world: int) -> None:
+        super().__init__(daemon=True, name="watchdog-store")
+        self.host, self.port, self._rank, self._world = host, port, rank, world
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own, in the same store
-        return StoreAddress(store.host, store.port, f"watchdog/{attempt}/{restarts}")
+        self._prefix = f"watchdog/{attempt}/{restarts}"
+        self.out: SimpleQueue[Said | None] = SimpleQueue()
+        self.answers: SimpleQueue[Heard | None] = SimpleQueue()
+        self._known: set[int] = set()
+        self._store = self._connect()
 
-    def connect(self) -> Any:
+    def _connect(self) -> Any:
         """A connection of its own: the main thread may wait in the group's. Raises RuntimeError."""
         patience = timedelta(seconds=CONNECT_S)
         store = dist.TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=patience)
-        return dist.PrefixStore(self.prefix, store)
-
-
-class Post(threading.Thread):
-    """Carries words between the ranks, in a thread of its own: a call to a store whose host is frozen never returns."""
-
-    def __init__(self, address: StoreAddress, rank: int, world: int, beat_s: float) -> None:
-        super().__init__(daemon=True, name="watchdog-post")
-        self.address, self.store = address, address.connect()
-        self.rank, self.world, self.pause_s = rank, world, beat_s
-        # what to say and to look for, set by the watchdog
-        self.sign, self.stack, self.look, self.wanted_asks = "", "", range(0), 0
-        self.tells = self.ends = False
-        self.wake = threading.Event()
-        # what came back
-        self.rounds, self.asked, self.own_ask, self.made_asks = 0, 0, 0, 0
-        self.told = self.lost = False
-        self.signs: dict[int, str] = {}
-        self.stacks: dict[int, str] = {}
-        self._known: set[str] = set()
+        return dist.PrefixStore(self._prefix, store)
 
     def run(self) -> None:
-        last = False
-        while not last:
-            last = self.ends
+        heard: Heard | None = Heard(told=False)
+        while (said := self.out.get()) is not None:
             try:
-                if self.lost:
-                    self.store = self.address.connect()
-                self._round()
-                self.rounds += 1
-                self.lost = False
+                if heard is None:
+                    self._store = self._connect()
+                heard = self._exchange(said)
             except RuntimeError:  # all that a store raises: who holds it is gone, or the way to it was for a moment
-                self.lost = True
-            self.wake.wait(0.0 if last else self.pause_s)
-            self.wake.clear()
+                heard = None
+            self.answers.put(heard)
 
-    def _round(self) -> None:
-        self.store.set(f"sign/{self.rank}", self.sign)
-        if self.made_asks != self.wanted_asks:
-            made = self.wanted_asks
-            self.own_ask, self.made_asks = self.store.add("ask", 1), made
-        if self.tells:
-            self.store.add("told", 1)
-        # Adding nothing reads a number without waiting for it to be there.
-        self.asked = self.store.add("ask", 0)
-        self.told = self.store.add("told", 0) > 0
-        if self.stack:
-            self.store.set(f"stack/{self.rank}", self.stack)
-            self.stack = ""
-        self.signs = self._read("sign", self.look)
-        if self.wanted_asks:
-            self.stacks = self._read("stack", range(self.world))
+    def _exchange(self, said: Said) -> Heard:
+        store = self._store
+        store.set(f"beat/{self._rank}", json.dumps(asdict(said.beat)))
+        told = store.add("told", int(said.tells)) > 0  # adding 0 reads it without waiting for it to be there
+        if not said.looks:
+            return Heard(told)
+        teller = int(store.compare_set("teller", "", "0"))  # sets nothing where there is one
+        if said.follows is not None:  # of all that try, one takes its place
+            teller = int(store.compare_set("teller", str(said.follows), str(self._rank)))
+        looked = [teller] if teller != self._rank else [rank for rank in range(self._world) if rank != self._rank]
+        return Heard(told, teller, self._beats_of(looked))
 
-    def _read(self, kind: str, ranks: Iterable[int]) -> dict[int, str]:
-        keys = {f"{kind}/{rank}": rank for rank in ranks}
-        there = [key for key in keys if key in self._known or self.store.check([key])]
+    def _beats_of(self, ranks: list[int]) -> dict[int, Heartbeat | None]:
+        there = [rank for rank in ranks if rank in self._known or self._store.check([f"beat/{rank}"])]
         self._known.update(there)
-        texts = self.store.multi_get(there) if there else []
-        return {keys[key]: bytes(text).decode() for key, text in zip(there, texts, strict=True)}
+        texts = self._store.multi_get([f"beat/{rank}" for rank in there]) if there else []
+        return dict.fromkeys(ranks) | dict(zip(there, map(_read, texts), strict=True))
+
+
+def _read(text: bytes) -> Heartbeat:
+    beat = json.loads(text)
+    return Heartbeat(**{**beat, "stack": beat["stack"] and Stack(**beat["stack"])})
 
 
 def main_thread_stack() -> Stack:

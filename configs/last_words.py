@@ -45,6 +45,11 @@ def how_ended(code: int) -> str:
     return f"signal {-code} ({known.get(-code, 'unknown')})"
 
 
+def of_rank(rank: object, said: object) -> str:
+    """What a failed rank said, with its number before it, unless it is known as no rank's or says so itself."""
+    return str(said) if rank is None or str(said).startswith(f"rank {rank}") else f"rank {rank}: {said}"
+
+
 def last_words(log: Path, offset: int = 0) -> str:
     """What a process's log says, from `offset` bytes on, of how it ended: a line, "" where there is none."""
     text = read_from(log, offset)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, VernierError
+from configs.last_words import of_rank
 from configs.load import load_config
 from configs.rundir import RunDir
 from configs.scheduler import Life, current_job, life
@@ -205,8 +206,7 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
         said = EXIT_FAILED
     failure = run.read_state().get("failure")
     if failure:
-        rank = failure.get("rank")
-        print(f"error: {'' if rank is None else f'rank {rank}: '}{failure.get('error')}")
+        print(f"error: {of_rank(failure.get('rank'), failure.get('error'))}")
     if said == EXIT_STOPPED and signal == "USR1" and not _stopped_by_hand(run):
         run.write_state("requeued")
         told = f"stopped before the time limit with a checkpoint of step {_progress(run, component)}"

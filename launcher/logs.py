@@ -18,6 +18,7 @@ from rich.console import Console
 
 from configs.errors import EXIT_DONE, DataError
 from configs.files import open_to_read
+from configs.last_words import of_rank
 from configs.rundir import RunDir, is_locked
 from configs.terminal import printable
 from launcher.job_facts import Told, ask_scheduler, is_active, is_unanswered, may_be_active
@@ -159,8 +160,7 @@ def failure_of(run: RunDir) -> Failure | None:
 
 def _say_failure(failure: Failure, console: Console) -> None:
     rank, error = failure
-    who = "" if rank is None or error.startswith(f"rank {rank}") else f"rank {rank}: "
-    for line in f"{who}{error}".splitlines():
+    for line in of_rank(rank, error).splitlines():
         say(console, printable(line), "red")
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from configs.errors import EXIT_STOPPED, DataError
 from configs.files import open_to_read, read_bytes
+from configs.last_words import of_rank
 from configs.rundir import RunDir, is_locked
 from configs.script_ends import script_end
 from configs.seal import parsed
@@ -307,8 +308,7 @@ def _standing(
     if word == "stopping" and code is not None:
         return "stopped", WITH_CHECKPOINT, "it was asked to stop" + (" by Ctrl-C" if code == 130 else "")
     if word == "failed" and isinstance(failure, dict):
-        rank = failure.get("rank")
-        return word, word, f"{'' if rank is None else f'rank {rank}: '}{failure.get('error')}"
+        return word, word, of_rank(failure.get("rank"), failure.get("error"))
     return word, word, None
 
 

@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
-from configs.last_words import how_ended
+from configs.last_words import how_ended, of_rank
 from configs.load import batch_problems, dump_config, load_config, resolve, with_absolute_paths
 from configs.relay import Relay
 from configs.rundir import RunDir
@@ -376,9 +376,8 @@ def _outcome(
         return int(code)
     failure = state.get("failure")
     if failure:
-        rank, said = failure["rank"], failure["error"]
-        who = "" if rank is None or said.startswith(f"rank {rank}") else f"rank {rank}: "
-        console.print(f"error: {who}{said}", markup=False)
+        rank = failure["rank"]
+        console.print(f"error: {of_rank(rank, failure['error'])}", markup=False)
         log = starter.training_log if rank is None else f"rank-{rank}.log"
         console.print(f"its log: {run.logs / log}", markup=False)
     elif code != EXIT_DONE:
@@ -390,7 +389,6 @@ def _outcome(
 
 def _fail(run: RunDir, code: int, told: str, console: Console, rank: int | None = None) -> None:
     run.add_event("failed", told, rank=rank)
-    who = "" if rank is None else f"rank {rank}: "
-    console.print(f"error: {who}{told}; the same command goes on from the last checkpoint", markup=False)
+    console.print(f"error: {of_rank(rank, told)}; the same command goes on from the last checkpoint", markup=False)
     if not run.record_failure(code, rank, told):
         console.print(f"error: {run.state} cannot be written", markup=False)

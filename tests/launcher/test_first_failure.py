@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, lines, vernier
 
-from configs.last_words import first_end, follows_another, last_words
+from configs.last_words import first_end, follows_another, last_words, of_rank
 from configs.rundir import RunDir
 
 
@@ -122,3 +122,9 @@ def test_who_ended_first_by_what_started_the_ranks(tmp_path: Path) -> None:
         path.write_text(text)
         assert first_end(path) == found
     assert not follows_another("could not join its rank-group: Unable to find address for: nope0")
+
+
+def test_a_rank_is_named_once() -> None:
+    assert of_rank(1, "out of memory") == "rank 1: out of memory"
+    assert of_rank(1, "rank 1 of 2: could not join its rank-group") == "rank 1 of 2: could not join its rank-group"
+    assert of_rank(None, "no rank has started") == "no rank has started"

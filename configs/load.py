@@ -93,24 +93,25 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _secrets(config: Config) -> Iterator[str]:
     """Settings that hold a secret: they would be copied into the run's folder. No value is shown."""
-    for key, value in _leaves(config.model_dump(mode="json", by_alias=True)):
+    for key, text in _texts(config.model_dump(mode="json", by_alias=True)):
         # Models have fields such as pad_token and num_key_value_heads; what DeepSpeed's are called is not ours.
-        named = key.startswith("deepspeed.") and isinstance(value, str) and names_secret(key.rpartition(".")[2])
-        if isinstance(value, str) and value and (named or holds_secret(value)):
+        named = key.startswith("deepspeed.") and names_secret(key.rpartition(".")[2])
+        if text and (named or holds_secret(text)):
             yield (
                 f"{key}: looks like a secret, which would be copied into the run's folder; set it in the environment "
                 "of the ranks, and leave it out here"
             )
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in settings; those of a list have the list's key."""
     if isinstance(value, dict):
         for name, one in value.items():
-            yield from _leaves(one, f"{key}.{name}" if key else str(name))
+            yield from _texts(one, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for one in value:
-            yield from _leaves(one, key)
-    else:
+            yield from _texts(one, key)
+    elif isinstance(value, str):
         yield key, value
 
 
@@ -294,11 +295,20 @@ def dump_config(config: Config) -> str:
     return dump_yaml(mapping)
 
 
+def leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each setting; a list is one value."""
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values."""
 
-    left = dict(_leaves(a.model_dump(mode="json", by_alias=True)))
-    right = dict(_leaves(b.model_dump(mode="json", by_alias=True)))
+    left = dict(leaves(a.model_dump(mode="json", by_alias=True)))
+    right = dict(leaves(b.model_dump(mode="json", by_alias=True)))
     return {k: (left.get(k), right.get(k)) for k in {**left, **right} if left.get(k) != right.get(k)}
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError, DataError, VernierError
-from configs.load import dump_config, is_named, resolve
+from configs.load import dump_config, is_named, leaves, resolve
 from configs.rundir import RunDir
 from configs.schema import NAME_PATTERN, Config
 from configs.terminal import console as people
@@ -118,7 +118,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if before["seeds"] != now["seeds"]:
         yield f"--seeds is {before['seeds']} there, {now['seeds']} now"
     skipped = {"name", "run.dir", "nproc", "launch.", *swept[0], *swept[1]}
-    was, is_now = dict(_leaves(_today(before["settings"]))), dict(_leaves(now["settings"]))
+    was, is_now = dict(leaves(_today(before["settings"]))), dict(leaves(now["settings"]))
     for key in {**was, **is_now}:
         if not is_named(key, (*skipped, *(f"{one}." for one in skipped))) and was.get(key) != is_now.get(key):
             yield f"{key} is {as_written(was.get(key))} there, {as_written(is_now.get(key))} now"
@@ -132,14 +132,6 @@ def _today(settings: dict[str, Any]) -> dict[str, Any]:
         return dict(yaml.safe_load(dump_config(Config.model_validate(settings))))
     except ValidationError:  # a key that is no more: it will be named
         return settings
-
-
-def _leaves(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def read_sweep(sweep_dir: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs import ConfigError, dump_config, load_config, resolve
-from configs.load import micro_batch
+from configs.load import differences, micro_batch
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -144,3 +144,13 @@ def test_the_cores_of_a_task_of_srun_are_its_own(monkeypatch: pytest.MonkeyPatch
     assert threads(**task | {"SLURM_CPUS_PER_TASK": "3"}) == 3  # it has not
     assert threads(**task | {"TORCHELASTIC_RUN_ID": "x"}) == 2  # a torchrun in each task
     assert threads(**task | {"SLURM_STEP_NUM_TASKS": "1"}) == 2  # `vernier train` in a task
+
+
+def test_settings_that_are_lists_differ_as_a_whole() -> None:
+    before = load_config("tests/tiny.yaml", ["snapshot.at=[5,7]"])
+    now = load_config("tests/tiny.yaml", ["snapshot.at=[3,7]", "optimizer.betas=[0.8,0.95]"])
+    assert differences(before, now) == {
+        "snapshot.at": ([5, 7], [3, 7]),
+        "optimizer.betas": ([0.9, 0.95], [0.8, 0.95]),
+    }
+    assert differences(before, load_config("tests/tiny.yaml")) == {"snapshot.at": ([5, 7], [])}

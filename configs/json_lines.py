@@ -89,10 +89,10 @@ def read_jsonl(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
     return found
 
 
-def try_flock(descriptor: int) -> bool:
-    """Whether there is no more to wait for: it is locked, or the file system has no locks."""
+def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether there is no more to wait for: it is locked (shared, with LOCK_SH), or the file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

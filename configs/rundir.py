@@ -19,7 +19,7 @@ from configs.errors import EXIT_FAILED, DataError, VernierError
 from configs.files import open_to_read, open_to_write, read_bytes
 from configs.json_lines import append_line as append_line
 from configs.json_lines import read_jsonl as read_jsonl
-from configs.json_lines import wait_for_flock
+from configs.json_lines import try_flock, wait_for_flock
 from configs.last_words import follows_another
 from configs.script_ends import script_end
 from configs.seal import parsed, sealed
@@ -382,12 +382,9 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds a lock on a file; False where there is no such file, or no locks."""
     try:
         with open_to_read(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not try_flock(file.fileno(), fcntl.LOCK_SH)
     except OSError:
-        pass
-    return False
+        return False
 
 
 def _overwrite(path: Path, content: bytes) -> None:

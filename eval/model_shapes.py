@@ -6,6 +6,7 @@ says (heads, how many experts a token goes through) is read from its config.
 
 from __future__ import annotations
 
+import copy
 import json
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from configs.errors import ConfigError
 from configs.memory import ModelShapes
-from eval.models import why
+from eval.models import quiet_libraries, why
 
 # What the types call the same thing. A name that most configs have comes first.
 WIDTH = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size")
@@ -31,20 +32,16 @@ def on_meta(hf: Any, *, trust_remote_code: bool = False) -> Any:
         ConfigError: transformers cannot build it; why, and what to do.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is wrong is said by us
+    own = copy.deepcopy(hf)  # it is written to
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf, trust_remote_code=trust_remote_code)
+        with quiet_libraries(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(own, trust_remote_code=trust_remote_code)
     except Exception as error:  # each model class raises its own kinds
         what_to_do = ", or take another model" if isinstance(error, ImportError) else "; check its fields"
         raise ConfigError(
             f"model: transformers cannot build type {hf.model_type} as a causal LM: {why(error)}{what_to_do}"
         ) from None
-    finally:
-        logging.set_verbosity(before)
 
 
 def model_shapes(model: Any) -> ModelShapes:

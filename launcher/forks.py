@@ -73,7 +73,7 @@ def fork(group: RankGroup, environment: dict[str, str], log: Path) -> Forked:
     Raises:
         OSError: the log cannot be opened, or there is no room for another process.
     """
-    output = open_to_write(log, os.O_WRONLY | os.O_APPEND, 0o666)
+    output = open_to_write(log, os.O_WRONLY | os.O_APPEND)
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()

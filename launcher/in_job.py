@@ -186,8 +186,8 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
     failure = state.get("failure") or {}
     early = state.get("state") == "pending" if said is None else said == EXIT_FAILED and bool(failure.get("early"))
     if early and not signal:
-        who = "" if failure.get("rank") is None else f"rank {failure['rank']}: "
-        why = f"no rank has started ({who}{failure['error']})" if failure else _no_start(run, code)
+        first = of_rank(failure["rank"], failure["error"]) if failure else ""
+        why = f"no rank has started ({first})" if failure else _no_start(run, code)
         return _start_again(run, component, why, most=NO_START, pause_s=10.0)
     if said is None and signal:
         said = EXIT_STOPPED  # killed at the time limit, before its checkpoint was whole: the last one is there

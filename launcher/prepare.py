@@ -66,7 +66,7 @@ def run_verify(directory: Path, *, json_out: bool) -> int:
     if manifest.get("kind") not in (KIND, "reference"):
         raise ConfigError(f"--verify: {directory} is a {manifest.get('kind')}, not prepared data or a reference set")
     found = list(damages(directory, manifest))
-    files = manifest.get("files") or {}
+    files = manifest["files"]
     if json_out:
         wrong = [{"file": name, "what": what} for name, what in found]
         print(json.dumps({"directory": str(directory), "files": len(files), "damaged": wrong}, indent=2))

@@ -322,7 +322,7 @@ def start(command: list[str], environment: dict[str, str], log: Path, *, held: b
     output: IO[bytes]
     # Lent to the ranks, see configs.terminal; mpirun would read from it.
     stdin = sys.stderr if is_lent(environment) else subprocess.DEVNULL
-    with os.fdopen(open_to_write(log, os.O_WRONLY | os.O_APPEND, 0o666), "ab") as output:
+    with os.fdopen(open_to_write(log, os.O_WRONLY | os.O_APPEND), "ab") as output:
         return subprocess.Popen(
             command,
             env=environment,

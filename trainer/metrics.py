@@ -41,13 +41,15 @@ def memory_gib() -> float:
 
 def lines_up_to(run: RunDir, step: int) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` up to a step that are as they were written."""
-    lines = read_jsonl(run.metrics, strict=False)
+    return _up_to(step, read_jsonl(run.metrics, strict=False))
+
+
+def _up_to(step: int, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
 
 
-def _keep_damaged(run: RunDir) -> None:
+def _keep_damaged(run: RunDir, wrong: list[str]) -> None:
     """Copies a metrics file with damaged lines away, which are about to be cut, and tells of them."""
-    _, wrong = read_lines(run.metrics)
     if not wrong:
         return
     run.quarantine.mkdir(exist_ok=True)
@@ -67,8 +69,9 @@ class Metrics:
     ) -> None:
         """`check_current`: raises VernierError where another attempt holds the run; asked now and then."""
         self.run, self.check_current = run, check_current
-        lines = lines_up_to(run, step)
-        _keep_damaged(run)
+        found, wrong = read_lines(run.metrics)
+        lines = _up_to(step, found)
+        _keep_damaged(run, wrong)
         write_atomic(run.metrics, "".join(map(sealed_line, lines)), durable=True)
         appended = open_to_write(run.metrics, os.O_WRONLY | os.O_APPEND)
         self.file = os.fdopen(appended, "a", buffering=1, encoding="utf-8")  # lives as long as the run

@@ -15,7 +15,7 @@ from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
 from eval.losses import IGNORED, loss_of_hidden, split_model, training_loss
 from eval.model_shapes import on_meta
-from eval.models import check_loaded, check_model, quantization, sees_the_future
+from eval.models import check_loaded, check_model, quantization, quiet_libraries, sees_the_future
 from eval.ranks import environment_ranks, seed_everything
 from trainer.auxiliary import added_loss, adds_loss, hidden_states_of
 from trainer.decay import check_patterns
@@ -117,10 +117,8 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
             )
     if problems:
         raise ConfigError(*problems)
-    on_meta(hf)  # refuses what transformers cannot build
-    if config.optimizer.no_decay:
-        names = [name for name, p in built_without_memory(hf).named_parameters() if p.requires_grad]
-        check_patterns(names, config.optimizer.no_decay)
+    built = on_meta(hf)  # refuses what transformers cannot build
+    check_patterns([name for name, p in built.named_parameters() if p.requires_grad], config.optimizer.no_decay)
     check_looks_back(config, hf)
     if config.model.fields and environment_ranks()[2] == 0:
         check_effects(config.model, facts, hf)
@@ -148,7 +146,7 @@ def check_effects(settings: ModelSettings, facts: dict[str, Any], hf: Any) -> No
     check_fields(settings.fields, hf, others)
     try:
         with fields_read(hf) as read:
-            model = built_without_memory(hf)
+            model = on_meta(hf)
             small = sum(p.numel() for p in model.parameters()) <= MOST_TRIED
             if small:
                 model = _random(hf)
@@ -230,22 +228,8 @@ def _one_layer(hf: Any) -> Any:
 def _random(hf: Any) -> Any:
     """A model at random, on the CPU, without a word of transformers'."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is wrong is said by us
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(hf), dtype=torch.float32)  # which writes to it
-    finally:
-        logging.set_verbosity(before)
-
-
-def built_without_memory(hf: Any) -> Any:
-    """The causal LM of a Hugging Face config with its parameters' names and shapes, and no numbers in them."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
         return AutoModelForCausalLM.from_config(copy.deepcopy(hf), dtype=torch.float32)  # which writes to it
 
 

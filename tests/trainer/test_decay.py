@@ -7,20 +7,20 @@ from conftest import TINY, vernier
 from transformers import AutoConfig
 
 from configs.errors import ConfigError
+from eval.model_shapes import on_meta
 from trainer.decay import decay_groups
-from trainer.model import built_without_memory
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def groups(kind: str, *no_decay: str, **fields: Any) -> tuple[list[str], list[str]]:
-    decayed, kept = decay_groups(built_without_memory(AutoConfig.for_model(kind, **{**SIZES, **fields})), no_decay)
+    decayed, kept = decay_groups(on_meta(AutoConfig.for_model(kind, **{**SIZES, **fields})), no_decay)
     return list(decayed), list(kept)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma2", "olmo2", "gpt_neox", "opt", "bloom"])
 def test_in_ordinary_models_matrices_are_decayed_and_vectors_are_not(kind: str) -> None:
-    model = built_without_memory(AutoConfig.for_model(kind, num_hidden_layers=1))
+    model = on_meta(AutoConfig.for_model(kind, num_hidden_layers=1))
     decayed, kept = decay_groups(model)
     assert all(p.dim() > 1 for p in decayed.values())
     assert all(p.dim() <= 1 for p in kept.values())

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,7 @@ def damages(
     Args:
         at_most: bytes to hash, smallest files first; None: all.
     """
-    files = manifest.get("files")
-    if not _is_listing(files):
-        yield MANIFEST, "changed since it was written: it does not list the files"
-        return
-    assert isinstance(files, dict)
+    files = manifest["files"]
     yield from ((name, STRANGER) for name in _strangers(data_dir, files))
     left, hashed, sized = at_most, [], []
     for name, fact in sorted(files.items(), key=lambda item: (item[1]["bytes"], item[0])):
@@ -72,32 +68,20 @@ def damages(
         else:
             hashed.append(name)
     yield from (found for name in sized if (found := _damage(data_dir, name, files[name], hashes=False)))
-    with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:  # no pool beside training: at a
-        looked = (pool.map if pool else map)(
-            partial(_hashed, data_dir, files), hashed
-        )  # process's end it is waited for
-        try:
-            yield from (found for found in looked if found)
-        finally:
-            if pool:
+    look = partial(_hashed, data_dir, files)
+    if threads == 1:  # beside training: at a process's end a pool would be waited for
+        yield from filter(None, map(look, hashed))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                yield from filter(None, pool.map(look, hashed))
+            finally:
                 pool.shutdown(cancel_futures=True)  # whoever asked may have heard enough
     facts = data_dir / FACTS
     if manifest.get("kind") == KIND and facts.is_file():
         with suppress(DataError):  # damaged, and told above
             if read_json(facts).get("fingerprints") != manifest.get("fingerprints"):
                 yield MANIFEST, f"changed since it was written: its fingerprints are not those of {FACTS}"
-
-
-def _is_listing(files: Any) -> bool:
-    """Whether a manifest's `files` is what `configs.whole.commit` writes."""
-    return (
-        isinstance(files, dict)
-        and bool(files)
-        and all(
-            isinstance(fact, dict) and isinstance(fact.get("sha256"), str) and type(fact.get("bytes")) is int
-            for fact in files.values()
-        )
-    )
 
 
 def _strangers(data_dir: Path, files: dict[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ import re
 import signal
 from pathlib import Path
 
+from configs.relay import MARK
+
 TAIL_BYTES = 1 << 16
 MOST = 400  # characters of a reason
 
@@ -69,8 +71,8 @@ def first_end(log: Path, offset: int = 0) -> tuple[int, str] | None:
 
 
 def last_line(log: Path, offset: int = 0) -> str:
-    """The last line from `offset` bytes on that is not empty."""
-    lines = [line for line in read_from(log, offset).splitlines() if line.strip()]
+    """The last line from `offset` bytes on that is not empty, nor what ranks said to people while all was well."""
+    lines = [line for line in read_from(log, offset).splitlines() if line.strip() and not line.startswith(MARK)]
     return shortened(lines[-1]) if lines else ""
 
 

@@ -7,7 +7,6 @@ import time
 from rich.console import Console
 
 from configs.errors import VernierError
-from configs.last_words import how_ended
 from configs.load import dump_config
 from configs.rundir import RunDir
 from configs.schema import Config
@@ -64,7 +63,7 @@ class EvalGroup:
         except VernierError:  # the reference set cannot be read at this moment
             scored = self.scored_at_death
         rank, words = first_to_end(self.run.logs, self.before, "eval")
-        how = f"{self.starter.name}: {how_ended(code)}{f': {words}' if words else ''}"
+        how = f"{self.starter.name}'s exit code {code}{f': {words}' if words else ''}"
         if rank is not None:
             how = f"rank {rank}: {words}"
         progress = scored > self.scored_at_death

@@ -195,8 +195,8 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
     if words == WITH_CHECKPOINT and (to_lose or not whole):
         words = "stopped before a checkpoint of its last steps" if whole else "stopped before its first checkpoint"
     for job in jobs.jobs:
-        told = script_end(run.path, "eval", job["job"]) if job["component"] == "eval" else None
-        notes += [f"the evaluator's job {job['job']}: {told['error']}"] if told else []
+        end = script_end(run.path, "eval", job["job"]) if job["component"] == "eval" else None
+        notes += [f"the evaluator's job {job['job']}: {end['error']}"] if end else []
     if word == "running":
         notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]
     return RunFacts(

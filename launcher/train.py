@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
-from configs.last_words import how_ended, of_rank
+from configs.last_words import of_rank
 from configs.load import batch_problems, dump_config, load_config, resolve, with_absolute_paths
 from configs.relay import Relay
 from configs.rundir import RunDir
@@ -363,9 +363,10 @@ def _outcome(
     code = state.get("exit_code")
     if code is None:  # killed before its last word
         code = EXIT_INTERRUPTED if interrupts.by_ctrl_c else EXIT_FAILED
+        how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
         rank, words = first_to_end(run.logs, before, "train")
         with _once_free(run, starter):  # held by another trainer, which was quicker: the state is its own
-            told = f"the training ranks {without_a_word(f'{starter.name}: {how_ended(returncode)}', words)}"
+            told = f"the training ranks {without_a_word(f'{starter.name}: {how}', words)}"
             if killed:
                 rank, told = None, f"the training ranks were killed {killed}, before their checkpoint was whole"
             elif rank is not None:

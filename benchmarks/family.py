@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.calibration import calibrate
-from configs.rundir import RunDir, read_jsonl, step_name
-from eval.compare import compare_tables
+from configs.run.directory import RunDir, read_jsonl, step_name
+from eval.compare.pair import compare_tables
 from eval.statistics.blocks import block_ends, block_length, block_sums, mean_over_blocks
 from eval.tables import LossTable, read_table
 

@@ -122,8 +122,8 @@ def fixed(out: str) -> int:
     import torch
     import torch.distributed as dist
 
-    from eval.ranks import join, leave
-    from trainer.engine import import_deepspeed
+    from eval.distributed.ranks import join, leave
+    from trainer.engine.build import import_deepspeed
 
     for name in ("trainer.run", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
@@ -171,14 +171,14 @@ def measure(case: Case, folder: Path, data: Path, *, ranks: int, gpu: bool) -> i
 def planned(case: Case, data: Path, ranks: int) -> Any:
     """The memory of a rank as `vernier plan` has it."""
     from configs.load import load_config, resolve
-    from launcher.plan import Given, make_plan
+    from launcher.plan.estimate import Given, make_plan
 
     return make_plan(resolve(load_config("demo", settings(case, data, ranks))), Given(flops=1e12))
 
 
 def estimated(case: Case, parameters: int, ranks: int) -> int | None:
     """What DeepSpeed's own estimator says of a GPU: model states for Adam in 16 bits, without activations."""
-    from trainer.engine import import_deepspeed
+    from trainer.engine.build import import_deepspeed
 
     import_deepspeed()
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs

@@ -24,16 +24,16 @@ SETTINGS = ["nproc=1", "threads_per_rank=1", "eval.placement=none", "batch.globa
 def measure(data: Path, run_dir: Path) -> None:
     """Prints the figures; in a process of its own, since it becomes a rank."""
     from configs.load import load_config, resolve
-    from configs.rundir import RunDir
-    from eval.ranks import join
-    from trainer.checkpoints import Clock, copy_checkpoint, write_checkpoint
+    from configs.run.directory import RunDir
+    from eval.distributed.ranks import join
+    from trainer.checkpoint.async_save import HostCopy, Saver
+    from trainer.checkpoint.checkpoint import Clock, copy_checkpoint, write_checkpoint
     from trainer.data.prepare import load_dataset_facts
     from trainer.data.shards import Windows
-    from trainer.engine import make_engine
+    from trainer.engine.build import make_engine
     from trainer.loop import micro_batches
-    from trainer.model import TrainableLM, hf_config, make_model, parameter_count
+    from trainer.model.build import TrainableLM, hf_config, make_model, parameter_count
     from trainer.order import windows_at
-    from trainer.saving import HostCopy, Saver
 
     config = resolve(load_config("demo", [f"data.dir={data}", f"run.dir={run_dir}", *SETTINGS]))
     run = RunDir(config.run_dir)

@@ -79,7 +79,7 @@ def make_model(case: Case, directory: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from eval.models import DTYPES
+    from eval.scoring.models import DTYPES
 
     torch.manual_seed(1)
     sizes = {name: value for name, value in case.config.items() if name != "model_type"}
@@ -92,7 +92,7 @@ def way_of_scoring(way: str, model: Any, case: Case) -> Callable[[Any], None]:
     import torch
 
     if way == "ours":
-        from eval.losses import Scorer
+        from eval.scoring.losses import Scorer
 
         scorer = Scorer(model, case.sequence_length)
 
@@ -157,7 +157,7 @@ def loaded(case: Case, directory: Path) -> tuple[Any, Callable[[], Any]]:
     """(the model, what draws a batch of ids)."""
     import torch
 
-    from eval.models import load_for_scoring
+    from eval.scoring.models import load_for_scoring
 
     torch.set_num_threads(case.threads)
     generator = torch.Generator().manual_seed(1)

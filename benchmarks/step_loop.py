@@ -42,7 +42,7 @@ def bare(data: Path) -> None:
     from configs.load import load_config, resolve
     from trainer.data.prepare import load_dataset_facts
     from trainer.data.shards import Windows
-    from trainer.model import hf_config, make_model
+    from trainer.model.build import hf_config, make_model
     from trainer.order import windows_at
 
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from configs.own import put_first
 if TYPE_CHECKING:
     from configs.errors import ConfigError, DataError, GateError, VernierError
     from configs.load import dump_config, load_config, resolve
-    from configs.rundir import RunDir, open_run
+    from configs.run.directory import RunDir, open_run
     from configs.schema import Config
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 _HOMES = {
     "configs.errors": ("ConfigError", "DataError", "GateError", "VernierError"),
     "configs.load": ("dump_config", "load_config", "resolve"),
-    "configs.rundir": ("RunDir", "open_run"),
+    "configs.run.directory": ("RunDir", "open_run"),
     "configs.schema": ("Config",),
 }
 put_first()

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError
-from configs.rundir import RunDir
-from configs.whole import read_json
+from configs.files.atomic import read_json
+from configs.run.directory import RunDir
 
 _REFERENCE: dict[str, type] = {
     "name": str,

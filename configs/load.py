@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from configs.devices import gpu_count
 from configs.errors import ConfigError
-from configs.overrides import apply_overrides, sections, settings_merged
-from configs.paths import path_problems
-from configs.scalars import as_declared
+from configs.files.paths import path_problems
 from configs.schema import Config, section_of
 from configs.secret_names import holds_secret, names_secret, without_secrets
-from configs.yaml_text import as_written, dump_yaml, parse_mapping
+from configs.yaml.overrides import apply_overrides, sections, settings_merged
+from configs.yaml.scalars import as_declared
+from configs.yaml.text import as_written, dump_yaml, parse_mapping
 
 SHIPPED = Path(__file__).parent
 

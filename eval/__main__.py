@@ -14,14 +14,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from configs.console import open_streams, tell
 from configs.errors import EXIT_FAILED, ConfigError, VernierError
-from configs.faults import reached
+from configs.fault_injection import reached
+from configs.files.atomic import write_atomic
 from configs.load import load_config, resolve, with_absolute_paths
-from configs.parent import die_with_parent, end_at_once
-from configs.relay import log_to_file, stream_to_people
-from configs.rundir import RunDir
-from configs.terminal import open_streams, tell
-from configs.whole import write_atomic
+from configs.log_stream import log_to_file, stream_to_people
+from configs.process import die_with_parent, end_at_once
+from configs.run.directory import RunDir
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     open_streams()
     asked = parse(sys.argv[1:] if arguments is None else arguments)
     # torch is imported from here on, once the command line is known to be good and the log is open
-    from eval.rank_environment import this_rank
+    from eval.distributed.environment import this_rank
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for training; the evaluator ends when told or done
     rank, console, logged = 0, stream_to_people(), False
@@ -112,9 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def watch_run(config: Any) -> None:
     """Watches one run to its end."""
-    from eval.rank_environment import meet
-    from eval.ranks import join, leave
-    from eval.watch import watch
+    from eval.distributed.environment import meet
+    from eval.distributed.ranks import join, leave
+    from eval.scoring.evaluator import watch
 
     ranks = join(config.eval.threads_per_rank, timeout_s=config.eval.timeout_s)
     if ranks.mpi is None:
@@ -127,11 +127,11 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
     """Scores model directories one after another, all ranks on each, or all together as an ensemble."""
     import torch
 
-    from eval.models import check_fits, check_model
-    from eval.once import Scoring, score_models
-    from eval.rank_environment import meet
-    from eval.ranks import StoppedByAnotherRank, join, leave
-    from eval.reference import load_reference
+    from eval.distributed.environment import meet
+    from eval.distributed.ranks import StoppedByAnotherRank, join, leave
+    from eval.reference.set import load_reference
+    from eval.scoring.models import check_fits, check_model
+    from eval.scoring.once import Scoring, score_models
 
     ranks = join(asked.threads)
     if ranks.mpi is None and (asked.log_dir or ranks.first):

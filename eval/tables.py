@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from configs.files import open_to_read
-from configs.whole import write_atomic
+from configs.files.atomic import write_atomic
+from configs.files.opening import open_to_read
 
 METADATA_KEY = b"vernier"
 DIGEST = "digest"  # its key in the metadata

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
+from configs.console import console, open_streams, tell
 from configs.errors import ConfigError
 from configs.own import put_first_for_children
-from configs.parent import end_at_once
-from configs.terminal import console, open_streams, tell
+from configs.process import end_at_once
 from launcher.ends import code_of
 
 app = typer.Typer(
@@ -89,7 +89,8 @@ def train(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until all snapshots are scored.")] = False,
 ) -> int:
     """Train here, or go on with a run; checkpoints are scored beside it."""
-    from launcher.train import Resume, run_train
+    from launcher.options import Resume
+    from launcher.train.command import run_train
 
     if fresh and force_resume:
         raise ConfigError("--fresh and --force-resume exclude each other: one starts anew, the other goes on")
@@ -130,7 +131,8 @@ def launch(
     ] = False,
 ) -> int:
     """Train on a cluster: plan the jobs, submit them, go on with a run."""
-    from launcher.launch import Launch, SweepAsked, run_launch
+    from launcher.launch.command import run_launch
+    from launcher.options import Launch, SweepAsked
 
     how = Launch(
         on=on,
@@ -193,7 +195,7 @@ def evaluate(
     json_out: JsonOption = False,
 ) -> int:
     """Score models on a reference set, sample by sample."""
-    from launcher.evaluate import run_eval, settled
+    from launcher.eval import run_eval, settled
 
     if until_verdict != (against is not None):
         raise ConfigError("--until-verdict and --against A go together")
@@ -254,7 +256,7 @@ def compare(
     json_out: JsonOption = False,
 ) -> int:
     """Say whether B is really better than A, and how sure that is."""
-    from launcher.compare import More, run_compare
+    from launcher.compare.command import More, run_compare
 
     more = More(
         power=power,
@@ -279,7 +281,7 @@ def board(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free one.")] = None,
 ) -> int:
     """Watch runs in TensorBoard, on loopback, with the ssh line to paste."""
-    from launcher.board import run_board
+    from launcher.watch.tensorboard import run_board
 
     return run_board(runs or [], port=port, console=_console(out=True))
 
@@ -306,7 +308,8 @@ def plan(
     json_out: JsonOption = False,
 ) -> int:
     """Reckon what a training would take, before it starts: memory, time, host memory, disk."""
-    from launcher.plan import Given, run_plan
+    from launcher.plan.command import run_plan
+    from launcher.plan.estimate import Given
 
     given = Given(flops, memory, bandwidth, node_bandwidth, latency)
     return run_plan(config, overrides or [], json_out=json_out, console=_console(out=True), given=given)
@@ -322,7 +325,7 @@ def logs(
     lines: Annotated[int, typer.Option(min=1, help="How many to begin with.")] = 50,
 ) -> int:
     """Show a rank's log: the first that failed, else rank 0."""
-    from launcher.logs import Wanted, run_logs
+    from launcher.watch.logs import Wanted, run_logs
 
     if job and rank is not None:
         raise ConfigError("--job is a log of its own; leave --rank out")
@@ -336,7 +339,7 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="With little patience for a checkpoint.")] = False,
 ) -> int:
     """Stop a run with a checkpoint, wherever it runs."""
-    from launcher.stop import run_stop
+    from launcher.watch.stop import run_stop
 
     return run_stop(run, now=now, console=_console(out=True))
 
@@ -347,7 +350,7 @@ def doctor(
     json_out: JsonOption = False,
 ) -> int:
     """Try whether this machine can train and score, and say what to do where it cannot."""
-    from launcher.doctor import run_doctor
+    from launcher.preflight.doctor import run_doctor
 
     return run_doctor(run, json_out=json_out, console=_console(out=True))
 
@@ -360,7 +363,7 @@ def status(
     json_out: JsonOption = False,
 ) -> int:
     """Say how runs stand: step, loss, time left, checkpoints, scores, and why one has ended."""
-    from launcher.status import run_status
+    from launcher.watch.status import run_status
 
     if all_events and not events:
         raise ConfigError("--all goes with --events")

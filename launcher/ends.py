@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
+from configs.console import tell
 from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, ConfigError, VernierError
-from configs.terminal import tell
 
 
 def code_of(verb: Callable[[], Any]) -> int:

@@ -14,19 +14,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from configs.console import open_streams, tell
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, VernierError
-from configs.last_words import of_rank
 from configs.load import load_config
-from configs.rundir import RunDir
+from configs.run.directory import RunDir
+from configs.run.last_words import of_rank
+from configs.run.script_ends import note_script_end
 from configs.scheduler import Life, current_job, life
 from configs.schema import Config
-from configs.script_ends import note_script_end
-from configs.terminal import open_streams, tell
-from launcher.job_facts import jobs_of
-from launcher.job_log import DAMAGED, add_job, read_jobs
-from launcher.processes import last_lines
-from launcher.rank_ends import first_to_end, name_the_cause, sizes, without_a_word
-from launcher.scored import can_be_scored
+from eval.scored import can_be_scored
+from launcher.backends.process import last_lines
+from launcher.backends.rank_ends import first_to_end, name_the_cause, sizes, without_a_word
+from launcher.jobs.log import DAMAGED, add_job, read_jobs
+from launcher.jobs.status import jobs_of
 
 AGAIN = 10  # start the ranks again, in this job
 REQUEUE = 11  # queue this job again
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(free_port(asked.job))
             return EXIT_DONE
         if asked.verb == "member":
-            from launcher.sweep import member_of
+            from launcher.sweep.store import member_of
 
             print(member_of(asked.sweep, asked.index))
             return EXIT_DONE
@@ -127,7 +127,7 @@ def begin(run: RunDir, component: str) -> int:
     where = {"nodes": os.environ.get("SLURM_JOB_NODELIST"), "restart": int(restart)}
     job = current_job()
     if component == "train":
-        from trainer.lock import FRESH_S, check_free, holder, kept_free
+        from trainer.faults.lock import FRESH_S, check_free, holder, kept_free
 
         # Slurm vouches that an earlier start of this very job is over: its ranks end by themselves, if late.
         ours = int(restart) > 0 and holder(run).get("job") == job
@@ -192,7 +192,7 @@ def _after_training(run: RunDir, config: Config, code: int, signal: str) -> int:
     if said is None and signal:
         said = EXIT_STOPPED  # killed at the time limit, before its checkpoint was whole: the last one is there
     if said is None:
-        from trainer.lock import kept_free
+        from trainer.faults.lock import kept_free
 
         log = _newest_log(run, component)
         rank, words = first_to_end(run.logs, _logs_before(run, component), component)

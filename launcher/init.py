@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel
 
 from configs.errors import ConfigError
-from configs.files import open_to_write
-from configs.paths import path_problems
+from configs.files.opening import open_to_write
+from configs.files.paths import path_problems
 from configs.schema import Config, section_of
 
 HEAD = """\

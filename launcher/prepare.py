@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.console import console as people
+from configs.console import tell
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
+from configs.files.paths import path_problems
 from configs.load import load_config, resolve
-from configs.paths import path_problems
-from configs.terminal import console as people
-from configs.terminal import tell
 
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
@@ -39,8 +39,8 @@ def run_retokenize(
     """Tokenizes the documents of a reference set with another tokenizer (or windows), into a new reference set."""
     if tokenizer is None or out is None:
         raise ConfigError("prepare --reference: give --tokenizer DIR and --out DIR as well")
-    from eval.reference import retokenize
-    from eval.tokenization import open_tokenizer
+    from eval.reference.set import retokenize
+    from eval.reference.tokenizer import open_tokenizer
 
     named = (("--reference", reference), ("--tokenizer", tokenizer), ("--out", out))
     problems = [problem for key, path in named for problem in path_problems(key, path)]
@@ -59,7 +59,7 @@ def run_verify(directory: Path, *, json_out: bool) -> int:
 
     Exit code 0 where all is, 3 where something differs.
     """
-    from configs.whole import read_manifest
+    from configs.files.atomic import read_manifest
     from trainer.data.integrity import KIND, damages, told
 
     manifest = read_manifest(directory)

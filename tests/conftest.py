@@ -17,8 +17,8 @@ from filelock import FileLock
 from forkserver import ROOT, VERNIER, Vernier
 from testbed import Cluster, running_cluster
 
-from configs.seal import parsed
-from configs.whole import MANIFEST, read_manifest, whole_directory
+from configs.files.atomic import MANIFEST, read_manifest, whole_directory
+from configs.files.seal import parsed
 
 TINY = "tests/tiny.yaml"
 subprocess.Popen = Vernier  # type: ignore[misc]  # forks `vernier` where it can; see forkserver.py
@@ -55,7 +55,7 @@ WITHOUT_SLURM = pytest.mark.parametrize(
 
 def by_agent(ranks: int) -> list[str]:
     """The command that starts so many ranks of the module that follows, which has a `main(arguments)`."""
-    return [sys.executable, "-m", "launcher.agent", "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-m", "launcher.backends.agent", "--nproc-per-node", str(ranks)]
 
 
 def lines(path: Path) -> list[dict]:

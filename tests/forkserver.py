@@ -2,7 +2,7 @@
 
 `subprocess.Popen` and `run` of `python -m` one of `PROGRAMS` come here, except in tests marked `real`, which are about
 processes themselves, and where the environment says something that only a new process would heed.
-tests/launcher/test_start.py holds forked and exec'd against each other.
+tests/launcher/train/test_start.py holds forked and exec'd against each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 VERNIER = [sys.executable, "-m", "launcher.cli"]
-PROGRAMS = ("launcher.cli", "launcher.agent", "tests.trainer.hanging")
+PROGRAMS = ("launcher.cli", "launcher.backends.agent", "tests.trainer.faults.hanging")
 # Heeded while Python and libraries are loaded, so never by a fork.
 AT_START = re.compile(
     r"(PYTHON|LD_|ATEN_|OMP_|MKL_|KMP_|TORCH|HF_|TRANSFORMERS_|DS_|CUDA_|MALLOC_|VERNIER_(LOGITS|JOURNAL)_).*"
@@ -125,7 +125,7 @@ def _server() -> str:
 
 def serve(address: str, ready: int) -> NoReturn:
     """Forks commands until its parent ends. Has one thread, and has initialised nothing."""
-    from configs.parent import kill_with_parent
+    from configs.process import kill_with_parent
 
     kill_with_parent()
     import_everything()
@@ -167,8 +167,8 @@ def live(asked: dict[str, Any], descriptors: list[int]) -> NoReturn:
     """The life of a forked command."""
     from setproctitle import setproctitle
 
-    from configs.parent import end_at_once
-    from launcher.agent import unheard
+    from configs.process import end_at_once
+    from launcher.backends.agent import unheard
 
     code = 1
     try:
@@ -201,19 +201,19 @@ def live(asked: dict[str, Any], descriptors: list[int]) -> NoReturn:
 
 def import_everything() -> None:
     """All that any verb and any rank comes to import."""
-    from launcher.agent import import_once
+    from launcher.backends.agent import import_once
 
     for module in ("trainer", "eval"):
         import_once(module, ("llama", "gpt2"))
-    for path in sorted((ROOT / "launcher").glob("*.py")):
+    for path in sorted((ROOT / "launcher").rglob("*.py")):
         if path.stem not in ("__main__", "skypilot"):
-            import_module(f"launcher.{path.stem}")
+            import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
     for name in (
         "matplotlib.figure",
         "scipy.stats",
         "pyarrow.parquet",
         "datasets",
-        "eval.plots",
+        "eval.compare.plots",
         "trainer.data.prepare",
     ):
         import_module(name)

@@ -8,14 +8,14 @@ import os
 import sys
 import traceback
 
+from configs.console import is_lent, is_supervised, open_streams, tell
 from configs.errors import EXIT_FAILED, VernierError
-from configs.faults import reached
+from configs.fault_injection import reached
 from configs.load import load_config, resolve, with_absolute_paths
-from configs.parent import die_with_parent, end_at_once
-from configs.relay import log_to_file, stream_to_people
-from configs.rundir import RunDir
-from configs.terminal import is_lent, is_supervised, open_streams, tell
-from trainer import stop
+from configs.log_stream import log_to_file, stream_to_people
+from configs.process import die_with_parent, end_at_once
+from configs.run.directory import RunDir
+from trainer import stop_requests
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -56,9 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one rank; gives the exit code."""
     die_with_parent()
     open_streams()
-    stop.listen()
+    stop_requests.listen()
     asked = parse(sys.argv[1:] if arguments is None else arguments)
-    from eval.rank_environment import meet, this_rank
+    from eval.distributed.environment import meet, this_rank
 
     rank, terminal = 0, stream_to_people()
     run: RunDir | None = None
@@ -94,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _record(run: RunDir, code: int, rank: int, said: str) -> bool:
     """Tells in the run's state why this rank ends before it has joined the others; gives whether it stands there."""
-    from eval.rank_environment import start_began
-    from trainer.lock import held_since_before
+    from eval.distributed.environment import start_began
+    from trainer.faults.lock import held_since_before
 
     since = start_began()
     if not run.path.is_dir() or held_since_before(run, since):

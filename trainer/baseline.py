@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import ConfigError, DataError
-from configs.files import open_to_read
-from configs.rundir import RunDir
+from configs.files.opening import open_to_read
+from configs.run.directory import RunDir
 from configs.schema import Config
-from eval.pairing import pairing_of, pairing_of_run, pairing_problems
+from eval.compare.curve_pairing import pairing_of, pairing_of_run, pairing_problems
 
 REREAD_S = 5.0  # a baseline may still be training
 TELL_STEPS = 10  # between points of the running mean

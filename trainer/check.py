@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from configs.console import is_supervised
 from configs.errors import ConfigError
 from configs.facts import read_reference_facts
-from configs.rundir import RunDir
+from configs.files.atomic import read_manifest, verify
+from configs.run.directory import RunDir
 from configs.schema import Config
-from configs.terminal import is_supervised
-from configs.whole import read_manifest, verify
-from eval.ranks import environment_ranks
-from eval.reference import tokenizer_fingerprint
+from eval.distributed.ranks import environment_ranks
+from eval.reference.set import tokenizer_fingerprint
 from trainer.baseline import check_baseline
-from trainer.changes import check_changes
+from trainer.checkpoint.resume_compat import check_changes
 from trainer.data.integrity import AT_START_BYTES
 from trainer.data.prepare import load_dataset_facts, no_target
 from trainer.data.shards import Windows
-from trainer.effects import loss_is_off
-from trainer.model import check_model_settings
+from trainer.model.build import check_model_settings
+from trainer.model.effects import loss_is_off
 
 
 def check_run(

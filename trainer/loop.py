@@ -18,19 +18,19 @@ import torch.distributed as dist
 
 from configs.load import micro_batch
 from configs.schema import Config
-from eval.losses import IGNORED
-from eval.ranks import Ranks
-from trainer.checkpoints import Clock
+from eval.distributed.ranks import Ranks
+from eval.scoring.losses import IGNORED
+from trainer.checkpoint.checkpoint import Clock
+from trainer.checkpoint.checkpointer import Due
 from trainer.data.shards import Windows
-from trainer.dropout import WindowDropout
-from trainer.engine import grad_norm_before_step, set_learning_rate
-from trainer.guards import Guard, bent, starve
+from trainer.engine.build import grad_norm_before_step, set_learning_rate
+from trainer.engine.schedule import learning_rate
+from trainer.engine.zero_state import refuse_update
+from trainer.faults.guards import Guard, bent, starve
 from trainer.metrics import memory_gib
+from trainer.model.dropout import WindowDropout
 from trainer.order import share_of, window_seeds, windows_at
-from trainer.saves import Due
-from trainer.schedule import learning_rate
-from trainer.stop import Asked, Requests
-from trainer.zero_state import refuse_update
+from trainer.stop_requests import Asked, Requests
 
 
 @dataclass(frozen=True)

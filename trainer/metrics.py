@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from configs.errors import VernierError
-from configs.files import open_to_write
-from configs.json_lines import read_jsonl, read_lines, sealed_line
-from configs.rundir import RunDir
+from configs.files.atomic import write_atomic, write_json
+from configs.files.json_lines import read_jsonl, read_lines, sealed_line
+from configs.files.opening import open_to_write
+from configs.run.directory import RunDir
 from configs.schema import Config
 from configs.secret_names import shown_command
-from configs.whole import write_atomic, write_json
 from eval.reporting import Reporter
 from trainer.baseline import Baseline
 

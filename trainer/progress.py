@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs.files import open_to_read
+from configs.files.opening import open_to_read
 
 PLAIN_S = 10.0
 LIVE_S = 0.2

@@ -10,20 +10,29 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from configs.console import console as people
+from configs.console import is_supervised
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
-from configs.faults import reached
-from configs.last_words import follows_another
+from configs.fault_injection import reached
+from configs.files.atomic import write_atomic
 from configs.load import batch_problems, dump_config, micro_batch
-from configs.rundir import RunDir
+from configs.run.directory import RunDir
+from configs.run.last_words import follows_another
 from configs.scheduler import current_job
 from configs.schema import Config
-from configs.terminal import console as people
-from configs.terminal import is_supervised
-from configs.whole import write_atomic
-from eval.rank_environment import start_began
-from eval.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
-from trainer import stop
-from trainer.adaptations import (
+from eval.distributed.environment import start_began
+from eval.distributed.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
+from trainer import stop_requests
+from trainer.check import check_run
+from trainer.checkpoint.checkpoint import Clock, clear_up, load_checkpoint
+from trainer.checkpoint.checkpointer import Due, RunSaves
+from trainer.checkpoint.find_whole import find_whole_checkpoint
+from trainer.checkpoint.resume_compat import check_changes, clear_unbegun, tell_forced
+from trainer.data.integrity import DataWatch
+from trainer.data.shards import Windows
+from trainer.engine.build import make_engine
+from trainer.engine.ema import MovingAverage
+from trainer.faults.adaptations import (
     StartAgain,
     adapted,
     after_out_of_memory,
@@ -31,25 +40,16 @@ from trainer.adaptations import (
     no_memory,
     shared_adaptations,
 )
-from trainer.changes import check_changes, clear_unbegun, tell_forced
-from trainer.check import check_run
-from trainer.checkpoints import Clock, clear_up, load_checkpoint
-from trainer.data.integrity import DataWatch
-from trainer.data.shards import Windows
-from trainer.dropout import WindowDropout
-from trainer.effects import check_losses
-from trainer.ema import MovingAverage
-from trainer.engine import make_engine
-from trainer.guards import Guard, recent_losses
-from trainer.inline import InlineScoring
-from trainer.lock import RunLock
+from trainer.faults.guards import Guard, recent_losses
+from trainer.faults.lock import RunLock
+from trainer.faults.watchdog import Watchdog
+from trainer.inline_scoring import InlineScoring
 from trainer.loop import Hooks, train
 from trainer.metrics import Metrics, write_manifest
-from trainer.model import TrainableLM, checkpoints_activations, make_model, parameter_count
+from trainer.model.build import TrainableLM, checkpoints_activations, make_model, parameter_count
+from trainer.model.dropout import WindowDropout
+from trainer.model.effects import check_losses
 from trainer.progress import ProgressLine
-from trainer.quarantine import find_whole_checkpoint
-from trainer.saves import Due, RunSaves
-from trainer.watchdog import Watchdog
 
 
 def finished(run: RunDir, config: Config) -> bool:
@@ -68,7 +68,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
     ranks = join(config.threads_per_rank or 1)
     reached("joined")
     set_determinism(bool(config.deterministic))
-    requests = stop.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
+    requests = stop_requests.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
     console = people(terminal, soft_wrap=True) if ranks.first else None
     lock = RunLock(run)
     attempt = None  # ours, once we hold the run
@@ -136,7 +136,7 @@ def _train(
     ranks: Ranks,
     facts: dict[str, Any],
     hf: Any,
-    requests: stop.Requests,
+    requests: stop_requests.Requests,
     lock: RunLock,
     console: Console | None,
 ) -> int:
@@ -285,7 +285,7 @@ def _train(
             watch.finish()
     with watchdog.paused("saving"):
         saves.finish(clock.step)
-    code = stop.exit_code(interrupted) if stopped else EXIT_DONE
+    code = stop_requests.exit_code(interrupted) if stopped else EXIT_DONE
     if inline is not None:
         inline.close()
     if metrics is not None and line is not None:

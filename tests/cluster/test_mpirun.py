@@ -70,7 +70,7 @@ def test_vernier_eval_joins_tables_by_mpi_alone(tiny_run: Path, tiny_data: Path,
 
 
 def test_a_tensorboard_on_its_port_does_not_keep_mpirun_waiting() -> None:
-    from launcher.processes import mpirun
+    from launcher.backends.mpi import mpirun
 
     with socket.socket() as board:  # hwloc takes port 6006 for X display 6, and waits for it to speak
         with contextlib.suppress(OSError):  # one is there already

@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT, TINY, lines
 from testbed import Cluster
 
-from launcher.job_plan import JobPlan, make_plan
-from launcher.sbatch import Script, submit
-from launcher.sites import Site
-from launcher.slurm import render
+from launcher.backends.sbatch import Script, submit
+from launcher.backends.slurm import render
+from launcher.jobs.plan import JobPlan, make_plan
+from launcher.jobs.site import Site
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -168,7 +168,7 @@ CASES = {
 }
 
 
-# 64 nodes are not here: the testbed has four. What is asked for on 64 is in tests/launcher/test_job_scripts.py.
+# 64 nodes are not here: the testbed has four. What is asked for on 64 is in tests/launcher/jobs/test_job_scripts.py.
 @pytest.mark.parametrize("case", CASES)
 def test_sbatch_takes_the_script(case: str, cluster: Cluster, tmp_path: Path) -> None:
     for script in render(planned(case, tmp_path)):

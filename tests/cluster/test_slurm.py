@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY, lines, remade, table_of, vernier
 from testbed import Cluster
 
-from configs.rundir import RunDir
+from configs.run.directory import RunDir
 from tests.faults.same import differences
 from trainer.data.shards import Windows
 from trainer.order import share_of, windows_at

@@ -13,13 +13,13 @@ import pytest
 
 from configs.errors import DataError
 from configs.facts import read_run_manifest
-from configs.files import open_to_write, read_bytes
-from configs.json_lines import each_line, read_jsonl, sealed_line
-from configs.manifests import parse_manifest
-from configs.rundir import RunDir, append_line
-from configs.seal import sealed
-from configs.whole import read_json, read_manifest, sha256_file, verify, whole_directory, write_json
-from launcher.job_log import DAMAGED, add_job, read_jobs
+from configs.files.atomic import read_json, read_manifest, sha256_file, verify, whole_directory, write_json
+from configs.files.json_lines import each_line, read_jsonl, sealed_line
+from configs.files.manifests import parse_manifest
+from configs.files.opening import open_to_write, read_bytes
+from configs.files.seal import sealed
+from configs.run.directory import RunDir, append_line
+from launcher.jobs.log import DAMAGED, add_job, read_jobs
 
 FACT = {"sha256": "0" * 64, "bytes": 7}
 MANIFESTS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.errors import ConfigError
-from configs.memory import ModelShapes, placement, scoring_memory
-from eval.model_shapes import model_shapes, on_meta
+from configs.memory.scoring import ModelShapes, placement, scoring_memory
+from eval.scoring.model_shapes import model_shapes, on_meta
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000,
@@ -108,7 +108,7 @@ class Live(TorchDispatchMode):
 def test_a_forward_pass_keeps_no_more_than_was_reckoned(kind: str, dtype: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from eval.models import DTYPES
+    from eval.scoring.models import DTYPES
 
     config = AutoConfig.for_model(kind, **CAUSAL[kind])
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval().requires_grad_(False)
@@ -170,7 +170,7 @@ def test_an_unknown_dtype_is_said_in_one_line() -> None:
 
 
 def test_reckoning_loads_neither_torch_nor_numpy() -> None:
-    code = "import sys, configs.memory; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    code = "import sys, configs.memory.scoring; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import ConfigError, load_config
-from configs.overrides import apply_overrides
+from configs.yaml.overrides import apply_overrides
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2}
 

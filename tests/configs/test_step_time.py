@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.step_time import GB, Links, Work, sent_a_step, step_time
+from configs.memory.step_time import GB, Links, Work, sent_a_step, step_time
 
 WORK = Work(parameters=1_000_000, layers=10, attention=512, sequence_length=128)
 

@@ -6,16 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from configs.training_memory import (
-    GAPS,
-    LARGE_BLOCK,
-    NOTHING,
-    Activations,
-    Job,
-    Tensors,
-    host_beside_gpu,
-    rank_memory,
-)
+from configs.memory.training import GAPS, LARGE_BLOCK, NOTHING, Activations, Job, Tensors, host_beside_gpu, rank_memory
 
 MIB = 1 << 20
 COUNT = 100 * MIB  # parameters

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import DataError
-from configs.rundir import RunDir, read_jsonl
-from configs.whole import clear_unfinished, verify, whole_directory
+from configs.files.atomic import clear_unfinished, verify, whole_directory
+from configs.run.directory import RunDir, read_jsonl
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_kill_while_writing_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from configs.whole import whole_directory\n"
+        "import os, signal, sys; from pathlib import Path; from configs.files.atomic import whole_directory\n"
         "with whole_directory(Path(sys.argv[1]), {'kind': 'test'}) as part:\n"
         "    (part / 'a').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -86,7 +86,7 @@ def test_a_last_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
 
 def test_long_events_of_several_processes_do_not_cut_each_other(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from configs.rundir import RunDir\n"
+        "import sys; from pathlib import Path; from configs.run.directory import RunDir\n"
         "for i in range(200): RunDir(Path(sys.argv[1])).add_event('went back', sys.argv[2] * 5000, step=i)"
     )
     writers = [
@@ -114,7 +114,7 @@ def test_what_a_killed_writer_left_of_a_file_is_cleared_and_what_one_at_work_wri
     code = """if True:
         import os, signal, sys
         from pathlib import Path
-        from configs.whole import write_atomic
+        from configs.files.atomic import write_atomic
         os.replace = lambda *_: os.kill(os.getpid(), int(sys.argv[2]))
         write_atomic(Path(sys.argv[1]), "half")
     """

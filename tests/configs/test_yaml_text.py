@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from configs import ConfigError, dump_config, load_config, resolve
-from configs.scalars import as_declared
 from configs.schema import Config
-from configs.yaml_text import dump_yaml, parse_yaml
+from configs.yaml.scalars import as_declared
+from configs.yaml.text import dump_yaml, parse_yaml
 
 # Each is a number, a truth or a date to some reader of YAML 1.1 or 1.2, or to none.
 SPELLINGS = "12:00:00 1:20 0644 007 089 0o17 0x1F 0b11 1_000 1__0 1_0.5 1.10 1. .5 1e3 3e-4 12e03 -7".split()  # noqa: SIM905

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from configs.errors import DataError
-from eval.compare import compare_tables
-from eval.journal import Journal, folder_of, no_scores, scores_of_table
+from eval.compare.pair import compare_tables
+from eval.scoring.journal import Journal, folder_of, no_scores, scores_of_table
 from eval.tables import LossTable, parse_table_name, read_table, table_name, write_table
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from configs.parent import kill_with_parent
+from configs.process import kill_with_parent
 
 from . import running
 from .rounds import Kill, Round, Settings

@@ -11,7 +11,7 @@ from itertools import product
 from random import Random
 from typing import Any, Literal
 
-from configs.faults import SAVE_POINTS
+from configs.fault_injection import SAVE_POINTS
 
 STAGES = (1, 2, 3)
 PRECISIONS = ("fp32", "bf16")

@@ -45,7 +45,7 @@ def _which(command: str, entry: Path) -> Process:
     words = command.split()
     if forked := RANK.match(command):
         return Process("rank", forked[2], int(forked[1]), command)
-    if "launcher.agent" in words:
+    if "launcher.backends.agent" in words:
         return Process("agent", next((word for word in words if word in ("trainer", "eval")), ""), None, command)
     if "launcher.cli" in words or words[0].endswith("/vernier"):
         return Process("vernier", "", None, command)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from configs.errors import DataError
-from configs.rundir import RunDir, read_jsonl
-from configs.whole import verify
+from configs.files.atomic import verify
+from configs.run.directory import RunDir, read_jsonl
 
 OF_A_STEP = ("step", "position", "tokens", "lr", "loss", "grad_norm")
 OF_A_CHECKPOINT = ("clock", "world", "zero_stage", "adam_step", "counters", "loss_scale")

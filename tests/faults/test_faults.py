@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs.json_lines import sealed_line
-from configs.seal import parsed
+from configs.files.json_lines import sealed_line
+from configs.files.seal import parsed
 
 from .killing import ROOT, processes
 from .rounds import FAULTS, RANKS, draw_round

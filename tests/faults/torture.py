@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.rundir import read_jsonl
+from configs.run.directory import read_jsonl
 
 from .killing import RECIPE, ROOT, said, start, stop_all, undergo
 from .rounds import Round, Settings, draw_round

@@ -79,7 +79,7 @@ def test_our_own_packages_are_found_whatever_else_is_called_so(tmp_path: Path) -
 
     put_first_for_children(environment)  # as the command does for all that it starts
     assert environment["PYTHONPATH"] == f"{ROOT}{os.pathsep}{tmp_path}"
-    for module in ("trainer", "eval", "launcher.agent"):
+    for module in ("trainer", "eval", "launcher.backends.agent"):
         command = [sys.executable, "-m", module, "--help"]
         safe = {**environment, "PYTHONSAFEPATH": "1"}
         done = subprocess.run(command, cwd=tmp_path, env=safe, capture_output=True, text=True, check=False)

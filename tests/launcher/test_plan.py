@@ -18,7 +18,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from configs.errors import ConfigError
-from configs.host_memory import (
+from configs.load import dump_config, load_config, resolve
+from configs.memory.saving import (
     checkpoint_bytes,
     checkpoints_kept,
     saving_copy,
@@ -26,15 +27,14 @@ from configs.host_memory import (
     snapshots_kept,
     training_state,
 )
-from configs.load import dump_config, load_config, resolve
-from configs.memory import MARGIN
-from configs.rundir import RunDir, step_name
+from configs.memory.scoring import MARGIN
+from configs.memory.training import HOST_FIXED
+from configs.run.directory import RunDir, step_name
 from configs.schema import Config
-from configs.training_memory import HOST_FIXED
-from launcher.plan import Given, Plan, machine_memory, make_plan, warnings
-from launcher.plan_model import find_model
-from launcher.plan_speed import read_size
-from launcher.plan_words import print_plan, to_json
+from launcher.plan.estimate import Given, Plan, machine_memory, make_plan, warnings
+from launcher.plan.model import find_model
+from launcher.plan.report import print_plan, to_json
+from launcher.plan.speed import read_size
 
 
 def planned(*overrides: str) -> dict[str, Any]:
@@ -184,9 +184,9 @@ def test_what_does_not_fit_is_said_with_the_settings_that_change_it(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("launcher.plan.machine_memory", lambda: 64 << 30)
+    monkeypatch.setattr("launcher.plan.estimate.machine_memory", lambda: 64 << 30)
     disk = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=256 << 30))
-    monkeypatch.setattr("launcher.plan.shutil", disk)
+    monkeypatch.setattr("launcher.plan.estimate.shutil", disk)
     large = ["model.hidden_size=16384", "model.num_hidden_layers=4", "model.intermediate_size=65536"]
     told = told_of(f"data.dir={tiny_data}", *large, "ema.decay=0.9")
     memory, disk = (line for line in told.splitlines() if line.startswith("does not fit: "))

@@ -22,9 +22,10 @@ from rich.console import Console
 from configs.errors import ConfigError, DataError
 from configs.load import load_config
 from eval.tables import LossTable, write_table
-from launcher.sweep import member_of, read_sweep, run_local, write_sweep
-from launcher.sweep_members import members, split_values
-from launcher.sweep_table import compare_sweep, run_sweep_table, sweep_table
+from launcher.launch.sweep_here import run_local
+from launcher.sweep.members import members, split_values
+from launcher.sweep.store import member_of, read_sweep, write_sweep
+from launcher.sweep.table import compare_sweep, run_sweep_table, sweep_table
 
 LR = "optimizer.lr=1e-4,3e-4,1e-3"
 RUN_HERE = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, VERNIER, vernier
 
-from configs.terminal import SHOWABLE, console, printable
+from configs.console import SHOWABLE, console, printable
 
 SHORT = [TINY, "steps=4", "checkpoint.every=4", "snapshot.every=4"]
 

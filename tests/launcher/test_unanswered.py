@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import TINY, vernier
 
-from configs.json_lines import sealed_line
-from configs.rundir import RunDir
+from configs.files.json_lines import sealed_line
+from configs.files.seal import parsed, sealed
+from configs.run.directory import RunDir
 from configs.scheduler import Life, NoAnswer, life, slurm_jobs
-from configs.seal import parsed, sealed
-from eval.watch import training_is_over
-from launcher.job_log import add_job
-from launcher.run_facts import facts_of
+from eval.scoring.evaluator import training_is_over
+from launcher.jobs.log import add_job
+from launcher.watch.run_status import facts_of
 
 # What a squeue prints, and its exit code, where nothing can be known of any job.
 SILENT = {
@@ -103,7 +103,7 @@ def test_while_slurm_is_silent_a_queued_run_is_queued(
 ) -> None:
     put(monkeypatch, tmp_path, "squeue", SILENT[case])
     put(monkeypatch, tmp_path, "scancel", "echo 'scancel: error: Unable to contact slurm controller' >&2; exit 1")
-    monkeypatch.setattr("eval.watch._asked", {})
+    monkeypatch.setattr("eval.scoring.evaluator._asked", {})
     assert not training_is_over(queued)  # its evaluator waits on
     told = vernier("status", queued.path).stdout
     assert told.startswith("queued  pending; job 12 was submitted\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError, VernierError
-from configs.whole import MANIFEST, MISSING, damage_of, read_json, read_manifest
+from configs.files.atomic import MANIFEST, MISSING, damage_of, read_json, read_manifest
 
 KIND = "dataset"
 FACTS = "dataset.json"

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
 from configs.facts import read_dataset_facts
-from configs.files import open_to_write
+from configs.files.atomic import MANIFEST, whole_directory, write_json
+from configs.files.opening import open_to_write
 from configs.schema import Config
-from configs.whole import MANIFEST, whole_directory, write_json
-from configs.yaml_text import as_written
-from eval.reference import build_reference, load_reference, read_documents, tokenizer_fingerprint
-from eval.tokenization import TextTokenizer, open_tokenizer
+from configs.yaml.text import as_written
+from eval.reference.set import build_reference, load_reference, read_documents, tokenizer_fingerprint
+from eval.reference.tokenizer import TextTokenizer, open_tokenizer
 from trainer.data.families import joined, sharing
 from trainer.data.integrity import FACTS, KIND, check_data
 from trainer.data.shards import FOLDER, Windows, write_shards

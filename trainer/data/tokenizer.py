@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.tokenization import TextTokenizer, check_repeatable, copy_tokenizer_files, open_tokenizer
+from eval.reference.tokenizer import TextTokenizer, check_repeatable, copy_tokenizer_files, open_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 256 << 20  # the first so much text (in random order) settles the merges; more only takes longer

@@ -12,8 +12,8 @@ import pytest
 
 from configs.errors import ConfigError, DataError
 from configs.schema import Config
-from eval.reference import load_reference
-from eval.tokenization import open_tokenizer
+from eval.reference.set import load_reference
+from eval.reference.tokenizer import open_tokenizer
 from trainer.data import prepare as module
 from trainer.data.integrity import check_data
 from trainer.data.prepare import load_dataset_facts, prepare

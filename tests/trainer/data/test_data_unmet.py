@@ -11,7 +11,7 @@ import pytest
 
 from configs.load import dump_config
 from configs.schema import Config
-from eval.reference import retokenize
+from eval.reference.set import retokenize
 from trainer.check import check_run
 from trainer.data.prepare import load_dataset_facts, prepare
 

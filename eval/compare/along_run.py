@@ -1,0 +1,209 @@
+"""Along the scored checkpoints of a run: each against the one before and the first, and the run's own wobble.
+
+Prints nothing. A single pair is `eval.compare.pair`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import DataError
+from configs.run.directory import RunDir, read_jsonl, step_name
+from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
+from eval.compare.targets import Found, most_scored, tables_of_run
+from eval.statistics import by_cluster, clustered_ratio, wobble_percent
+from eval.tables import LossTable, read_table
+
+
+@dataclass(frozen=True)
+class ScoredCheckpoint:
+    """A scored step of a run. `tokens`: trained on up to it, None where the run does not say."""
+
+    step: int
+    tokens: int | None
+    side: Side
+    versus_previous: Comparison | None
+    versus_first: Comparison | None
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """The scored checkpoints of a run in step order. `notes`: what was left out, for people.
+
+    `wobble_percent`: the run's checkpoint-to-checkpoint noise, None where it has too few checkpoints. `tables`: where
+    the loss table of each step lies.
+    """
+
+    run: str
+    reference: str
+    checkpoints: tuple[ScoredCheckpoint, ...]
+    notes: tuple[str, ...] = ()
+    wobble_percent: float | None = None
+    tables: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def sampling_percent(self) -> float | None:
+        """Median standard error of the change from one checkpoint to the next; None with fewer than two."""
+        errors = [p.versus_previous.difference.se_percent for p in self.checkpoints if p.versus_previous is not None]
+        return float(np.median(errors)) if errors else None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `vernier compare RUN --json` prints (docs/design.md, section 2)."""
+        return {
+            "run": self.run,
+            "reference": self.reference,
+            "wobble_percent": finite(self.wobble_percent),
+            "sampling_percent": finite(self.sampling_percent),
+            "checkpoints": [
+                {
+                    "step": point.step,
+                    "tokens": point.tokens,
+                    "loss": finite(point.side.loss),
+                    "se": finite(point.side.se),
+                    "versus_previous": point.versus_previous and point.versus_previous.to_json(),
+                    "versus_first": point.versus_first and point.versus_first.to_json(),
+                }
+                for point in self.checkpoints
+            ],
+        }
+
+
+def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
+    """Compares every scored step of a run with the one before and with the first; look k = 1, 2, … at each.
+
+    Where it was scored in several ways (references, objectives, dtypes), that with most tables is taken.
+
+    Raises:
+        DataError: nothing is scored yet, or a table is broken.
+    """
+    scale, paths, others = most_scored(run_dir)
+    trained = _tokens_by_step(RunDir(run_dir))
+    points: list[ScoredCheckpoint] = []
+    wobble = _Wobble()
+    first = previous = None
+    for look, (step, path) in enumerate(sorted(paths.items())):
+        table = read_table(path)
+        table = replace(table, meta={**table.meta, "label": step_name(step)})
+        try:
+            own = clustered_ratio(table.loss, table.tokens, table.document)
+            before = None if previous is None else compare_tables(previous, table, look=look, alpha=alpha)
+            start = before
+            if look > 1 and first is not None:
+                start = compare_tables(first, table, look=look, alpha=alpha)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        points.append(
+            ScoredCheckpoint(step, _tokens_at(trained, step), side_of(table, step_name(step), own), before, start)
+        )
+        wobble.add(step, table)
+        first, previous = first or table, table
+    found = wobble.percent()
+    reference = str(previous.meta.get("reference")) if previous else ""
+    notes = (
+        [f"scored in other ways too; shown is {scale.words}, not {', '.join(o.words for o in others)}"]
+        if others
+        else []
+    )
+    return RunComparison(
+        run=str(run_dir),
+        reference=reference,
+        checkpoints=tuple(_with_wobble(points, found)),
+        notes=tuple(notes),
+        wobble_percent=found,
+        tables=dict(sorted(paths.items())),
+    )
+
+
+def _with_wobble(points: list[ScoredCheckpoint], wobble: float | None) -> Iterable[ScoredCheckpoint]:
+    for at, point in enumerate(points):
+        before, start = point.versus_previous, point.versus_first
+        one_step = at > 0 and point.step == points[at - 1].step + 1
+        yield replace(
+            point,
+            versus_previous=before and replace(before, wobble_percent=wobble, one_step=one_step),
+            versus_first=start and replace(start, wobble_percent=wobble, one_step=one_step and at == 1),
+        )
+
+
+class _Wobble:
+    """Gathers what the wobble needs of one table after the other, so that not all have to be held."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.influence: list[NDArray[np.float64]] = []
+
+    def add(self, step: int, table: LossTable) -> None:
+        loss_C, tokens_C = by_cluster(table.loss, table.document), by_cluster(table.tokens, table.document)
+        total = float(loss_C.sum())
+        ratio = total / float(tokens_C.sum())
+        self.steps.append(step)
+        self.losses.append(ratio)
+        self.influence.append((loss_C - ratio * tokens_C) / total if total > 0 else np.zeros_like(loss_C))
+
+    def percent(self) -> float | None:
+        if len({len(influence_C) for influence_C in self.influence}) != 1:
+            return None  # not all are tables of one set
+        return wobble_percent(self.steps, self.losses, np.stack(self.influence))
+
+
+def wobble_of(run_dir: Path, like: Path) -> float | None:
+    """The wobble of a run, in percent, from all its tables that were scored in the same way as the table `like`.
+
+    None where it cannot be told: too few tables, a broken one among them, or `like` is only part of one.
+    """
+    try:
+        for paths in tables_of_run(run_dir).values():
+            if any(path.resolve() == like.resolve() for path in paths.values()):
+                wobble = _Wobble()
+                for step, path in sorted(paths.items()):
+                    wobble.add(step, read_table(path))
+                return wobble.percent()
+    except DataError:  # a table that nobody asked about does not stop a comparison
+        return None
+    return None
+
+
+def with_wobble(comparison: Comparison, a: Found, b: Found, known: dict[tuple[Path, str], float | None]) -> Comparison:
+    """The comparison with the larger wobble of the runs that its two tables are of, where they are of any.
+
+    Args:
+        known: wobbles by folder and way of scoring, filled as they are told, so that none is told twice.
+    """
+    found = []
+    for one in (a, b):
+        if one.run is None:
+            continue
+        path = one.path.resolve()
+        way = path.parent, path.name.partition("@")[2]  # objective, dtype, a part or not
+        if way not in known:
+            known[way] = wobble_of(one.run, one.path)
+        found.append(known[way])
+    told = [value for value in found if value is not None]
+    same_run = a.run is not None and b.run is not None and a.run.resolve() == b.run.resolve()
+    one_step = same_run and a.step is not None and b.step is not None and abs(a.step - b.step) == 1
+    return replace(comparison, wobble_percent=max(told, default=None), one_step=one_step)
+
+
+def _tokens_by_step(run: RunDir) -> tuple[list[int], list[int]]:
+    """Steps in `metrics.jsonl`, ascending, and the tokens trained on up to each."""
+    known = {line["step"]: line["tokens"] for line in read_jsonl(run.metrics) if "step" in line and "tokens" in line}
+    steps = sorted(known)
+    return steps, [int(known[step]) for step in steps]
+
+
+def _tokens_at(trained: tuple[list[int], list[int]], step: int) -> int | None:
+    steps, tokens = trained
+    at = bisect_right(steps, step)
+    if step == 0:
+        return 0
+    if not at or (steps[at - 1] != step and at < len(steps)):  # its line is missing among others: not known
+        return None
+    return tokens[at - 1]

@@ -1,0 +1,350 @@
+"""What the environment tells a process of its rank-group: its rank, how many there are, and where rank 0 listens.
+
+torchrun, mpirun, srun and managed platforms each say it in variables of their own. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from configs.console import is_supervised
+from configs.errors import VernierError
+from configs.process import began
+
+PORT = "29500"  # torchrun's own default, for platforms that give a job machines of its own
+SLURM_PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
+SCONTROL_S = 20.0
+WORDS = 512  # bytes that a rank tells the others by MPI: a host's name, an address
+CLOCK_S = 0.05  # to which a process's start is known
+
+
+@dataclass(frozen=True)
+class Told:
+    """This process among its peers, and who says so."""
+
+    by: str
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Who this process is, and where its rank-group meets."""
+
+    told: Told
+    address: str = ""
+    port: str = ""
+    source: str = ""
+
+    def line(self) -> str:
+        """For people: `rank 0 of 4, told by srun; address 10.0.0.1:23456 from scontrol`."""
+        told = self.told
+        if not told.by:
+            return "rank 0 of 1, started alone"
+        line = f"rank {told.rank} of {told.world}, told by {told.by}"
+        return f"{line}; address {self.address}:{self.port} from {self.source}" if self.address else line
+
+
+def told_by(environment: Mapping[str, str]) -> Told:
+    """Who the environment says this process is; a process started alone is rank 0 of 1, told by "".
+
+    The order counts: mpirun and torchrun are started inside Slurm's jobs, where Slurm's variables stand as well.
+
+    Raises:
+        VernierError: a variable is no number, or only MPI could tell the rest and cannot.
+    """
+    try:
+        for ask in (_torch_variables, _open_mpi, _hydra, _srun, _pmi, _pmix, _sagemaker, _aws_batch):
+            told = ask(environment)
+            if told is not None:
+                return told
+    except (ValueError, IndexError) as error:
+        raise VernierError(f"the environment's variables of this rank make no sense: {error}") from None
+    return Told("", 0, 1, 0, 1)
+
+
+def _numbers(environment: Mapping[str, str], rank: str, world: str) -> tuple[int, int] | None:
+    if rank not in environment or world not in environment:
+        return None
+    return int(environment[rank]), int(environment[world])
+
+
+def _torch_variables(environment: Mapping[str, str]) -> Told | None:
+    found = _numbers(environment, "RANK", "WORLD_SIZE")
+    if found is None:
+        return None
+    rank, world = found
+    if "TORCHELASTIC_RUN_ID" in environment:
+        by = "torchrun"
+    elif "KUBERNETES_SERVICE_HOST" in environment and "LOCAL_RANK" not in environment:
+        return Told("a PyTorchJob", rank, world, 0, 1)  # a process a pod
+    else:
+        by = "RANK and WORLD_SIZE"
+    local_world = int(environment.get("LOCAL_WORLD_SIZE", world))
+    return Told(by, rank, world, int(environment.get("LOCAL_RANK", "0")), local_world)
+
+
+def _open_mpi(environment: Mapping[str, str]) -> Told | None:
+    found = _numbers(environment, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+    if found is None:
+        return None
+    local = int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
+    return Told("mpirun", *found, local, int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", found[1])))
+
+
+def _hydra(environment: Mapping[str, str]) -> Told | None:
+    """MPICH's and Intel's mpirun, which start one process a node by srun where they can: so before `_srun`."""
+    found = _numbers(environment, "PMI_RANK", "PMI_SIZE")
+    if found is None or "MPI_LOCALRANKID" not in environment:
+        return None
+    local_world = int(environment.get("MPI_LOCALNRANKS", found[1]))
+    return Told("mpirun", *found, int(environment["MPI_LOCALRANKID"]), local_world)
+
+
+def _srun(environment: Mapping[str, str]) -> Told | None:
+    found = _numbers(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")  # the second not in a batch script itself
+    if found is None:
+        return None
+    here, tasks = int(environment.get("SLURM_NODEID", "0")), environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    local_world = tasks_per_node(tasks)[here] if tasks else found[1]  # a number for each node of the step
+    return Told("srun", *found, int(environment.get("SLURM_LOCALID", "0")), local_world)
+
+
+def _pmi(environment: Mapping[str, str]) -> Told | None:
+    found = _numbers(environment, "PMI_RANK", "PMI_SIZE")
+    return None if found is None else Told("PMI", *found, found[0], found[1])
+
+
+def _pmix(environment: Mapping[str, str]) -> Told | None:
+    if "PMIX_RANK" not in environment:
+        return None
+    mpi = load_mpi()  # PMIx's variables tell the rank alone
+    here = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
+    return Told("PMIx", mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size, here.rank, here.size)
+
+
+def _sagemaker(environment: Mapping[str, str]) -> Told | None:
+    if "SM_HOSTS" not in environment or "SM_CURRENT_HOST" not in environment:
+        return None
+    hosts = sorted(json.loads(environment["SM_HOSTS"]), key=_by_number)
+    return Told("SageMaker", hosts.index(environment["SM_CURRENT_HOST"]), len(hosts), 0, 1)
+
+
+def _aws_batch(environment: Mapping[str, str]) -> Told | None:
+    found = _numbers(environment, "AWS_BATCH_JOB_NODE_INDEX", "AWS_BATCH_JOB_NUM_NODES")
+    if found is None:
+        return None
+    main = int(environment.get("AWS_BATCH_JOB_MAIN_NODE_INDEX", "0"))
+    return Told("AWS Batch", (found[0] - main) % found[1], found[1], 0, 1)
+
+
+def _by_number(host: str) -> tuple[int, str]:
+    """algo-2 before algo-10."""
+    number = re.search(r"\d+$", host)
+    return (int(number[0]) if number else 0, host)
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's short form, a number a node: `2(x3),1` is [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        tasks, _, times = part.partition("(x")
+        counts += [int(tasks)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+def first_of(nodelist: str) -> str:
+    """The first name of Slurm's short form: `gpu[003-009,12],login1` is gpu003."""
+    first = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def place_of(told: Told, environment: Mapping[str, str]) -> tuple[str, str, str]:
+    """(address, port, where they are from) of rank 0, the same on every rank.
+
+    Raises:
+        VernierError: nothing tells it.
+    """
+    port = environment.get("MASTER_PORT")
+    if "MASTER_ADDR" in environment:
+        own = slurm_port(environment) if told.by == "srun" else PORT
+        return environment["MASTER_ADDR"], port or own, "torchrun" if told.by == "torchrun" else "MASTER_ADDR"
+    if told.by == "srun":
+        address, source = _slurm_address(environment)
+        return address, port or slurm_port(environment), source
+    if told.by == "SageMaker":
+        return min(json.loads(environment["SM_HOSTS"]), key=_by_number), port or PORT, "SM_HOSTS"
+    if told.by == "AWS Batch":
+        main = environment.get("AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS")  # the main node itself is not told it
+        return main or outward_address(), port or PORT, "AWS Batch"
+    return _mpi_place(told)
+
+
+def slurm_port(environment: Mapping[str, str]) -> str:
+    """A port that other jobs and other steps on the same nodes do not take, as far as numbers go round."""
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    step = int(environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID") or 0)
+    return str(SLURM_PORTS[(13 * job + step) % len(SLURM_PORTS)])
+
+
+def _slurm_address(environment: Mapping[str, str]) -> tuple[str, str]:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    if environment.get("SLURM_STEP_NUM_NODES") == "1" or not nodes:
+        return "127.0.0.1", "srun (one node)"
+    first = first_of(nodes)
+    if _resolves(first):  # before scontrol: its server is not to be asked by every rank of a thousand
+        return first, "Slurm's node list"
+    address = _node_address(first)
+    if address and _resolves(address):
+        return address, "scontrol"
+    batch_node = environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    if batch_node:
+        return batch_node, "SLURM_LAUNCH_NODE_IPADDR"
+    raise VernierError(
+        f"the name of the first node, {first}, does not resolve, and scontrol tells no address; "
+        "set MASTER_ADDR to an address of that node"
+    )
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def _node_address(node: str) -> str | None:
+    command = ["scontrol", "show", "node", node, "--oneliner"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+    return found[1] if found else None
+
+
+def outward_address() -> str:
+    """The address of this machine from which it speaks to others; loopback where it has no network. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737: an address that nobody has
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def load_mpi() -> Any:
+    """mpi4py's MPI, which it starts.
+
+    Raises:
+        VernierError: it is not installed, or finds no MPI.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise VernierError(
+            f"ranks were started without MASTER_ADDR and MASTER_PORT, and MPI cannot find them ({said}); "
+            "set both, or install it: pip install 'vernier-lm[mpi]'"
+        ) from None
+    return MPI
+
+
+def _mpi_place(told: Told) -> tuple[str, str, str]:
+    """A free port of rank 0's machine, told to all by MPI."""
+    communicator = load_mpi().COMM_WORLD
+    if communicator.size != told.world:
+        raise VernierError(
+            f"rank {told.rank}: the launcher says {told.world} ranks, MPI {communicator.size}; "
+            "is mpi4py built for the MPI whose mpirun started it?"
+        )
+    hosts = _told_to_all(communicator, socket.gethostname())
+    port = ""
+    if len(set(hosts)) == 1:
+        address = "127.0.0.1"
+    else:  # as others see it: on its own machine a host's name often means loopback
+        own_view = "" if hosts[communicator.rank] == hosts[0] else _address_of(hosts[0])
+        seen = _told_to_all(communicator, own_view)
+        address = next((one for one in seen if one and not one.startswith("127.")), "") or outward_address()
+    if communicator.rank == 0:
+        with socket.socket() as probe:
+            probe.bind((address if address.startswith("127.") else "", 0))
+            port = str(probe.getsockname()[1])
+    address, port = _told_to_all(communicator, f"{address} {port}")[0].split()
+    return address, port, "MPI"
+
+
+def _told_to_all(communicator: Any, words: str) -> list[str]:
+    """What each rank says, on every rank, by buffers: mpi4py's lower-case methods unpickle what comes."""
+    own = bytearray(words.encode()[:WORDS].ljust(WORDS, b"\0"))
+    heard = bytearray(WORDS * communicator.size)
+    communicator.Allgather(own, heard)
+    pieces = (heard[at : at + WORDS] for at in range(0, len(heard), WORDS))
+    return [bytes(piece).rstrip(b"\0").decode(errors="replace") for piece in pieces]
+
+
+def _address_of(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return ""
+
+
+@cache
+def this_rank() -> Told:
+    """Who this process is. Asked once: what follows puts torchrun's variables into the environment."""
+    return told_by(os.environ)
+
+
+@cache
+def meet() -> Meeting:
+    """Who this process is and where rank 0 listens; sets MASTER_ADDR and MASTER_PORT to that.
+
+    Raises:
+        VernierError: nothing tells where.
+    """
+    told = this_rank()
+    if told.world == 1 and "MASTER_ADDR" not in os.environ:
+        return Meeting(told)
+    meeting = Meeting(told, *place_of(told, os.environ))
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meeting.address, meeting.port
+    return meeting
+
+
+def forget() -> None:
+    """Has this process ask anew: it was forked, and is another rank than its parent was."""
+    this_rank.cache_clear()
+    meet.cache_clear()
+
+
+def start_began() -> float:
+    """When this rank-group was started, in seconds since the epoch: what a run's state says from before is not of it.
+
+    0 where whoever started it has cleared that: `vernier`, or a job's script.
+    """
+    if is_supervised():
+        return 0.0
+    alone = this_rank().by not in ("torchrun", "mpirun", "srun")  # else they have one parent, the starter
+    return began(os.getpid() if alone else os.getppid()) - CLOCK_S
+
+
+def environment_ranks() -> tuple[int, int, int]:
+    """(rank, world, local rank) of this process."""
+    told = this_rank()
+    return told.rank, told.world, told.local_rank
+
+
+def local_world_size() -> int:
+    """Ranks on this machine, where the launcher tells; else all."""
+    return this_rank().local_world

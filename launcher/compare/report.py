@@ -1,0 +1,250 @@
+"""Comparisons in words: the sentence of a pair, the table of a run or a leaderboard, and what a set could show."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from launcher.text import _count, _digits, gain_words, minus, new_table, p_words, plus_minus, print_table, say, signed
+
+if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --help` must not wait for
+    from eval.compare.along_run import RunComparison
+    from eval.compare.leaderboard import Leaderboard
+    from eval.compare.pair import Comparison
+    from eval.statistics import Power
+
+MOST_ALIKE = 10  # pairs of a leaderboard that are spelt out
+STYLES = {"better": "green", "worse": "red", "no difference seen": "dim", "identical": "dim"}
+
+
+def sentence(comparison: Comparison) -> str:
+    """What a person would say of a comparison."""
+    a, b, found = comparison.a.name, comparison.b.name, comparison.difference
+    items = f"{comparison.paired_by}s"
+    verdict = comparison.verdict
+    if verdict == "identical":
+        return f"{b} and {a} are identical: the difference is exactly 0 on every one of the {items}"
+    p = p_words(found.p)
+    tail = f"smallest change this set could show at 80 % power: {_digits(comparison.detectable_percent)} %"
+    if not math.isfinite(comparison.detectable_percent):
+        tail = f"{found.clusters} documents can show no change, however large"
+    if found.pairing_gain is not None:
+        tail += f"; pairing gained {gain_words(found.pairing_gain)}×"
+    if verdict == "no difference seen":
+        return (
+            f"no difference seen between {a} and {b}: {change_words(comparison)} (95 %), {p}; "
+            f"{b} lower on {100 * found.win_rate:.0f} % of {items}; {tail}"
+        )
+    share = found.win_rate if verdict == "better" else 1 - found.win_rate
+    change, half = plus_minus(found.percent, comparison.half_width_percent)
+    size = f"{change.lstrip('+-')} % ± {half} % (95 %)"
+    if found.method == "sign flips":  # not symmetric: the bounds, which have signs, are those of the change
+        size = f"{_sized(comparison)[0].lstrip('+−')} %, change within {_interval(comparison)} % (95 %)"
+    return f"{b} is {verdict} than {a} by {size}, {p}; on {100 * share:.0f} % of {items}; {tail}"
+
+
+def change_words(comparison: Comparison, unit: str = " %") -> str:
+    """The change in percent and its 95 % interval: symmetric as ±, by flipped signs as its two bounds."""
+    change, half = _sized(comparison)
+    if comparison.difference.method == "sign flips":
+        return f"{change}{unit} {_interval(comparison)}{unit}"
+    return f"{change}{unit} ± {half}{unit}"
+
+
+def _sized(comparison: Comparison) -> tuple[str, str]:
+    half = comparison.half_width_percent
+    change, error = plus_minus(
+        comparison.difference.percent, half if math.isfinite(half) else comparison.difference.se_percent
+    )
+    return minus(change), error
+
+
+def _interval(comparison: Comparison) -> str:
+    """[lo, hi] in percent, to as many decimals as the change."""
+    decimals = len(_sized(comparison)[0].partition(".")[2])
+    bounds = (
+        f"{bound:+.{decimals}f}" if math.isfinite(bound) else ("∞" if bound > 0 else "-∞")
+        for bound in comparison.difference.ci95_percent
+    )
+    return f"[{minus(', '.join(bounds))}]"
+
+
+def wobble_words(comparison: Comparison) -> str | None:
+    """What the wobble of the runs means for a comparison; None where it is not known."""
+    wobble = comparison.wobble_percent
+    if wobble is None or comparison.verdict == "identical" or comparison.same_weights:
+        return None
+    size = f"the run's own wobble from checkpoint to checkpoint: {_digits(wobble)} %"
+    if comparison.one_step:
+        return f"one optimizer step apart: the verdict is about these two sets of weights; {size}"
+    clear = comparison.verdict != "no difference seen"
+    if clear and comparison.below_wobble:
+        return (
+            f"the difference is clear on this set, but within 2·√2 × the wobble ({_bound(comparison)}): "
+            "another checkpoint nearby may say otherwise"
+        )
+    if clear:
+        return f"above {size}"
+    if comparison.limited_by == "training noise":
+        return f"limited by training noise, not by the size of the set; {size}"
+    return f"limited by the size of the set, not by training noise; {size}"
+
+
+def _bound(comparison: Comparison) -> str:
+    bound = comparison.wobble_bound_percent
+    return "" if bound is None else f"{_digits(bound)} %"
+
+
+def power_words(power: Power | None, wanted_percent: float) -> str:
+    """What the set can show of such a pair, and what the wanted change would need."""
+    if power is None:
+        return f"what a change of {wanted_percent:g} % needs cannot be told: the two differ without any spread"
+    shows = f"{_digits(power.detectable_percent)} % at 80 % power, paired"
+    if not math.isfinite(power.detectable_percent):
+        shows = "no change, however large"
+    least = power.least_documents
+    floor = f"; at least {least:,}, below which p is by flipping signs and this does not hold"
+    return (
+        f"this set ({power.documents:,} documents, {power.samples:,} samples) can show {shows}; "
+        f"a change of {wanted_percent:g} % needs {power.documents_needed:,} documents "
+        f"(about {power.samples_needed:,} samples, {_count(power.tokens_needed)} tokens), "
+        f"unpaired {power.documents_needed_unpaired:,} for each of the two"
+        f"{floor if least in (power.documents_needed, power.documents_needed_unpaired) else ''}"
+    )
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """The sentence, the two losses it rests on, the test with and without pairing, and the cautions."""
+    say(console, sentence(comparison), STYLES[comparison.verdict].replace("dim", "none"))
+    found = comparison.difference
+    table = new_table()
+    for heading in ("", f"loss, {comparison.unit}", "documents", "samples", "tokens"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for side in (comparison.a, comparison.b):
+        loss, error = plus_minus(side.loss, side.se, signed=False, at_least=4)
+        counts = (f"{count:,}" for count in (side.documents, side.samples, side.tokens))
+        table.add_row(Text(side.name), f"{loss} ± {error}", *counts)
+    print_table(table, console)
+    say(
+        console,
+        f"  paired t = {signed(found.t, 2)} (clustered by document); "
+        f"unpaired t = {signed(found.t_unpaired, 2)}; losses ± standard error",
+    )
+    wobble = wobble_words(comparison)
+    if wobble is not None:
+        say(console, f"  {wobble}", "yellow" if comparison.below_wobble and not comparison.one_step else "none")
+    for caution in comparison.cautions:
+        say(console, f"  caution: {caution}", "yellow")
+
+
+def print_run_table(comparison: RunComparison, console: Console) -> None:
+    """The scored checkpoints of a run, a row each, then what single optimizer steps did."""
+    table = new_table()
+    table.add_column("step", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("loss ± SE", justify="right")
+    table.add_column("change, % (95 %)", justify="right")
+    table.add_column("verdict")
+    for heading in ("win\nrate", "paired\nt", "unpaired\nt"):
+        table.add_column(heading, justify="right")
+    for point in comparison.checkpoints:
+        loss, error = plus_minus(point.side.loss, point.side.se, signed=False, at_least=4)
+        tokens = "" if point.tokens is None else _count(point.tokens)
+        row = [str(point.step), tokens, f"{loss} ± {error}"]
+        versus = point.versus_previous
+        if versus is not None:
+            found = versus.difference
+            row += [change_words(versus, unit=""), Text(versus.verdict, STYLES[versus.verdict])]  # type: ignore[list-item]
+            row += [f"{100 * found.win_rate:.0f} %", signed(found.t, 2), signed(found.t_unpaired, 2)]
+        table.add_row(*row)
+    print_table(table, console)
+    for line in (*single_steps(comparison), *_run_wobble(comparison)):
+        say(console, line)
+    cautions = dict.fromkeys(c for p in comparison.checkpoints if p.versus_previous for c in p.versus_previous.cautions)
+    for note in (*comparison.notes, *(f"caution: {c}" for c in cautions)):
+        say(console, f"  {note}", "yellow")
+
+
+def single_steps(comparison: RunComparison) -> list[str]:
+    """A line for each two scored checkpoints exactly one optimizer step apart."""
+    lines = []
+    for before, after in zip(comparison.checkpoints, comparison.checkpoints[1:], strict=False):
+        versus = after.versus_previous
+        if versus is None or after.step != before.step + 1:
+            continue
+        found = versus.difference
+        lines.append(
+            f"One optimizer step, {before.step} → {after.step}: paired t = {signed(found.t, 2)} "
+            f"(clustered by document) where the unpaired t = {signed(found.t_unpaired, 2)}; "
+            f"the change is {change_words(versus)}"
+        )
+    return lines
+
+
+def _run_wobble(comparison: RunComparison) -> list[str]:
+    wobble, error = comparison.wobble_percent, comparison.sampling_percent
+    if wobble is None or error is None:
+        return []
+    lines = [
+        f"wobble: {_digits(wobble)} % between checkpoints (training noise); "
+        f"sampling error of a difference: {_digits(error)} %"
+    ]
+    below = [
+        str(p.step)
+        for p in comparison.checkpoints
+        if p.versus_previous is not None
+        and p.versus_previous.verdict in ("better", "worse")
+        and p.versus_previous.below_wobble
+        and not p.versus_previous.one_step
+    ]
+    if below:
+        bound = _digits(2 * math.sqrt(2) * wobble)
+        lines.append(f"within 2·√2 × the wobble ({bound} %): the change at step {', '.join(below)}")
+    return lines
+
+
+def print_leaderboard(board: Leaderboard, console: Console) -> None:
+    """The models by loss, each against the best; then which are not told apart."""
+    table = new_table()
+    for heading in ("", "", f"loss, {board.unit}", "behind the best, % (95 %)", "p, Holm", "win\nrate", "group"):
+        table.add_column(heading, justify="left" if heading in ("", "group") else "right")
+    best = board.entries[0].name
+    versus = {pair.comparison.b.name: pair for pair in board.pairs if pair.comparison.a.name == best}
+    for place, entry in enumerate(board.entries, start=1):
+        loss, error = plus_minus(entry.loss, entry.se, signed=False, at_least=4)
+        row = [str(place), Text(entry.name), f"{loss} ± {error}", "", "", "", entry.group]
+        if entry.name in versus:
+            pair = versus[entry.name]
+            comparison = pair.comparison
+            row[3:6] = [
+                "identical" if comparison.difference.identical else change_words(comparison, unit=""),
+                p_words(pair.p_holm).removeprefix("p ").removeprefix("= "),
+                f"{100 * comparison.difference.win_rate:.0f} %",
+            ]
+        table.add_row(*row)  # type: ignore[arg-type]
+    print_table(table, console)
+    alike = [pair for pair in board.pairs if not pair.told_apart]
+    count = len(board.pairs)
+    say(
+        console,
+        f"  {count - len(alike)} of {count} pairs are told apart (paired, clustered by document, Holm at "
+        f"{board.alpha:g}); models that share a letter are not; win rate: against the best",
+    )
+    for pair in alike[:MOST_ALIKE]:
+        a, b = pair.comparison.a.name, pair.comparison.b.name
+        how = "identical" if pair.comparison.difference.identical else f"{change_words(pair.comparison)}"
+        say(console, f"  not told apart: {a} and {b} ({how})")
+    if len(alike) > MOST_ALIKE:
+        say(console, f"  … and {len(alike) - MOST_ALIKE} pairs more; --json has all")
+    below = [
+        f"{pair.comparison.a.name} and {pair.comparison.b.name} ({_bound(pair.comparison)})"
+        for pair in board.pairs
+        if pair.told_apart and pair.comparison.below_wobble and not pair.comparison.one_step
+    ]
+    if below:
+        say(console, f"  told apart, but within 2·√2 × the wobble: {'; '.join(below)}", "yellow")
+    for caution in board.cautions:
+        say(console, f"  caution: {caution}", "yellow")

@@ -1,0 +1,200 @@
+"""The jobs of runs: what `jobs.jsonl` and the scheduler say of them together. The scheduler is asked once for all runs.
+
+It needs no accounting: what Slurm has forgotten is called gone, and a Slurm that does not answer is said and not fatal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from configs.run.directory import RunDir
+from configs.scheduler import ACTIVE, NoAnswer, SlurmJob, slurm_jobs
+from launcher.jobs.log import read_jobs
+
+Told = dict[str, SlurmJob] | NoAnswer | None  # jobs by id; None: the scheduler was not asked
+WAITING = frozenset(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"))
+GONE, UNKNOWN = "gone", "unknown"  # Slurm does not know the job; it was not asked, or does not answer
+SUBMITTED = ("submitted", "successor")
+
+
+@dataclass(frozen=True)
+class RunJobs:
+    """The newest jobs of a run, training's before the evaluator's."""
+
+    jobs: list[dict[str, Any]] = field(default_factory=list)  # component, job, backend, state, reason, nodes, …
+    requeues: int = 0
+    submitted: float = 0.0  # when training's job was, in seconds since the epoch
+    stop_asked: bool = False  # since then
+    login: str | None = None  # of the site: where its nodes are reached from
+    restarted: bool = False  # Slurm has started training's job once more, and its script has not yet said that it runs
+
+    @property
+    def train(self) -> dict[str, Any] | None:
+        """The job that training is in, or was last."""
+        return next((job for job in self.jobs if "train" in job["component"]), None)
+
+
+def is_active(job: dict[str, Any]) -> bool:
+    """Whether a job of `RunJobs.jobs` is known to wait or run."""
+    return job["state"] in ACTIVE
+
+
+def may_be_active(job: dict[str, Any]) -> bool:
+    """Whether a job of `RunJobs.jobs` waits or runs, or nobody could say so just now: never that it is over."""
+    return is_active(job) or is_unanswered(job)
+
+
+def is_unanswered(job: dict[str, Any]) -> bool:
+    """Whether it is a job of Slurm's, which cannot be asked just now."""
+    return bool(job["state"] == UNKNOWN and job["backend"] == "slurm")
+
+
+def known_job(told: Told, job: str) -> SlurmJob | None:
+    """What Slurm says of a job; None where it says nothing."""
+    return told.get(job) if isinstance(told, dict) else None
+
+
+def ask_scheduler(runs: Iterable[RunDir]) -> Told:
+    """What Slurm says of the newest jobs of all these runs. It is not asked where none has any."""
+    wanted = set()
+    for run in runs:
+        try:
+            lines = read_jobs(run)
+        except (OSError, ValueError):
+            continue
+        wanted |= {str(line["job"]) for line in _newest(lines) if line.get("backend", "slurm") == "slurm"}
+    return slurm_jobs(wanted) if wanted else {}
+
+
+def jobs_of(lines: list[dict[str, Any]], told: Told) -> RunJobs:
+    """The newest jobs of a run.
+
+    Args:
+        lines: of its `jobs.jsonl`, oldest first.
+        told: what `ask_scheduler` gave for it.
+    """
+    newest = _newest(lines)
+    jobs = [_joined(line, told) for line in newest]
+    by_hand = sum(line.get("kind") == "submitted" and _trains(line) for line in lines)
+    started = sum(line.get("kind") == "started" and _trains(line) for line in lines)
+    # A turn that a successor takes has a line of each kind: it is counted by the one that every turn has.
+    said = sum(line.get("kind") == "requeued" and _trains(line) for line in lines)
+    by_slurm = max((job["restarts"] or 0 for job in jobs if "train" in job["component"]), default=0)
+    submitted = max((float(line.get("time") or 0) for line in newest if _trains(line)), default=0.0)
+    # By their order in the file: clocks of hosts differ, and a successor is not a new wish to run.
+    last = max((at for at, line in enumerate(lines) if line.get("kind") == "submitted" and _trains(line)), default=-1)
+    asked = any(line.get("kind") == "stop asked" for line in lines[last + 1 :])
+    login = next((str(line["login"]) for line in reversed(lines) if line.get("login")), None)
+    # A node that was lost has its job started again without a word in the record, until that has started.
+    begun = [int(line.get("restart") or 0) for line in lines if line.get("kind") == "started" and _of_job(line, jobs)]
+    restarted = bool(begun) and by_slurm > max(begun)
+    return RunJobs(jobs, max(said, started - by_hand, by_slurm), submitted, asked and bool(newest), login, restarted)
+
+
+def _of_job(line: dict[str, Any], jobs: list[dict[str, Any]]) -> bool:
+    """Whether a line is of the training in one of these jobs."""
+    return _trains(line) and any(str(line.get("job")) == job["job"] for job in jobs)
+
+
+def _trains(line: dict[str, Any]) -> bool:
+    return "train" in str(line.get("component") or "train")
+
+
+def _newest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that submitted the newest job of training and, where it has one of its own, of the evaluator."""
+    lines = [line for line in lines if line.get("kind") in SUBMITTED and line.get("job") is not None]
+    train = next((line for line in reversed(lines) if _trains(line)), None)
+    scores = next((line for line in reversed(lines) if line.get("component") == "eval"), None)
+    if train is not None and "eval" in str(train.get("component")):
+        scores = None
+    return [line for line in (train, scores) if line is not None]
+
+
+def _joined(line: dict[str, Any], told: Told) -> dict[str, Any]:
+    job, backend = str(line["job"]), str(line.get("backend") or "slurm")
+    known = known_job(told, job) if backend == "slurm" else None
+    missing = GONE if isinstance(told, dict) and backend == "slurm" else UNKNOWN
+    return {
+        "component": str(line.get("component") or "train"),
+        "job": job,
+        "backend": backend,
+        "state": known.state if known else missing,
+        "reason": known.reason if known else "",
+        "nodes": known.nodes if known else "",
+        "restarts": known.restarts if known else None,
+        "exit_code": known.exit_code if known and not known.active else None,
+    }
+
+
+def described(job: dict[str, Any]) -> str:
+    """A job in words: `train 12 RUNNING on node[1-2], restarted once`."""
+    said = f"{job['component']} {job['job']} {job['state']}"
+    if job["state"] == GONE:
+        return f"{job['component']} {job['job']}: Slurm does not know it any more"
+    if job["state"] == UNKNOWN:
+        return f"{job['component']} {job['job']}: " + (
+            "Slurm cannot be asked just now"
+            if job["backend"] == "slurm"
+            else f"of {job['backend']}, which is not asked"
+        )
+    if job["state"] in WAITING:
+        said += f" ({job['reason'] or 'no reason given'})"
+    elif is_active(job):
+        said += f" on {job['nodes']}" if job["nodes"] else ""
+    elif job["reason"]:
+        said += f" ({job['reason']})"
+    if job["exit_code"]:
+        said += f", exit code {job['exit_code']}"
+    if job["restarts"]:
+        said += ", restarted once" if job["restarts"] == 1 else f", restarted {job['restarts']} times"
+    return said
+
+
+def standing_in_queue(
+    word: str, jobs: RunJobs, *, alive: bool, held: bool, ours: bool, fresh: bool, job_ended: bool = False
+) -> tuple[str, str, str | None] | None:
+    """(state, in words, why it has ended) of a run by the job that training is in; None where that decides nothing.
+
+    Args:
+        word: the state in `state.json`.
+        alive: somebody was heard of lately, or the job is active.
+        held: a process here has the run's lock, so that what waits in a queue is not what matters.
+        ours: the job is the one that `state.json` was written in, or is younger than that.
+        fresh: it is younger, so that what stands there is of an earlier start.
+        job_ended: the job's script has said that nothing follows in it.
+    """
+    job = jobs.train
+    if job is None or held:
+        return None
+    if job["state"] in WAITING:
+        reason = job["reason"] or job["state"]
+        return ("requeued" if jobs.requeues else "pending"), f"waiting in the queue: ({reason})", None
+    if ours and jobs.restarted and is_active(job):
+        return "requeued", f"starting again in job {job['job']} ({job['state']})", None
+    if ours and not fresh and word == "stopping" and may_be_active(job) and not (job_ended or jobs.stop_asked):
+        # Ended from outside, by a preemption for instance: Slurm alone knows whether it is queued again.
+        what = "whether its job goes on cannot be asked just now" if is_unanswered(job) else "Slurm has its job still"
+        return word, f"stopped for now; {what}", None
+    unfinished = word in ("not started", "pending", "running", "requeued")
+    if not ours or not (unfinished or (fresh and is_active(job))):
+        return None
+    if is_active(job):
+        if word == "running" and not fresh:
+            return None
+        return "pending", f"starting in job {job['job']} ({job['state']})", None
+    if job["state"] == UNKNOWN and job["backend"] != "slurm":
+        return None
+    if job["state"] == UNKNOWN and word == "running":
+        last = f"running when last heard of; whether job {job['job']} goes on cannot be asked just now"
+        return None if alive else (word, last, None)
+    if job["state"] == UNKNOWN:
+        return word, f"{word}; job {job['job']} was submitted", None
+    if alive:
+        return None
+    ended = described(job).partition(" ")[2]
+    if jobs.stop_asked:
+        return "stopped", "stopped without a further checkpoint", f"it was asked to stop, at once; job {ended}"
+    where = "" if word == "running" else " before it started" if word in ("not started", "pending") else " in the queue"
+    return "died", f"died{where}", f"job {ended}; `vernier launch` goes on"

@@ -1,0 +1,37 @@
+"""`vernier plan`: what a run would need, before it is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+
+from configs.errors import EXIT_DONE
+from configs.load import load_config, resolve
+from launcher.plan.estimate import Given, make_plan
+
+
+def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Console, given: Given | None = None) -> int:
+    """Reckons what a config would take, and prints it.
+
+    Raises:
+        ConfigError: the settings are wrong, or the model's size cannot be told from them.
+    """
+    config = load_config(source, overrides)
+    if config.precision is None and config.launch.gpus_per_node:  # as it will be where the ranks are
+        config = config.model_copy(update={"precision": "bf16"})
+    from eval.scoring.models import quiet_libraries  # torch comes with it
+
+    with quiet_libraries():
+        plan = make_plan(resolve(config), given or Given())
+    if json_out:
+        from launcher.plan.report import to_json
+
+        json.dump(to_json(plan), sys.stdout, indent=2)
+        print()
+    else:
+        from launcher.plan.report import print_plan
+
+        print_plan(plan, console)
+    return EXIT_DONE

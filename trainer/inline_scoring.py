@@ -1,0 +1,120 @@
+"""Scoring between training steps by the training ranks: the same batches, code and tables as the separate evaluator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from configs.run.directory import RunDir, step_name
+from configs.schema import Config
+from eval.distributed.ranks import Ranks
+from eval.reference.set import load_reference
+from eval.scoring.evaluator import RunScores
+from eval.scoring.losses import Head, Scorer
+from eval.scoring.models import DTYPES
+from eval.scoring.score import cpu_threads, score_reference, table_meta
+from trainer.checkpoint.snapshot import dtype_of
+from trainer.engine import zero_state
+
+
+class InlineScoring:
+    """Scores the weights that are being trained.
+
+    Where they are held in the very numbers that a snapshot has and scoring wants, the trained module itself is scored;
+    else a copy in `eval.dtype`, filled from the weights each time.
+    """
+
+    def __init__(self, engine: Any, config: Config, hf: Any, ranks: Ranks) -> None:
+        self.engine, self.config, self.ranks = engine, config, ranks
+        self.dtype = config.eval.dtype or "fp32"
+        self.reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
+        held = next(engine.module.parameters()).dtype
+        # Under amp ZeRO-3 gathers weights in 16 bits for its matrix products: not what the snapshot holds.
+        sharded = config.zero.stage == 3
+        rounded = config.precision == "amp" and sharded
+        parts = engine.module.parts()
+        plain_head = parts is not None and isinstance(parts[1], torch.nn.Linear)
+        self.direct = held == DTYPES[self.dtype] == DTYPES[dtype_of(config)] and not rounded
+        self.direct &= plain_head or not sharded
+        self.scorer = Scorer(
+            engine.module.lm if self.direct else _empty_copy(hf, DTYPES[self.dtype], ranks.device),
+            self.reference.sequence_length,
+            parts=parts if self.direct else None,
+            device=ranks.device,
+            gather_head=self._whole_head if self.direct and sharded else None,
+        )
+        self.scores = RunScores(RunDir(config.run_dir), self.reference, self.dtype) if ranks.first else None
+        if self.scores is not None:
+            self.scores.tell_untold()
+
+    def score(self, step: int, source: str) -> None:
+        """Scores the weights after `step` updates, whose snapshot has the fingerprint `source`."""
+        known = self.scores is not None and step in self.scores.scored()
+        if self.ranks.broadcast_int(int(known)):
+            return
+        started = time.perf_counter()
+        if not self.direct:
+            self._fill()
+        threads = self.config.eval.threads_per_rank
+        meta = table_meta(
+            self.reference,
+            self.scorer.model,
+            source=source,
+            dtype=self.dtype,
+            objective=self.reference.objective,
+            label=step_name(step),
+            step=step,
+            threads=threads,
+        )
+        sharded = self.direct and self.engine.zero_optimization_stage() == 3
+        # DeepSpeed's autocast is off here: scoring is without it, wherever it runs.
+        with (
+            cpu_threads(threads),
+            torch.autocast(self.ranks.device.type, enabled=False),
+            zero_state.called_directly(self.engine),
+        ):
+            table = score_reference(self.scorer, self.reference, self.ranks, meta, lockstep=sharded)
+        if self.scores is not None:
+            self.scores.add_or_refuse(step, table, time.perf_counter() - started)
+
+    @contextmanager
+    def _whole_head(self) -> Iterator[Head]:
+        """The head for any number of calls: as a module, each would gather its weights from all ranks again."""
+        head = self.engine.module.parts()[1]
+        with zero_state.gathered(self.engine, list(head.parameters())):
+            yield head
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Copies the trained weights over, through the kind of number that the snapshot has."""
+        through = DTYPES[dtype_of(self.config)]
+        held = next(self.engine.module.parameters()).dtype
+        from_masters = through == torch.float32 and (held != torch.float32 or self.config.precision == "amp")
+        target = {**dict(self.scorer.model.named_parameters()), **dict(self.scorer.model.named_buffers())}
+        for name, parameter in self.engine.module.named_parameters():
+            own = zero_state.own_name(name)
+            if from_masters and parameter.requires_grad:
+                target[own].copy_(zero_state.master_weight(self.engine, parameter))
+                continue
+            with zero_state.gathered(self.engine, [parameter]):
+                target[own].copy_(parameter.to(through))
+        saved = set(self.scorer.model.state_dict())
+        for name, buffer in self.engine.module.lm.named_buffers():
+            if name in saved:
+                target[name].copy_(buffer)
+
+    def close(self) -> None:
+        if self.scores is not None:
+            self.scores.close()
+
+
+def _empty_copy(hf: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+    return model.eval().requires_grad_(False).to(device)

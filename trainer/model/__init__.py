@@ -1,0 +1,4 @@
+"""The model to train: built from settings or a directory, its settings' effects tried, what it adds to its loss.
+
+Checked before ranks start, then built on each. Dropout is seeded here by position and window.
+"""

@@ -1,0 +1,340 @@
+"""The model to train: its Hugging Face config checked against data and settings, its weights made or read."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError
+from configs.schema import Config, ModelSettings
+from eval.distributed.ranks import environment_ranks, seed_everything
+from eval.scoring.losses import IGNORED, loss_of_hidden, split_model, training_loss
+from eval.scoring.model_shapes import on_meta
+from eval.scoring.models import check_loaded, check_model, quantization, quiet_libraries, sees_the_future
+from trainer.checkpoint.warm_start import check_step, find_step, load_masters
+from trainer.engine.decay import check_patterns
+from trainer.model.auxiliary import added_loss, adds_loss, hidden_states_of
+from trainer.model.dropout import drops, recompute_contexts
+from trainer.model.effects import check_fields, check_losses, fields_read, run_once, without_effect
+
+WIDEST_TRIED = 1536  # one layer of this takes half a second
+MOST_TRIED = 20_000_000  # parameters of a model that is tried as a whole
+
+
+def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
+    """The Hugging Face config that the settings describe.
+
+    Args:
+        facts: of the prepared data (`vocab_size`, `eos_id`), which fill in what the settings leave open.
+
+    Raises:
+        ConfigError: unknown model type or field, or a combination that the config class refuses.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if settings.path is not None:
+        step = find_step(settings.path)
+        if step is None:
+            check_model(settings.path)
+        else:
+            check_step(step, hashes=environment_ranks()[2] == 0)  # by the first rank of each node
+        home = settings.path if step is None else step.home
+        try:
+            config = AutoConfig.from_pretrained(home, local_files_only=True, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"model.path: {settings.path}: {str(error).strip().splitlines()[0]}") from None
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ConfigError(f"model.path: {settings.path} is a {config.model_type}, which is no causal LM")
+        return config
+    kind = str(settings.type)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+        raise ConfigError(
+            f"model.type: {kind!r} is no causal LM that transformers knows"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+    method = quantization(settings.fields)
+    if method is not None:
+        raise ConfigError(f"model.quantization_config: {method}; quantized weights are not trained; leave it out")
+    fields = {"vocab_size": facts["vocab_size"], **settings.fields}
+    default = CONFIG_MAPPING[kind]()
+    known = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"model.{key}: {kind} has no such field" + (f"; did you mean {near[0]}?" if near else ""))
+    for key in ("bos_token_id", "eos_token_id"):
+        if key in known:
+            fields.setdefault(key, facts["eos_id"])
+    if getattr(default, "pad_token_id", None) is not None:
+        fields.setdefault("pad_token_id", None)  # a default beyond a small vocabulary would be an index error
+    try:
+        return AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # each config class raises its own kinds
+        cause = error.__cause__ or error
+        raise ConfigError(f"model: {kind} refuses these fields: {str(cause).strip().splitlines()[0]}") from None
+
+
+def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_fingerprint: str) -> Any:
+    """The Hugging Face config, after it was found to fit the data and the settings.
+
+    Raises:
+        ConfigError: what does not fit, and what to change.
+    """
+    hf = hf_config(config.model, facts)
+    text = hf.get_text_config()
+    problems = []
+    if text.vocab_size < facts["vocab_size"]:
+        problems.append(
+            f"model.vocab_size: {text.vocab_size:,} is smaller than the tokenizer's vocabulary "
+            f"({facts['vocab_size']:,}); raise it, or prepare the data with a smaller data.vocab_size"
+        )
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.sequence_length > longest:
+        problems.append(
+            f"sequence_length: {config.sequence_length} is longer than the model's max_position_embeddings ({longest})"
+        )
+    if config.gradient_checkpointing and not checkpoints_activations(hf):
+        problems.append(
+            f"gradient_checkpointing: {hf.model_type} has none in transformers; leave it out, and lower batch.micro or "
+            "raise zero.stage where memory is short"
+        )
+    home = _home(config.model.path)
+    if home is not None and (home / "tokenizer.json").is_file():
+        from eval.reference.set import tokenizer_fingerprint as fingerprint_of
+
+        if fingerprint_of(home) != tokenizer_fingerprint:
+            problems.append(
+                f"model.path: {config.model.path} has another tokenizer than the data; "
+                f"prepare the data with data.tokenizer={home}"
+            )
+    if problems:
+        raise ConfigError(*problems)
+    built = on_meta(hf)  # refuses what transformers cannot build
+    check_patterns([name for name, p in built.named_parameters() if p.requires_grad], config.optimizer.no_decay)
+    check_looks_back(config, hf)
+    if config.model.fields and environment_ranks()[2] == 0:
+        check_effects(config.model, facts, hf)
+    return hf
+
+
+def checkpoints_activations(hf: Any) -> bool:
+    """Whether transformers can checkpoint the activations of this kind of causal LM."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)].supports_gradient_checkpointing)
+
+
+def check_effects(settings: ModelSettings, facts: dict[str, Any], hf: Any) -> None:
+    """Refuses fields under `model:` that change nothing in training; as far as that is found without much memory.
+
+    Raises:
+        ConfigError: which, and why; or the model's loss is one that is not trained here.
+    """
+    others = {}
+    for name in settings.fields:
+        with suppress(ConfigError):  # without it there is no such model: it has an effect
+            rest = {key: value for key, value in settings.fields.items() if key != name}
+            others[name] = hf_config(ModelSettings(type=settings.type, **rest), facts)
+    check_fields(settings.fields, hf, others)
+    try:
+        with fields_read(hf) as read:
+            model = on_meta(hf)
+            small = sum(p.numel() for p in model.parameters()) <= MOST_TRIED
+            if small:
+                model = _random(hf)
+            run_once(model)  # of a larger one without numbers
+    except Exception:  # what a model's own code asks of tensors without numbers cannot be listed
+        return
+    idle = without_effect(settings.fields, read, hf, others)
+    if idle:
+        raise ConfigError(
+            *(f"model.{name}: a {hf.model_type} never reads it, so it has no effect; leave it out" for name in idle)
+        )
+    if small:  # else the ranks will say
+        check_losses(settings.fields, hf.model_type, adds=TrainableLM(model).adds)
+
+
+def check_looks_back(config: Config, hf: Any) -> None:
+    """Refuses a model that sees the token it is to predict, whose loss would mean nothing: one layer of it is tried.
+
+    Raises:
+        ConfigError: it does, or cannot be run at all; and what to do.
+    """
+    text = hf.get_text_config()
+    switch = getattr(text, "is_decoder", None)  # of encoders that can be made to look back only
+    width = getattr(text, "hidden_size", None)
+    if switch is None and (not isinstance(width, int) or width > WIDEST_TRIED):
+        return  # without the switch no type of transformers' causal LMs looks ahead; this is for a mistake of its own
+    if environment_ranks()[2] != 0:
+        return  # the first rank of a node tries it for all
+    kind, where = f"model.type: {hf.model_type}", "model.is_decoder: true"
+    if config.model.path is not None:
+        kind, where = f"model.path: {config.model.path}", '"is_decoder": true in its config.json'
+    what_to_do = f"set {where} to train it as a causal LM (there is no masked training yet)"
+    if switch:
+        what_to_do = "take another type: a decoder such as llama or gpt2, or bert with is_decoder: true"
+    try:
+        model = _one_layer(hf)
+        ahead = sees_the_future(model, lambda ids: model(input_ids=ids, use_cache=False).logits)
+        if switch and not ahead and not _takes(model, config.sequence_length):
+            longest = next(n for n in range(config.sequence_length, -1, -1) if n == 0 or _takes(model, n))
+            raise ConfigError(
+                f"sequence_length: {config.sequence_length} is longer than the {longest} tokens that {hf.model_type} "
+                f"takes with max_position_embeddings ({text.max_position_embeddings}); some are for no token"
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # each model class raises its own kinds
+        if switch is None:
+            return  # perhaps only as one layer; the ranks will say
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{kind} is an encoder that does not run as a causal LM ({said}); {what_to_do}") from None
+    if ahead:
+        raise ConfigError(f"{kind} sees the tokens after the one that it predicts, as encoders do; {what_to_do}")
+
+
+def _takes(model: Any, length: int) -> bool:
+    """Whether a model has positions for so many tokens: RoBERTa's kind numbers them from `pad_token_id` + 1 on."""
+    ids = torch.full((1, length), 2, dtype=torch.int64)  # none of these is padding, at 0 or 1
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except (IndexError, RuntimeError):
+        return False
+    return True
+
+
+def _one_layer(hf: Any) -> Any:
+    """A model of this kind with one layer and few entries in its vocabulary (where it has these), at random, on the
+    CPU."""
+    small = copy.deepcopy(hf)
+    text = small.get_text_config()
+    text.vocab_size = min(text.vocab_size, 1024)
+    with suppress(NotImplementedError):  # an encoder and a decoder, each with a number of its own
+        text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    return _random(small).eval()
+
+
+def _random(hf: Any) -> Any:
+    """A model at random, on the CPU, without a word of transformers'."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(hf), dtype=torch.float32)  # which writes to it
+
+
+def _home(path: Path | None) -> Path | None:
+    """The Hugging Face directory that `model.path` leads to."""
+    step = find_step(path) if path is not None else None
+    return path if step is None else step.home
+
+
+def make_model(config: Config, hf: Any) -> Any:
+    """The causal LM in fp32 on the CPU, the same on every rank: random from `seed`, or read from `model.path`."""
+    from transformers import AutoModelForCausalLM
+
+    seed_everything(config.seed)
+    home = _home(config.model.path)
+    if home is not None:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            home,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        check_loaded(home, info)
+        step = find_step(config.model.path) if config.model.path is not None else None
+        if step is not None and step.checkpoint is not None:
+            load_masters(model, step.checkpoint)
+    else:
+        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
+    if config.gradient_checkpointing:
+        again = {"context_fn": recompute_contexts} if drops(model) else {}
+        model.gradient_checkpointing_enable({"use_reentrant": False, **again})
+    return model
+
+
+class TrainableLM(nn.Module):
+    """A causal LM whose forward pass gives a micro-batch's summed loss, as DeepSpeed wants it: one module, one call.
+
+    Raises:
+        ConfigError: the model's own loss is one that is not trained here.
+    """
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        # Held as `lm` only; listing decoder and head again would double the parameters' names.
+        self.lm = lm
+        self.split = split_model(lm) is not None
+        self.adds = adds_loss(lm)  # something to its language loss
+        self.added: torch.Tensor | None = None  # so much, in the last forward pass
+        if self.adds:
+            self.split = self.split and _adds_without_logits(lm)
+
+    def parts(self) -> tuple[Any, Any] | None:
+        """(decoder, head), where logits are head(decoder(ids))."""
+        return (self.lm.get_decoder(), self.lm.get_output_embeddings()) if self.split else None
+
+    def forward(self, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
+        """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar.
+
+        Of a model that adds to its mean loss over a micro-batch, with that times the targets; which is in `added`.
+        """
+        vocab_size = int(self.lm.config.get_text_config().vocab_size)
+        parts = self.parts()
+        if parts is not None and not self.adds:
+            return training_loss(parts, ids_BT, target_BT, vocab_size)
+        mean = None  # that is added
+        if parts is not None:
+            with hidden_states_of(parts[0]) as hidden:
+                mean, _ = added_loss(self.lm, ids_BT, keep=1)
+            loss = loss_of_hidden(hidden[0], target_BT, parts[1], vocab_size)
+        else:
+            if self.adds:
+                mean, logits = added_loss(self.lm, ids_BT)
+            else:
+                logits = self.lm(input_ids=ids_BT, use_cache=False).logits
+            loss = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        if mean is None:
+            return loss
+        more = mean * (target_BT != IGNORED).sum()
+        self.added = more.detach()
+        return loss + more
+
+
+@torch.no_grad()
+def _adds_without_logits(lm: Any) -> bool:
+    """Whether what a model adds to its loss is the same without most of its logits, its decoder showing its states."""
+    ids_BT = torch.arange(1, 9, device=next(lm.parameters()).device)[None] % lm.config.get_text_config().vocab_size
+    was_training = lm.training
+    lm.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            whole, _ = added_loss(lm, ids_BT)
+            torch.manual_seed(0)
+            with hidden_states_of(lm.get_decoder()) as hidden:
+                part, _ = added_loss(lm, ids_BT, keep=1)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    finally:
+        lm.train(was_training)
+    return len(hidden) == 1 and torch.equal(whole, part)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Trainable parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

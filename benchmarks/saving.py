@@ -31,7 +31,7 @@ def measure(data: Path, run_dir: Path) -> None:
     from trainer.data.prepare import load_dataset_facts
     from trainer.data.shards import Windows
     from trainer.engine.build import make_engine
-    from trainer.loop import micro_batches
+    from trainer.loop import Batch, micro_batches
     from trainer.model.build import TrainableLM, hf_config, make_model, parameter_count
     from trainer.order import windows_at
 
@@ -51,7 +51,8 @@ def measure(data: Path, run_dir: Path) -> None:
         nonlocal position
         started = time.perf_counter()
         chosen = windows_at(position, batch=config.batch.global_, windows=len(windows), seed=config.seed)
-        for ids_BT, target_BT, *_ in micro_batches(windows, chosen, config, ranks, position, config.batch.micro):
+        batch = Batch(position, chosen, targets=chosen.size * config.sequence_length)
+        for ids_BT, target_BT, *_ in micro_batches(windows, batch, config, ranks, config.batch.micro):
             engine.backward(engine(ids_BT, target_BT))
             at = time.perf_counter()
             memory.wait_until_taken()

@@ -267,6 +267,7 @@ def with_absolute_paths(config: Config) -> Config:
         update={
             "run": config.run.model_copy(update={"dir": config.run_dir.absolute()}),
             "baseline": config.baseline and config.baseline.absolute(),
+            "callbacks": [_absolute_class(one) for one in config.callbacks],
             "data": config.data.model_copy(
                 update={
                     "dir": config.data_dir.absolute(),
@@ -286,6 +287,12 @@ def _absolute(source: str | list[str]) -> str | list[str]:
         return [str(_absolute(one)) for one in source]
     path = Path(source).expanduser()
     return str(path.absolute()) if path.exists() else source
+
+
+def _absolute_class(name: str) -> str:
+    """FILE.py:Class with an absolute path; module:Class as it is."""
+    place, _, kind = name.rpartition(":")
+    return f"{Path(place).expanduser().absolute()}:{kind}" if place.endswith(".py") else name
 
 
 def dump_config(config: Config) -> str:

@@ -221,6 +221,10 @@ class Config(Settings):
     gradient_checkpointing: bool = False
     nproc: Positive | None = Field(None, description="ranks on this machine; default its GPUs, else 1")
     threads_per_rank: Positive | None = Field(None, description="CPU threads a training rank; default cores ÷ nproc")
+    callbacks: list[str] = Field(
+        default_factory=list, description="classes of your own called around steps: module:Class or FILE.py:Class"
+    )
+    callbacks_may_fail: bool = Field(False, description="true: one that raises is left out, with a caution")
     baseline: Path | None = Field(
         None,
         description="a run with the same data, seed and batch; "

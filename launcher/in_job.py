@@ -110,9 +110,7 @@ def begin(run: RunDir, component: str) -> int:
     progress = _progress(run, component)
     before = starts_without_progress(lines, component, progress)
     if component == "train":
-        from trainer.run import finished
-
-        if finished(run, config):
+        if run.is_finished(config.steps):
             print(f"{run.path} is finished (step {config.steps})")
             return NOTHING
         if jobs_of(lines, {}).stop_asked:  # while this job was waiting, or being queued again

@@ -13,7 +13,8 @@ from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.distributed.ranks import environment_ranks
 from eval.reference.set import tokenizer_fingerprint
-from trainer.baseline import check_baseline
+from trainer.callbacks.baseline import check_baseline
+from trainer.callbacks.dispatch import find_callbacks
 from trainer.checkpoint.resume_compat import check_changes
 from trainer.data.integrity import AT_START_BYTES
 from trainer.data.prepare import load_dataset_facts, no_target
@@ -61,6 +62,7 @@ def check_run(
         )
     if not windows.any_target():
         raise ConfigError(no_target(config.sequence_length, len(windows)))
+    find_callbacks(config.callbacks)
     check_baseline(config, facts["fingerprints"]["data"])
     run = RunDir(config.run_dir)
     if run.path.exists() and not run.path.is_dir():

@@ -1,165 +1,226 @@
-"""The training loop: read it from top to bottom, each line of a step is in sight.
+"""The training loop: read `Loop.run` from top to bottom, each line of a step is in sight.
 
 The host never waits for the device inside a step, unless a guard asks for it (stage 0 in fp32 and amp, and
-`guards.on_spike: skip`): what a step measured rides on one all-reduce and is read a step late.
+`guards.on_spike: skip`): what a step measured is read a step late (`trainer.delayed_metrics`).
 """
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from configs.load import micro_batch
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
 from eval.scoring.losses import IGNORED
+from trainer.callbacks.dispatch import Callbacks
+from trainer.callbacks.metrics import memory_gib
 from trainer.checkpoint.checkpoint import Clock
-from trainer.checkpoint.checkpointer import Due
+from trainer.checkpoint.checkpointer import Checkpointer, Due
 from trainer.data.shards import Windows
+from trainer.delayed_metrics import DelayedMetrics
 from trainer.engine.build import grad_norm_before_step, set_learning_rate
 from trainer.engine.schedule import learning_rate
 from trainer.engine.zero_state import refuse_update
-from trainer.faults.guards import Guard, bent, starve
-from trainer.metrics import memory_gib
+from trainer.faults.adaptations import memory_errors
+from trainer.faults.guards import Guard
+from trainer.faults.injected import forward_of
+from trainer.faults.watchdog import Watchdog
 from trainer.model.dropout import WindowDropout
-from trainer.order import share_of, window_seeds, windows_at
+from trainer.order import Int64s, share_of, window_seeds, windows_at
 from trainer.stop_requests import Asked, Requests
 
 
-@dataclass(frozen=True)
-class Hooks:
-    """What happens around steps: each is called on every rank, at the same step."""
+class Outcome(NamedTuple):
+    """How training ended: where it stands, whether it was asked to stop before its last step, and by Ctrl-C."""
 
-    observe: Callable[[dict[str, Any]], None]  # a step's metrics, a step late
-    save: Callable[[Clock, Due], None]  # copy what is due; it is written while training goes on
-    before_update: Callable[[], None]  # waits until what is being saved is copied
-    updated: Callable[[], None]  # the weights were updated; right after it, on the device's own time
-    mark: Callable[[int], None]  # so many steps are made, the next begins
+    clock: Clock
+    stopped: bool
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global batch: its place in the data, its windows, and how many targets all of them have together."""
+
+    position: int
+    windows: Int64s  # [batch.global]
+    targets: int
 
 
 @dataclass
-class Measured:
-    """A step's figures on their way from the device."""
+class Loop:
+    """What training steps need; `clock` is where they stand."""
 
-    line: dict[str, Any] | None  # None: the update was skipped, only the flags count
-    sums: torch.Tensor  # fp64 [loss in nats, added to it, ranks asked to stop, by Ctrl-C, to save, gradient norm]; CPU
-    ready: Callable[[], Any]
-    targets: int
-    adds: bool  # the model adds something to its language loss
+    engine: Any
+    config: Config
+    data: Windows
+    ranks: Ranks
+    clock: Clock
+    requests: Requests
+    dropout: WindowDropout
+    guard: Guard
+    checkpointer: Checkpointer
+    callbacks: Callbacks
+    watchdog: Watchdog
 
-    def read(self) -> tuple[dict[str, Any] | None, Asked]:
-        """(metrics line, what any rank was asked for); waits for what was enqueued up to its own step."""
-        self.ready()
-        loss, added, stop, interrupt, save, norm = self.sums.tolist()
-        line = self.line and {"loss": loss / self.targets, **self.line, "grad_norm": norm}
-        if line and self.adds:
-            line["auxiliary_loss"] = added / self.targets
-        return line, Asked(stop > 0, interrupt > 0, save > 0)
+    def __post_init__(self) -> None:
+        self.micro = micro_batch(self.config, self.ranks.world)
+        self.forward = forward_of(self.engine, self.config)
+        self.delayed = DelayedMetrics(adds=self.engine.module.adds)
+        self.asked = Asked()
 
+    def run(self) -> Outcome:
+        """Trains to `config.steps`, or until asked to stop."""
+        if self.clock.step == 0:
+            self.save(Due(snapshot=True))
+        while self.clock.step < self.config.steps and not self.asked.stop:
+            self.watchdog.mark(self.clock.step)
+            self.callbacks.on_step_begin(self.clock.step + 1)
+            started = time.perf_counter()
+            batch = self.next_batch()
+            if batch is None:  # to be passed over, or nothing in it to learn
+                self.clock = replace(self.clock, position=self.clock.position + 1)
+                continue
+            rate = self.set_rate()
+            sums_2 = self.accumulate(batch)
+            applied, norm = self.update(batch, sums_2[0])
+            self.clock = self.clock.after(applied, batch.targets)
+            self.read_report()  # of the step before
+            line = self.line(batch, rate, time.perf_counter() - started) if applied else None
+            self.delayed.push(line, sums_2, norm, batch.targets, self.requests.poll(), self.checkpointer.ended)
+            self.guard.after(applied, self.clock, sums_2[0])
+            due = self.due(applied)
+            if due:
+                self.read_report()  # a step's line is written before what follows from it
+                self.save(self.due(applied))
+                self.asked = replace(self.asked, save=False)
+        return Outcome(self.clock, self.asked.stop and self.clock.step < self.config.steps, self.asked.interrupt)
 
-def train(
-    engine: Any,
-    config: Config,
-    data: Windows,
-    ranks: Ranks,
-    clock: Clock,
-    requests: Requests,
-    dropout: WindowDropout,
-    guard: Guard,
-    hooks: Hooks,
-) -> tuple[Clock, bool, bool]:
-    """Trains from `clock` to `config.steps`, or until asked to stop: gives (clock, stopped, by Ctrl-C)."""
-    micro = micro_batch(config, ranks.world)
-    accumulation = config.batch.global_ // (ranks.world * micro)
-    pending: Measured | None = None
-    asked = Asked()
-    if clock.step == 0:
-        hooks.save(clock, Due(snapshot=True))
-    while clock.step < config.steps and not asked.stop:
-        hooks.mark(clock.step)
-        if guard.passes_over(clock.position):
-            clock = replace(clock, position=clock.position + 1)
-            continue
-        started = time.perf_counter()
-        step = clock.step + 1
-        windows = windows_at(clock.position, batch=config.batch.global_, windows=len(data), seed=config.seed)
-        targets = int(data.target_counts(windows).sum())  # of the whole global batch, known to every rank
-        if targets == 0:  # all prompts: nothing to learn, and an update would only decay the weights
-            guard.without_targets(clock)
-            clock = replace(clock, position=clock.position + 1)
-            continue
-        rate = learning_rate(step, peak=config.optimizer.lr, steps=config.steps, schedule=config.schedule)
-        set_learning_rate(engine, rate)
+    def next_batch(self) -> Batch | None:
+        """The global batch at the clock's position; None where it makes no step."""
+        position = self.clock.position
+        if self.guard.passes_over(position):
+            return None
+        size, count = self.config.batch.global_, len(self.data)
+        windows = windows_at(position, batch=size, windows=count, seed=self.config.seed)
+        targets = int(self.data.target_counts(windows).sum())  # of the whole global batch, known to every rank
+        if targets == 0:  # all prompts: an update would only decay the weights
+            self.guard.without_targets(self.clock)
+            return None
+        return Batch(position, windows, targets)
 
-        loss_sum, added_sum = torch.zeros((2,), dtype=torch.float64, device=ranks.device)
-        for ids_BT, target_BT, seeds in micro_batches(data, windows, config, ranks, clock.position, micro):
-            hooks.mark(clock.step)
-            starve(config, len(ids_BT))
-            with dropout.windows(seeds):  # a function of each window's place in the data, not of rank or history
-                loss = bent(engine(ids_BT, target_BT), clock.position)
-            # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
-            engine.backward(loss * (ranks.world * accumulation / targets))
-            loss_sum += loss.detach()
-            added = engine.module.added
-            if added is not None:  # told apart: `loss` is the language's alone
-                loss_sum -= added
-                added_sum += added
-            if engine.is_gradient_accumulation_boundary():
-                norm = grad_norm_before_step(engine)
-                hooks.before_update()
-                if guard.refuses(clock, loss_sum, targets, norm):
-                    refuse_update(engine)
-            engine.step()
+    def set_rate(self) -> float:
+        """Sets the learning rate of the step that is being made, and gives it."""
+        peak, step = self.config.optimizer.lr, self.clock.step + 1
+        rate = learning_rate(step, peak=peak, steps=self.config.steps, schedule=self.config.schedule)
+        set_learning_rate(self.engine, rate)
+        return rate
 
-        applied = engine.was_step_applied()  # not so where the gradient was not finite, or the guard refused
+    def accumulate(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward over this rank's micro-batches: [loss in nats, what was added to it], fp64 [2]."""
+        sums_2 = torch.zeros((2,), dtype=torch.float64, device=self.ranks.device)
+        # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
+        scale = (self.config.batch.global_ // self.micro) / batch.targets
+        for ids_BT, target_BT, seeds in micro_batches(self.data, batch, self.config, self.ranks, self.micro):
+            self.watchdog.mark(self.clock.step)
+            with self.dropout.windows(seeds):  # a function of each window's place in the data, not of rank or history
+                loss = self.forward(ids_BT, target_BT, batch.position)
+            self.engine.backward(loss * scale)
+            added = self.engine.module.added
+            sums_2[0] += loss.detach()
+            if added is not None:  # told apart: the first sum is the language's alone
+                sums_2[0] -= added
+                sums_2[1] += added
+            if not self.engine.is_gradient_accumulation_boundary():
+                self.engine.step()  # counts the micro-batch
+        return sums_2
+
+    def update(self, batch: Batch, loss_sum: torch.Tensor) -> tuple[bool, Any]:
+        """The optimizer step: (whether it was made, the gradient's norm). Not so where the gradient was not finite, or
+        the guard refused."""
+        step, norm = self.clock.step + 1, grad_norm_before_step(self.engine)
+        self.callbacks.on_before_optimizer_step(step)
+        self.checkpointer.before_update()
+        if self.guard.refuses(self.clock, loss_sum, batch.targets, norm):
+            refuse_update(self.engine)
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied())
         if applied:
-            hooks.updated()
-        idle = 0 if applied else clock.idle + 1
-        clock = Clock(step if applied else clock.step, clock.position + 1, clock.tokens + targets, idle)
-        if pending is not None:
-            asked |= _observe(pending, hooks)
-        seconds = time.perf_counter() - started
-        line = _line(step, clock, windows, rate, seconds, targets, ranks, micro) if applied else None
-        line = line and {**line, **guard.measured}  # the very loss that was decided on, where it is known by now
-        norm = norm if norm is not None else engine.get_global_grad_norm()
-        pending = _measure(line, loss_sum, added_sum, norm, targets, engine.module.adds, requests.poll())
-        guard.after(applied, clock, loss_sum)
-        if not applied:  # the batch is used up, the step is made with the next
-            if asked.stop and clock.step:
-                hooks.save(clock, Due(checkpoint=True))
-            continue
+            self.callbacks.on_after_optimizer_step(step)
+        return applied, norm if norm is not None else self.engine.get_global_grad_norm()
 
-        due = _due(clock, config, asked)
-        if due:  # the step's line is written before what follows from it
-            asked |= _observe(pending, hooks)
-            pending = None
-            due = _due(clock, config, asked)
-            hooks.save(clock, due)
-            asked = replace(asked, save=False)
-    return clock, asked.stop and clock.step < config.steps, asked.interrupt
+    def read_report(self) -> None:
+        """What the step before measured, if that is not read yet; what was asked for; which saves have ended."""
+        report = self.delayed.pop()
+        if report is None:
+            return
+        if report.line is not None:
+            self.callbacks.on_step_end(report.line)
+        self.asked |= report.asked
+        self.tell_saved(everywhere=report.saves == self.ranks.world * self.checkpointer.begun)
 
+    def due(self, applied: bool) -> Due:
+        """What is to be saved now; after a batch that made no step only what stopping asks for."""
+        step, config, asked = self.clock.step, self.config, self.asked
+        if not applied:
+            return Due(checkpoint=asked.stop and step > 0)
+        last = step == config.steps
+        return Due(
+            snapshot=step % config.snapshot.every == 0 or step in config.snapshot.at or last or asked.save,
+            checkpoint=step % config.checkpoint.every == 0 or last or asked.stop or asked.save,
+            asked=asked.save,
+        )
 
-def _due(clock: Clock, config: Config, asked: Asked) -> Due:
-    last = clock.step == config.steps
-    return Due(
-        snapshot=clock.step % config.snapshot.every == 0 or clock.step in config.snapshot.at or last or asked.save,
-        checkpoint=clock.step % config.checkpoint.every == 0 or last or asked.stop or asked.save,
-        asked=asked.save,
-    )
+    def save(self, due: Due) -> None:
+        """Copies what is due; it is written while training goes on."""
+        # A disk may be slow for as long as it likes; a rank that is frozen or dead is seen all the same.
+        waits = due.snapshot and self.callbacks.waits_for_snapshots
+        with memory_errors(self.config, self.ranks, f"saving or scoring step {self.clock.step}"):
+            with self.watchdog.paused("saving"):
+                self.checkpointer.save(self.clock, due)
+                if waits:
+                    self.checkpointer.wait()
+            if waits:
+                with self.watchdog.paused("scoring"):
+                    self.tell_saved(everywhere=True)
+
+    def tell_saved(self, *, everywhere: bool) -> None:
+        """Tells callbacks of saves that have ended. `everywhere`: the last one that was begun has too, on all ranks."""
+        for saved in self.checkpointer.take_ended(everywhere=everywhere):
+            if saved.snapshot is not None:
+                self.callbacks.on_snapshot(saved.step, saved.snapshot)
+            if saved.checkpoint is not None:
+                self.callbacks.on_checkpoint(saved.step, saved.checkpoint)
+
+    def line(self, batch: Batch, rate: float, seconds: float) -> dict[str, Any]:
+        """What the host knows of a step that was made, for its line in `metrics.jsonl`."""
+        return {
+            "step": self.clock.step,
+            "position": batch.position,
+            "windows": f"{zlib.crc32(batch.windows.tobytes()):08x}",  # two runs saw the same ones where these are equal
+            "tokens": self.clock.tokens,
+            "targets": batch.targets,
+            "lr": rate,
+            "step_s": round(seconds, 6),
+            "tokens_per_s": round(batch.targets / seconds, 1),
+            "memory_gib": round(memory_gib(), 4),
+            "ranks": self.ranks.world,
+            "micro": self.micro,
+            **self.guard.measured,  # the very loss that was decided on, where it is known by now
+        }
 
 
 def micro_batches(
-    data: Windows, windows: Any, config: Config, ranks: Ranks, position: int, micro: int
+    data: Windows, batch: Batch, config: Config, ranks: Ranks, micro: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
     """This rank's part of a global batch: (ids [B, T], targets [B, T], a seed a window), int64 on the device."""
-    for chosen in share_of(windows, rank=ranks.rank, world=ranks.world, micro=micro):
+    for chosen in share_of(batch.windows, rank=ranks.rank, world=ranks.world, micro=micro):
         rows, scored = data.rows(chosen)
         block = torch.from_numpy(rows)
         # The targets are written to: of one window `contiguous` would copy nothing, and the ids would change with them.
@@ -168,59 +229,4 @@ def micro_batches(
             target_BT[~torch.from_numpy(scored)] = IGNORED
         if ranks.device.type == "cuda":
             ids_BT, target_BT = (t.pin_memory().to(ranks.device, non_blocking=True) for t in (ids_BT, target_BT))
-        yield ids_BT, target_BT, window_seeds(config.seed, position, chosen)
-
-
-def _measure(
-    line: dict[str, Any] | None,
-    loss_sum: torch.Tensor,
-    added_sum: torch.Tensor,
-    norm: Any,
-    targets: int,
-    adds: bool,
-    asked: Asked,
-) -> Measured:
-    flags = torch.tensor([asked.stop, asked.interrupt, asked.save], dtype=torch.float64)
-    flags = flags.to(loss_sum.device, non_blocking=True)
-    sums = torch.cat([loss_sum.reshape(1), added_sum.reshape(1), flags])
-    work = dist.all_reduce(sums, async_op=True)
-    own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).reshape(1)
-    if sums.device.type == "cpu":
-
-        def arrived() -> None:
-            work.wait()
-            found[:-1] = sums
-
-        found = torch.cat([torch.zeros(len(sums), dtype=torch.float64), own])
-        return Measured(line, found, arrived, targets, adds)
-    work.wait()  # orders the stream behind the all-reduce; the host goes on
-    on_host = torch.empty(len(sums) + 1, dtype=torch.float64, pin_memory=True)
-    on_host.copy_(torch.cat([sums, own.to(sums.device, non_blocking=True)]), non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return Measured(line, on_host, event.synchronize, targets, adds)
-
-
-def _observe(pending: Measured, hooks: Hooks) -> Asked:
-    line, asked = pending.read()
-    if line is not None:
-        hooks.observe(line)
-    return asked
-
-
-def _line(
-    step: int, clock: Clock, windows: Any, rate: float, seconds: float, targets: int, ranks: Ranks, micro: int
-) -> dict[str, Any]:
-    return {
-        "step": step,
-        "position": clock.position - 1,
-        "windows": f"{zlib.crc32(windows.tobytes()):08x}",  # two runs saw the same ones where these are equal
-        "tokens": clock.tokens,
-        "targets": targets,
-        "lr": rate,
-        "step_s": round(seconds, 6),
-        "tokens_per_s": round(targets / seconds, 1),
-        "memory_gib": round(memory_gib(), 4),
-        "ranks": ranks.world,
-        "micro": micro,
-    }
+        yield ids_BT, target_BT, window_seeds(config.seed, batch.position, chosen)

@@ -1,61 +1,41 @@
-"""A training run from its config to its end: set-up in order, then the loop, then the last word in `state.json`."""
+"""A training run from its config to its end: hold the run, set up, go on from a checkpoint, train, the last word."""
 
 from __future__ import annotations
 
 import json
-import os
-import traceback
-from functools import partial
 from typing import Any, TextIO
 
-from rich.console import Console
-
 from configs.console import console as people
-from configs.console import is_supervised
-from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, VernierError
+from configs.errors import EXIT_DONE
 from configs.fault_injection import reached
 from configs.files.atomic import write_atomic
-from configs.load import batch_problems, dump_config, micro_batch
+from configs.load import dump_config, micro_batch
 from configs.run.directory import RunDir
-from configs.run.last_words import follows_another
-from configs.scheduler import current_job
 from configs.schema import Config
-from eval.distributed.environment import start_began
-from eval.distributed.ranks import Ranks, StoppedByAnotherRank, join, leave, set_determinism
+from eval.distributed.ranks import join, leave, set_determinism
 from trainer import stop_requests
-from trainer.check import check_run
+from trainer.begin import Context, begin_run, hold_run
+from trainer.callbacks.callback import RunContext
+from trainer.callbacks.dispatch import Callbacks, find_callbacks
+from trainer.callbacks.inline_scoring import InlineScoring
+from trainer.callbacks.metrics import Metrics, write_manifest
+from trainer.callbacks.progress import ProgressLine
 from trainer.checkpoint.checkpoint import Clock, clear_up, load_checkpoint
-from trainer.checkpoint.checkpointer import Due, RunSaves
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.find_whole import find_whole_checkpoint
-from trainer.checkpoint.resume_compat import check_changes, clear_unbegun, tell_forced
 from trainer.data.integrity import DataWatch
 from trainer.data.shards import Windows
 from trainer.engine.build import make_engine
 from trainer.engine.ema import MovingAverage
-from trainer.faults.adaptations import (
-    StartAgain,
-    adapted,
-    after_out_of_memory,
-    is_out_of_memory,
-    no_memory,
-    shared_adaptations,
-)
+from trainer.faults.adaptations import adapted, adapting_to_memory, memory_errors, shared_adaptations
+from trainer.faults.failure import record_failure
 from trainer.faults.guards import Guard, recent_losses
 from trainer.faults.lock import RunLock
 from trainer.faults.watchdog import Watchdog
-from trainer.inline_scoring import InlineScoring
-from trainer.loop import Hooks, train
-from trainer.metrics import Metrics, write_manifest
+from trainer.loop import Loop, Outcome
 from trainer.model.build import TrainableLM, checkpoints_activations, make_model, parameter_count
 from trainer.model.dropout import WindowDropout
 from trainer.model.effects import check_losses
-from trainer.progress import ProgressLine
-
-
-def finished(run: RunDir, config: Config) -> bool:
-    """Whether the run has made all its steps."""
-    state = run.read_state()
-    return state.get("state") == "done" and int(state.get("step") or 0) >= config.steps
 
 
 def run_training(config: Config, terminal: TextIO, *, extend: bool = False, force_resume: bool = False) -> int:
@@ -70,277 +50,184 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
     set_determinism(bool(config.deterministic))
     requests = stop_requests.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
     console = people(terminal, soft_wrap=True) if ranks.first else None
-    lock = RunLock(run)
-    attempt = None  # ours, once we hold the run
+    context = Context(run, ranks, RunLock(run), requests, console)
     try:
-        if ranks.first:
-            try:
-                run.path.mkdir(parents=True, exist_ok=True)
-                run.check_files()
-                attempt = int(run.read_state().get("attempt") or 0) + 1
-                lock.acquire(attempt)
-                # What stands there is of another start, unless another rank of this one has failed already.
-                if not run.take_up(None, since=start_began()):
-                    raise StoppedByAnotherRank("another rank has failed before this one held the run")
-            except BaseException:
-                attempt = None  # another trainer's run: its state is not ours to write
-                ranks.agree(False)
-                raise
-        if not ranks.agree(True):
-            raise StoppedByAnotherRank("the run is held by another trainer")
-        problems = list(batch_problems(config, ranks.world))
-        if problems:
-            raise ConfigError(*problems)
-        tell = None  # one rank tells, and none where `vernier` has told it already
-        if console is not None and not is_supervised():
-            tell = partial(console.print, markup=False)
-        facts, hf = check_run(config, extend=extend, force=force_resume, tell=tell)
-        if ranks.first:
-            if force_resume and console is not None:
-                changes = check_changes(config, extend=extend, force=True)
-                tell_forced(run, changes, lambda told: console.print(told, markup=False))
-            if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
-                run.stop_request.unlink(missing_ok=True)
-            clear_unbegun(run, config, lambda told: console.print(told, markup=False) if console else None)
-            begin_run(run, config, attempt or 0)
-        attempt = ranks.broadcast_int(attempt or 0)
-        code = _train(config, run, ranks, facts, hf, requests, lock, console)
+        hold_run(context)
+        facts, hf = begin_run(context, config, extend=extend, force=force_resume)
+        training = Training(context, config, facts, hf)
+        training.resume()
+        code = training.last_word(training.fit())
     except BaseException as error:
-        error.__dict__["recorded"] = _record_failure(run, ranks, error, attempt, lock)
+        error.__dict__["recorded"] = record_failure(run, ranks, error, context.attempt, context.lock)
         raise
-    lock.release()
+    context.lock.release()
     leave()
     return code
 
 
-def begin_run(run: RunDir, config: Config, attempt: int) -> None:
-    """Writes what a run directory starts with."""
-    for folder in (run.checkpoints, run.snapshots, run.losses, run.logs):
-        try:
-            folder.mkdir(exist_ok=True)
-        except FileExistsError:
-            raise ConfigError(
-                f"run.dir: {folder} is no directory, or a link that leads nowhere; is its disk there?"
-            ) from None
-    if not run.config.is_file():  # else once the checkpoint is found to fit
-        write_atomic(run.config, dump_config(config), durable=True)
-    facts = {"attempt": attempt, "steps": config.steps, "job": current_job(), "job_ended": None}
-    if not run.take_up("running", since=start_began(), **facts):
-        raise StoppedByAnotherRank("another rank has failed before the run began")
-    run.add_event("started", f"attempt {attempt}", rank=0)
+class Training:
+    """A training on one rank: set up when made, then `resume`, `fit` and `last_word`, each once and on every rank."""
 
+    def __init__(self, context: Context, given: Config, facts: dict[str, Any], hf: Any) -> None:
+        """
+        Args:
+            given: the settings as the user has them; what the run has adapted is put in here.
+            facts: of the prepared data.
+            hf: the model's Hugging Face config.
+        """
+        run, ranks = context.run, context.ranks
+        if ranks.first:
+            clear_up(run)
+        adaptations = shared_adaptations(run, ranks)
+        self.context, self.run, self.ranks, self.facts, self.hf = context, run, ranks, facts, hf
+        self.given, self.config = given, adapted(given, adaptations)
+        self.passed_over = set(adaptations.passed_over)
+        self.watchdog = Watchdog(run, ranks, self.config.guards.hang_s)
+        self.watchdog.start()
+        self.checkpoint, self.damaged = find_whole_checkpoint(run, ranks)
+        model = TrainableLM(make_model(self.config, hf))
+        check_losses(self.config.model.fields, hf.model_type, adds=model.adds)
+        self.parameters = parameter_count(model)
+        self.dropout = WindowDropout(model.lm)
+        with memory_errors(self.config, ranks, "setting up the model and the optimizer"):
+            self.engine, self.resolved = make_engine(self.config, model, ranks.world)
+        self.micro = micro_batch(self.config, ranks.world)
+        self.accumulation = self.config.batch.global_ // (ranks.world * self.micro)
+        decay = self.config.ema.decay
+        self.average = MovingAverage(self.engine, decay) if decay is not None else None
+        self.data = Windows(self.config.data_dir, self.config.sequence_length)
+        self.clock = Clock()
 
-def _train(
-    config: Config,
-    run: RunDir,
-    ranks: Ranks,
-    facts: dict[str, Any],
-    hf: Any,
-    requests: stop_requests.Requests,
-    lock: RunLock,
-    console: Console | None,
-) -> int:
-    if ranks.first:
-        clear_up(run)
-    adaptations = shared_adaptations(run, ranks)
-    given, config = config, adapted(config, adaptations)
-    watchdog = Watchdog(run, ranks, config.guards.hang_s)
-    watchdog.start()
-    checkpoint, damaged = find_whole_checkpoint(run, ranks)
-    model = TrainableLM(make_model(config, hf))
-    check_losses(config.model.fields, hf.model_type, adds=model.adds)
-    parameters = parameter_count(model)
-    dropout = WindowDropout(model.lm)
-    try:
-        engine, resolved = make_engine(config, model, ranks.world)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        doing = "setting up the model and the optimizer"
-        raise no_memory(config, rank=ranks.rank, world=ranks.world, doing=doing) from error
-    micro = micro_batch(config, ranks.world)
-    accumulation = config.batch.global_ // (ranks.world * micro)
-    clock = Clock()
-    average = MovingAverage(engine, config.ema.decay) if config.ema.decay is not None else None
-    passed_over = set(adaptations.passed_over)
-    if checkpoint is not None:
-        clock, written_by = load_checkpoint(engine, checkpoint, accumulation, average)
-        passed_over.update(written_by.get("passed_over", ()))
-    losses = recent_losses(run, ranks, clock.step, config.guards.spike_steps)
-    data = Windows(config.data_dir, config.sequence_length)
-    watch = DataWatch(config.data_dir, clock.step, active=ranks.local_rank == 0)
-    inline = InlineScoring(engine, config, hf, ranks) if config.eval.placement == "inline" else None
-
-    metrics, line = None, None
-    if ranks.first:
-        assert console is not None
-        write_atomic(run.config, dump_config(given), durable=True)
-        write_atomic(run.path / "deepspeed.json", json.dumps(resolved, indent=1))
-        write_manifest(
-            run,
+    def resume(self) -> None:
+        """Goes on from the newest whole checkpoint, if there is one; makes what is called around steps."""
+        written_by: dict[str, Any] = {}
+        if self.checkpoint is not None:
+            self.clock, written_by = load_checkpoint(self.engine, self.checkpoint, self.accumulation, self.average)
+            self.passed_over.update(written_by.get("passed_over", ()))
+        config, run, ranks, step = self.config, self.run, self.ranks, self.clock.step
+        losses = recent_losses(run, ranks, step, config.guards.spike_steps)
+        self.data_watch = DataWatch(config.data_dir, step, active=ranks.local_rank == 0)
+        inline = InlineScoring(self.engine, config, self.hf, ranks) if config.eval.placement == "inline" else None
+        metrics = self._open_outputs() if ranks.first else None
+        if ranks.first and self.checkpoint is not None:
+            self._tell_resumed(written_by)
+        self.checkpointer = Checkpointer(
+            self.engine,
             config,
-            {
-                "data": facts["fingerprints"],
-                "parameters": parameters,
-                "ranks": ranks.world,
-                "threads_per_rank": config.threads_per_rank,
-                "micro": micro,
-                "accumulation": accumulation,
-            },
+            self.hf,
+            ranks,
+            requests=self.context.requests,
+            average=self.average,
+            flush=metrics.flush if metrics is not None else lambda: None,
+            sync=metrics.sync if metrics is not None else lambda: None,
+            passed_over=self.passed_over,
+            check_current=self.context.lock.check_current,
+            tell=self.context.tell,
         )
-        metrics = Metrics(run, config, step=clock.step, parameters=parameters, check_current=lock.check_current)
-        console.print(
-            f"{run.path.name}: {parameters:,} parameters, {len(data):,} windows of {config.sequence_length} tokens, "
-            f"{ranks.world} ranks × {micro} × {accumulation} = batch {config.batch.global_}, "
-            f"{config.precision}, ZeRO-{config.zero.stage}",
-            markup=False,
-        )
-        if checkpoint is not None:
-            world, stage = written_by["world"], written_by["zero_stage"]
-            told = f"going on from step {clock.step}, written by {world} ranks at ZeRO-{stage}"
-            told += "".join(f"; {one}; its steps are made again" for one in damaged)
-            run.add_event("resumed", told, step=clock.step, rank=0)
-            console.print(told, markup=False)
-            _tell_average(run, clock, before=written_by["ema_decay"], now=config.ema.decay)
-        line = ProgressLine(console, config.steps, clock.step, run.events)
-
-    def tell(line: str) -> None:
-        if console is not None:
-            console.print(line, markup=False)
-
-    saves = RunSaves(
-        engine,
-        config,
-        hf,
-        ranks,
-        requests=requests,
-        average=average,
-        metrics=metrics,
-        passed_over=passed_over,
-        check_current=lock.check_current,
-        tell=tell,
-    )
-
-    def observe(measured: dict[str, Any]) -> None:
-        if metrics is not None and line is not None:
-            metrics.add(measured)
-            line.step(measured)
-        guard.observe(measured)
-
-    def save(at: Clock, due: Due) -> None:
-        try:
-            # A disk may be slow for as long as it likes; a rank that is frozen or dead is seen all the same.
-            with watchdog.paused("saving"):
-                saves.save(at, due)
-            if inline is not None and due.snapshot:
-                with watchdog.paused("scoring"):
-                    source = saves.shown(at.step)
-                    if source is not None:
-                        inline.score(at.step, source)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            doing = f"saving or scoring step {at.step}"  # a smaller micro-batch would not help
-            raise no_memory(config, rank=ranks.rank, world=ranks.world, doing=doing) from error
-
-    def updated() -> None:
-        if average is not None:
-            average.update()
-
-    def finish_saving() -> None:
-        with watchdog.paused("saving"):
-            saves.wait()
-
-    guard = Guard(config, run, ranks, data, losses=losses, passed_over=passed_over, finish_saving=finish_saving)
-    if inline is not None and checkpoint is not None:  # killed between the checkpoint and the score of this step?
-        with watchdog.paused("scoring"):
-            source = saves.shown_before(clock.step)
-            if source is not None:
-                inline.score(clock.step, source)
-    made = clock.step
-
-    def mark(step: int) -> None:
-        nonlocal made
-        made = step
-        watchdog.mark(step)
-        watch.check()
-
-    hooks = Hooks(observe, save, saves.before_update, updated, mark)
-    try:
-        clock, stopped, interrupted = train(engine, config, data, ranks, clock, requests, dropout, guard, hooks)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        after_out_of_memory(
+        self.guard = Guard(
             config,
             run,
-            error,
-            rank=ranks.rank,
-            world=ranks.world,
-            step=made + 1,
-            checkpoints=checkpoints_activations(hf),
+            ranks,
+            self.data,
+            losses=losses,
+            passed_over=self.passed_over,
+            finish_saving=self._finish_saving,
         )
-    if not stopped:
-        with watchdog.paused("checking the data"):
-            watch.finish()
-    with watchdog.paused("saving"):
-        saves.finish(clock.step)
-    code = stop_requests.exit_code(interrupted) if stopped else EXIT_DONE
-    if inline is not None:
-        inline.close()
-    if metrics is not None and line is not None:
-        line.tell_events()
-        line.close()
-        metrics.close()
-        if not stopped:
-            requests.saved()  # asked for after the last look: the last step has its snapshot and checkpoint
-        run.stop_request.unlink(missing_ok=True)
-        run.write_state("stopping" if stopped else "done", step=clock.step, exit_code=code)
-        run.add_event("stopped" if stopped else "done", f"at step {clock.step}", step=clock.step, rank=0)
-    watchdog.stop()
-    ranks.barrier()
-    return code
+        line = None
+        if self.context.console is not None:
+            line = ProgressLine(self.context.console, config.steps, step, run.events)
+        ours = [one for one in (self.data_watch, self.average, inline, metrics, line, self.guard) if one is not None]
+        self.callbacks = Callbacks(ours, may_fail=config.callbacks_may_fail, dropped=self._tell_dropped)
+        for name, kind in zip(config.callbacks, find_callbacks(config.callbacks), strict=True):
+            about = RunContext(config, run.path, ranks.rank, ranks.world, step, self.engine.module)
+            self.callbacks.add(name, kind, about)
+        if inline is not None and self.checkpoint is not None:
+            with self.watchdog.paused("scoring"):
+                inline.catch_up(step)
 
+    def fit(self) -> Outcome:
+        """Makes the steps that are left, or stops when asked to; all is saved after it."""
+        loop = Loop(
+            self.engine,
+            self.config,
+            self.data,
+            self.ranks,
+            self.clock,
+            self.context.requests,
+            self.dropout,
+            self.guard,
+            self.checkpointer,
+            self.callbacks,
+            self.watchdog,
+        )
+        making, can_checkpoint = lambda: loop.clock.step + 1, checkpoints_activations(self.hf)
+        with adapting_to_memory(self.config, self.run, self.ranks, step=making, checkpoints=can_checkpoint):
+            outcome = loop.run()
+        if not outcome.stopped:
+            with self.watchdog.paused("checking the data"):
+                self.data_watch.finish()
+        with self.watchdog.paused("saving"):
+            self.checkpointer.finish(outcome.clock.step)
+        loop.tell_saved(everywhere=True)
+        self.callbacks.on_end(outcome.clock.step)
+        return outcome
 
-def _tell_average(run: RunDir, clock: Clock, *, before: float | None, now: float | None) -> None:
-    """Says where the moving average of the weights begins or ends with this checkpoint."""
-    if before is None and now is not None:
-        told = f"the checkpoint has no moving average of the weights; it starts from those of step {clock.step}"
-    elif before is not None and now is None:
-        told = "the checkpoint's moving average of the weights is ignored, since ema.decay is null"
-    else:
-        return
-    run.add_event("ema", told, step=clock.step, rank=0)
+    def last_word(self, outcome: Outcome) -> int:
+        """Says in the run's state how it ended; gives the exit code."""
+        code = stop_requests.exit_code(outcome.interrupted) if outcome.stopped else EXIT_DONE
+        step = outcome.clock.step
+        if self.ranks.first:
+            if not outcome.stopped:  # asked for after the last look: the last step has its snapshot and checkpoint
+                self.context.requests.saved()
+            self.run.stop_request.unlink(missing_ok=True)
+            self.run.write_state("stopping" if outcome.stopped else "done", step=step, exit_code=code)
+            self.run.add_event("stopped" if outcome.stopped else "done", f"at step {step}", step=step, rank=0)
+        self.watchdog.stop()
+        self.ranks.barrier()
+        return code
 
+    def _open_outputs(self) -> Metrics:
+        """What a start leaves in the run's directory and says to people. On the first rank."""
+        config, run = self.config, self.run
+        write_atomic(run.config, dump_config(self.given), durable=True)
+        write_atomic(run.path / "deepspeed.json", json.dumps(self.resolved, indent=1))
+        made_of = {
+            "data": self.facts["fingerprints"],
+            "parameters": self.parameters,
+            "ranks": self.ranks.world,
+            "threads_per_rank": config.threads_per_rank,
+            "micro": self.micro,
+            "accumulation": self.accumulation,
+        }
+        write_manifest(run, config, made_of)
+        current = self.context.lock.check_current
+        metrics = Metrics(run, config, step=self.clock.step, parameters=self.parameters, check_current=current)
+        self.context.tell(
+            f"{run.path.name}: {self.parameters:,} parameters, "
+            f"{len(self.data):,} windows of {config.sequence_length} tokens, "
+            f"{self.ranks.world} ranks × {self.micro} × {self.accumulation} = batch {config.batch.global_}, "
+            f"{config.precision}, ZeRO-{config.zero.stage}"
+        )
+        return metrics
 
-def _record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: int | None, lock: RunLock) -> bool:
-    """Tells the first failure in `state.json`: torchrun turns every exit code into 1. Gives whether it stands there.
+    def _tell_resumed(self, written_by: dict[str, Any]) -> None:
+        world, stage, step = written_by["world"], written_by["zero_stage"], self.clock.step
+        told = f"going on from step {step}, written by {world} ranks at ZeRO-{stage}"
+        told += "".join(f"; {one}; its steps are made again" for one in self.damaged)
+        self.run.add_event("resumed", told, step=step, rank=0)
+        self.context.tell(told)
+        before, now = written_by["ema_decay"], self.config.ema.decay
+        if before is None and now is not None:
+            told = f"the checkpoint has no moving average of the weights; it starts from those of step {step}"
+            self.run.add_event("ema", told, step=step, rank=0)
+        elif before is not None and now is None:
+            told = "the checkpoint's moving average of the weights is ignored, since ema.decay is null"
+            self.run.add_event("ema", told, step=step, rank=0)
 
-    Args:
-        attempt: of this rank-group; None where it does not hold the run, or this rank does not know yet.
-    """
-    if isinstance(error, StoppedByAnotherRank):
-        return True  # by that one
-    if (ranks.first and attempt is None) or not run.path.is_dir():
-        return False
-    said = str(error).strip() or type(error).__name__
-    if not isinstance(error, VernierError):
-        said = f"{type(error).__name__}: {said.splitlines()[0]}"
-        if isinstance(error, OSError) and error.filename is not None:
-            said = f"{os.fsdecode(error.filename)}: {error.strerror}; once that is mended, the same command goes on"
-        if follows_another(said):  # gloo's words for a rank that was killed; it could not say so itself
-            said = f"another rank has ended without a word, see logs/ ({said})"
-        traceback.print_exc()
-    code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
-    state = run.read_state()
-    begun = attempt is not None and state.get("attempt") == attempt
-    if not lock.still_ours() if ranks.first else attempt is not None and not begun:
-        return False  # another attempt's by now
-    failure = state.get("failure") or {}
-    if begun and (state.get("again") or (failure and (not failure.get("follows") or follows_another(said)))):
-        return True  # what another rank has told first is why this one fails
-    if isinstance(error, StartAgain):
-        run.write_state("stopping", exit_code=code, again=said)
-        return True
-    run.add_event("failed", said, rank=ranks.rank)
-    return run.record_failure(code, ranks.rank, said, begun=begun, since=start_began())
+    def _tell_dropped(self, told: str) -> None:
+        self.run.add_event("callback dropped", told, rank=self.ranks.rank)
+        self.context.tell(told)
+
+    def _finish_saving(self) -> None:
+        with self.watchdog.paused("saving"):
+            self.checkpointer.wait()

@@ -40,87 +40,41 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+class _In:
+    """A path below a run's directory."""
+
+    def __init__(self, below: str) -> None:
+        self.below = below
+
+    def __get__(self, run: RunDir, _kind: type | None = None) -> Path:
+        return run.path / self.below
+
+
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of a run."""
+    """Paths of a run, its state and its events."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def state(self) -> Path:
-        return self.path / "state.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock"
-
-    @property
-    def starter(self) -> Path:
-        return self.path / "starter"
-
-    @property
-    def stop_request(self) -> Path:
-        return self.path / "STOP"
-
-    @property
-    def save_request(self) -> Path:
-        return self.path / "SAVE"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def jobs(self) -> Path:
-        return self.path / "jobs.jsonl"
-
-    @property
-    def scripts(self) -> Path:
-        return self.path / "jobs"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.path / "quarantine"
-
-    @property
-    def snapshots(self) -> Path:
-        return self.path / "snapshots"
-
-    @property
-    def ema(self) -> Path:
-        return self.path / "ema"
-
-    @property
-    def losses(self) -> Path:
-        return self.path / "losses"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def train_board(self) -> Path:
-        return self.path / "tensorboard" / "train"
-
-    @property
-    def eval_board(self) -> Path:
-        return self.path / "tensorboard" / "eval"
+    config = _In("config.yaml")
+    manifest = _In("manifest.json")
+    state = _In("state.json")
+    lock = _In("lock")
+    starter = _In("starter")
+    stop_request = _In("STOP")
+    save_request = _In("SAVE")
+    events = _In("events.jsonl")
+    jobs = _In("jobs.jsonl")
+    scripts = _In("jobs")
+    metrics = _In("metrics.jsonl")
+    checkpoints = _In("checkpoints")
+    quarantine = _In("quarantine")
+    snapshots = _In("snapshots")
+    ema = _In("ema")
+    losses = _In("losses")
+    logs = _In("logs")
+    train_board = _In("tensorboard/train")
+    eval_board = _In("tensorboard/eval")
 
     def whole_steps(self, folder: Path) -> list[int]:
         """Steps in `checkpoints` or `snapshots` whose directory has its manifest, ascending."""
@@ -144,6 +98,11 @@ class RunDir:
             if told is not None:
                 return {**found, "state": "failed", "exit_code": EXIT_FAILED, "failure": {"rank": None, **told}}
         return found
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run has made so many steps, its last."""
+        state = self.read_state()
+        return state.get("state") == "done" and int(state.get("step") or 0) >= steps
 
     def start_afresh(self, state: State, **facts: Any) -> None:
         """Writes a state without what an earlier start has left in it: for whoever starts ranks, before they are there.

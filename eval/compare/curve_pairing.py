@@ -25,6 +25,8 @@ Integers = NDArray[np.int64]
 # Settings that say where and how a run goes, not what it computes.
 NOT_THE_EXPERIMENT = (
     "baseline",
+    "callbacks",
+    "callbacks_may_fail",
     "checkpoint.",
     "data.",
     "eval.",

@@ -48,17 +48,16 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     if how.only != "eval":
         _check(plan, how)
     from trainer.faults.lock import sole_starter
-    from trainer.run import finished
 
     with kept_only_if_submitted(run), sole_starter(run):
         run.check_files()
-        if finished(run, plan.config) and plan.eval is not None and can_be_scored(run, plan.config):
+        if run.is_finished(plan.config.steps) and plan.eval is not None and can_be_scored(run, plan.config):
             if plan.het:  # only a part of it is wanted
                 beside = plan.config.eval.model_copy(update={"placement": "separate"})
                 plan = replace(plan, config=plan.config.model_copy(update={"eval": beside}))
                 scripts = render(plan, how.template, excluded)
             scripts = [script for script in scripts if script.component == "eval"]
-        elif finished(run, plan.config):
+        elif run.is_finished(plan.config.steps):
             console.print(f"{run.path} is finished (step {plan.config.steps})", markup=False)
             return EXIT_DONE
         scoring = _live(run, "eval")

@@ -35,7 +35,7 @@ def wait_for_scores(
         console.print(f"waiting for {waiting} snapshots to be scored", markup=False)
     elif group.process is None:
         return EXIT_DONE
-    from trainer.progress import ProgressLine
+    from trainer.callbacks.progress import ProgressLine
 
     log = run.logs / "eval-rank-0.log"
     teller = ProgressLine(people(sys.stderr, force_terminal=False, soft_wrap=True), 1, 0, run.events)

@@ -78,7 +78,6 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     with one_thread():
         from trainer.check import check_run
         from trainer.checkpoint.resume_compat import clear_unbegun
-        from trainer.run import finished
 
     def tell(line: str) -> None:
         console.print(line, markup=False)
@@ -98,7 +97,7 @@ def supervise(config: Config, given: Config, starter: Starter, how: Resume, *, w
     with sole_starter(run):  # until the last score: two evaluators would write every table twice
         with kept_free(run):  # before an evaluator looks for what there is to score
             clear_unbegun(run, config, tell)
-        if finished(run, config):
+        if run.is_finished(config.steps):
             tell(f"{run.path} is finished (step {config.steps})")
             code = EXIT_DONE
         else:

@@ -40,6 +40,11 @@ class Clock:
     tokens: int = 0
     idle: int = 0
 
+    def after(self, applied: bool, targets: int) -> Clock:
+        """One batch later: `applied` says whether its update was made."""
+        made, idle = (1, 0) if applied else (0, self.idle + 1)
+        return Clock(self.step + made, self.position + 1, self.tokens + targets, idle)
+
 
 @dataclass(frozen=True)
 class CheckpointCopy:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from configs.errors import DataError, VernierError
+from configs.errors import VernierError
 from configs.fault_injection import reached
 from configs.run.directory import RunDir, step_name
 from configs.schema import Config
@@ -15,9 +15,8 @@ from eval.distributed.ranks import Ranks
 from trainer.checkpoint.async_save import HostCopy, Job, Saver
 from trainer.checkpoint.checkpoint import Clock, copy_checkpoint, write_checkpoint
 from trainer.checkpoint.retention import thin_checkpoints, thin_snapshots
-from trainer.checkpoint.snapshot import copy_snapshot, weights_of, write_snapshot
+from trainer.checkpoint.snapshot import copy_snapshot, write_snapshot
 from trainer.engine.ema import MovingAverage
-from trainer.metrics import Metrics
 from trainer.stop_requests import Requests
 
 
@@ -33,7 +32,16 @@ class Due:
         return self.snapshot or self.checkpoint
 
 
-class RunSaves:
+@dataclass(frozen=True)
+class Saved:
+    """What a save has put on the disk: folders, None where there is none of its kind."""
+
+    step: int
+    snapshot: Path | None
+    checkpoint: Path | None
+
+
+class Checkpointer:
     """Saves a run's snapshots and checkpoints. Every rank has one, and calls it at the same steps."""
 
     def __init__(
@@ -45,23 +53,29 @@ class RunSaves:
         *,
         requests: Requests,
         average: MovingAverage | None,
-        metrics: Metrics | None,
+        flush: Callable[[], None],
+        sync: Callable[[], None],
         passed_over: Collection[int],
         check_current: Callable[[], None],
         tell: Callable[[str], None],
     ) -> None:
         """
         Args:
-            metrics: on the first rank, whose lines up to a checkpoint are on the disk before it is.
+            flush: hands the lines of steps to the system; called before a save is begun.
+            sync: puts them on the disk, on the first rank, before a checkpoint is whole.
             passed_over: data positions that checkpoints remember.
             check_current: raises VernierError where this attempt has lost the run.
             tell: says a line to people.
         """
         self.engine, self.config, self.hf, self.ranks = engine, config, hf, ranks
-        self.requests, self.average, self.metrics = requests, average, metrics
+        self.requests, self.average = requests, average
+        self.flush, self.sync = flush, sync
         self.passed_over, self.tell = sorted(passed_over), tell
         self.run = RunDir(config.run_dir)
         self.state, self.weights, self.averaged = HostCopy(), HostCopy(), HostCopy()
+        self._begun: list[tuple[int, Due]] = []
+        self._good: list[bool] = []  # of those that have ended
+        self._taken = 0
         self.saver = Saver(
             ranks,
             background=config.checkpoint.background,
@@ -87,31 +101,34 @@ class RunSaves:
         if due.checkpoint:
             jobs.append(self._checkpoint(at))
             copies.append(self.state)
-        if self.metrics is not None:
-            self.metrics.flush()
+        self.flush()
+        self._begun.append((at.step, due))
         self.saver.submit(jobs, copies, lambda good: self._saved(at, due, good))
 
-    def shown(self, step: int) -> str | None:
-        """Waits until snapshot `step` is on the disk; gives the fingerprint of its weights, None if that failed."""
-        self.saver.wait()
-        directory, found = self.run.snapshots / step_name(step), ""
-        if self.ranks.first:  # who renamed it; on other nodes it may not be seen yet
-            with suppress(DataError):  # it failed, which was told
-                found = weights_of(directory)
-        _, weights = self.ranks.first_words(found)
-        if not weights and self.ranks.first:
-            self.run.add_event("not scored", f"step {step}: its snapshot could not be written", step=step, rank=0)
-        return weights or None
+    @property
+    def begun(self) -> int:
+        """How many saves were begun."""
+        return len(self._begun)
 
-    def shown_before(self, step: int) -> str | None:
-        """The fingerprint of a snapshot that an earlier attempt has left; None where there is none to score."""
-        found = ""
-        if self.ranks.first and step in self.run.whole_steps(self.run.snapshots):
-            try:
-                found = weights_of(self.run.snapshots / step_name(step))
-            except DataError as error:
-                self.run.add_event("not scored", str(error), step=step, rank=0)
-        return self.ranks.first_words(found)[1] or None
+    @property
+    def ended(self) -> int:
+        """How many of them have ended on this rank, well or not: all that were begun, or all but the last."""
+        return len(self._good)
+
+    def take_ended(self, *, everywhere: bool) -> list[Saved]:
+        """What has come to the disk and was not taken yet. `everywhere`: the last save has ended on every rank."""
+        upto = self.begun if everywhere else self.begun - 1
+        taken = [
+            Saved(
+                step,
+                self.run.snapshots / step_name(step) if due.snapshot else None,
+                self.run.checkpoints / step_name(step) if due.checkpoint else None,
+            )
+            for (step, due), good in zip(self._begun[self._taken : upto], self._good[self._taken : upto], strict=True)
+            if good
+        ]
+        self._taken = max(self._taken, upto)
+        return taken
 
     def wait(self) -> None:
         """Waits for the save in flight."""
@@ -140,8 +157,7 @@ class RunSaves:
 
     def _checkpoint(self, at: Clock) -> Job:
         copied = copy_checkpoint(self.engine, self.ranks, at, self.state, self.average, self.passed_over)
-        before = self.metrics.sync if self.metrics is not None else lambda: None
-        return lambda group: write_checkpoint(copied, self.run, group, before)
+        return lambda group: write_checkpoint(copied, self.run, group, self.sync)
 
     def _saved(self, at: Clock, due: Due, good: bool) -> None:
         """What follows from a save that is on the disk; in the thread that wrote it."""
@@ -153,8 +169,12 @@ class RunSaves:
             if due.asked:
                 told = f"saved on request: snapshot and checkpoint of step {at.step}"
                 self.run.add_event("saved on request", told, step=at.step, rank=0)
+        if self.ranks.first and due.snapshot and not good and self.config.eval.placement == "inline":
+            told = f"step {at.step}: its snapshot could not be written"
+            self.run.add_event("not scored", told, step=at.step, rank=0)
         if due.asked:
             self.requests.saved()  # or not, which was told; whoever asked may ask again
+        self._good.append(good)
 
     def _thin(self, due: Due) -> None:
         try:

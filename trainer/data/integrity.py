@@ -134,8 +134,11 @@ class DataWatch:
         if self._thread is not None:
             self._thread.start()
 
-    def check(self) -> None:
+    def on_step_begin(self, step: int) -> None:
         """Raises VernierError once something was found to be wrong; costs nothing."""
+        self._check()
+
+    def _check(self) -> None:
         if self._found:
             raise VernierError(
                 f"{self._found}; found while training, so what was trained since step {self._since} may be wrong: "
@@ -144,11 +147,15 @@ class DataWatch:
             )
 
     def finish(self) -> None:
-        """Waits until all was looked at, once more what was written meanwhile. Raises VernierError as `check` does."""
+        """Waits until all was looked at, once more what was written meanwhile.
+
+        Raises:
+            VernierError: something was wrong.
+        """
         self._ending.set()
         if self._thread is not None:
             self._thread.join()
-        self.check()
+        self._check()
 
     def _look(self) -> None:
         last = False

@@ -27,7 +27,7 @@ class MovingAverage:
         self._place = {fragment.name: index for index, fragment in enumerate(self._fragments)}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def on_after_optimizer_step(self, step: int) -> None:
         """Takes the masters in; on their device, without a wait for it."""
         if self._held:  # a rank may own nothing of a small model
             torch._foreach_lerp_(self._held, self._masters, 1 - self.decay)

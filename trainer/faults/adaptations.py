@@ -5,6 +5,8 @@ activations, batches that are passed over. The run's config stays as the user wr
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -177,6 +179,39 @@ def after_out_of_memory(
     detail["new"] = {"micro": after.micro or micro, "gradient_checkpointing": after.gradient_checkpointing}
     run.add_event("out of memory", told, step=step - 1, rank=rank, error=_first_line(error), **detail)
     raise StartAgain(told) from error
+
+
+@contextmanager
+def memory_errors(config: Config, ranks: Ranks, doing: str) -> Iterator[None]:
+    """What does not fit inside ends in a line that says what helps: a smaller micro-batch alone would not.
+
+    Args:
+        doing: as in `no_memory`.
+
+    Raises:
+        VernierError: in the place of torch's own error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise no_memory(config, rank=ranks.rank, world=ranks.world, doing=doing) from error
+
+
+@contextmanager
+def adapting_to_memory(
+    config: Config, run: RunDir, ranks: Ranks, *, step: Callable[[], int], checkpoints: bool
+) -> Iterator[None]:
+    """Steps that do not fit start the ranks again with smaller ones, as `after_out_of_memory` has it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        after_out_of_memory(
+            config, run, error, rank=ranks.rank, world=ranks.world, step=step(), checkpoints=checkpoints
+        )
 
 
 def no_memory(config: Config, *, rank: int, world: int, doing: str) -> VernierError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -18,15 +18,14 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import DataError, VernierError
-from configs.fault_injection import asked
 from configs.files.atomic import read_json
 from configs.run.directory import RunDir, step_name
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
+from trainer.callbacks.metrics import lines_up_to
 from trainer.checkpoint.checkpoint import STATE, Clock
 from trainer.data.shards import Windows
 from trainer.faults.adaptations import StartAgain, read_adaptations, write_adaptations
-from trainer.metrics import lines_up_to
 from trainer.order import windows_at
 
 LEAST_LOSSES = 16  # before a spike can be told from the rest
@@ -177,7 +176,7 @@ class Guard:
                 "because its gradient was not finite; lower optimizer.lr"
             )
 
-    def observe(self, line: dict[str, Any]) -> None:
+    def on_step_end(self, line: Mapping[str, Any]) -> None:
         """A step's metrics, a step late: looks for a spike there, unless each loss is looked at before its update."""
         if self.ranks.first and not self.skips_spikes:
             self._made(line["loss"], line["step"], line["position"])
@@ -287,21 +286,3 @@ def _batches(positions: Sequence[int]) -> str:
     said = [str(first) if first == last else f"{first}–{last}" for first, last in ranges]
     listed = " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
     return f"the batch at position {listed}" if len(positions) == 1 else f"the batches at positions {listed}"
-
-
-def bent(loss: torch.Tensor, position: int) -> torch.Tensor:
-    """The loss, unless a fault is asked for at this position (see `configs.fault_injection`)."""
-    faults = asked()
-    if faults is None:
-        return loss
-    factor = math.nan if position in faults.nan else 100.0 if position in faults.spike else 1.0
-    return loss * factor
-
-
-def starve(config: Config, windows: int) -> None:
-    """Raises torch's error for a micro-batch of so many windows, where `configs.fault_injection` has a limit."""
-    faults = asked()
-    if faults is None or faults.windows is None or config.gradient_checkpointing:
-        return
-    if windows > faults.windows:
-        raise torch.OutOfMemoryError(f"VERNIER_FAULTS: {windows} windows are more than the {faults.windows} that fit")

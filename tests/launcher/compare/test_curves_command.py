@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, lines, losses, vernier
 
 from configs.errors import ConfigError
 from configs.load import load_config
-from trainer.baseline import check_baseline
+from trainer.callbacks.baseline import check_baseline
 
 
 @pytest.fixture

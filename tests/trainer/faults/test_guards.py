@@ -356,7 +356,7 @@ def test_by_default_a_spike_is_told_and_its_update_made(tmp_path: Path, ranks: R
     assert not guard.refuses(Clock(40, 41), NOTHING + 300, 1, None)
     guard.after(True, Clock(41, 42), NOTHING + 300)
     for step, loss in ((41, 300.0), (42, 3.0), (43, 1.0)):
-        guard.observe({"step": step, "position": step, "loss": loss})
+        guard.on_step_end({"step": step, "position": step, "loss": loss})
     (event,) = lines(guard.run.events)
     assert (event["kind"], event["step"]) == ("spike", 41)
     assert event["message"].startswith("step 41: the loss 300 is ")
@@ -369,7 +369,7 @@ def test_by_default_a_spike_is_told_and_its_update_made(tmp_path: Path, ranks: R
 def test_without_a_threshold_nothing_is_looked_for(tmp_path: Path, ranks: Ranks, data: Windows) -> None:
     guard = guard_of(tmp_path, ranks, data, "guards.spike_z=null", "guards.on_spike=skip", losses=noisy(40))
     assert not guard.refuses(Clock(40, 40), NOTHING + 1e9, 1, None)
-    guard.observe({"step": 41, "position": 40, "loss": 1e9})
+    guard.on_step_end({"step": 41, "position": 40, "loss": 1e9})
     assert not guard.run.events.exists()
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -24,7 +24,7 @@ from configs.run.directory import RunDir
 from configs.schema import Config
 from configs.secret_names import shown_command
 from eval.reporting import Reporter
-from trainer.baseline import Baseline
+from trainer.callbacks.baseline import Baseline
 
 HEARTBEAT_S = 2.0
 # Of a step, on the board.
@@ -107,14 +107,14 @@ class Metrics:
         while not self.ended.wait(HEARTBEAT_S):
             self.run.beat()
 
-    def add(self, line: dict[str, Any]) -> None:
+    def on_step_end(self, line: Mapping[str, Any]) -> None:
         """Writes a step's line, and its scalars.
 
         Raises:
             VernierError: there is no room for it.
         """
         with self._needed():
-            self.file.write(sealed_line(line))
+            self.file.write(sealed_line(dict(line)))
         shown = [(key, line.get(key), line["step"]) for key in SHOWN]
         shown += self.baseline.add(line) if self.baseline is not None else ()
 
@@ -150,7 +150,7 @@ class Metrics:
                 "once that is mended, the same command goes on from the last checkpoint"
             ) from None
 
-    def close(self) -> None:
+    def on_end(self, step: int) -> None:
         self.ended.set()
         with self._needed():
             self.file.close()

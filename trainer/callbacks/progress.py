@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class ProgressLine:
             self.task = self.live.add_task("", total=steps, completed=step, loss="–", speed="–")
             self.live.start()
 
-    def step(self, line: dict[str, Any]) -> None:
+    def on_step_end(self, line: Mapping[str, Any]) -> None:
         """A step was made."""
         now = time.monotonic()
         last = line["step"] == self.steps
@@ -82,7 +83,8 @@ class ProgressLine:
                 told = True
         return told
 
-    def close(self) -> None:
+    def on_end(self, step: int) -> None:
+        self.tell_events()
         if self.live is not None:
             self.live.stop()
 

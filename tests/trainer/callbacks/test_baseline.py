@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import trainer.baseline
-from trainer.baseline import MOST_BLOCKS, Baseline, RunningDifference
+import trainer.callbacks.baseline
+from trainer.callbacks.baseline import MOST_BLOCKS, Baseline, RunningDifference
 
 
 def line(step: int, loss: float, position: int | None = None) -> dict:
@@ -71,7 +71,7 @@ def test_steps_that_the_baseline_has_not_made_wait_for_it(tmp_path: Path, monkey
     assert beside.add(line(3, 3.0)) == []
     append(tmp_path, line(3, 2.0), line(4, 1.0))
     assert beside.add(line(4, 1.5)) == []  # read a moment ago: it does not look again at every step
-    monkeypatch.setattr(trainer.baseline, "REREAD_S", 0.0)
+    monkeypatch.setattr(trainer.callbacks.baseline, "REREAD_S", 0.0)
     assert [(p.step, p.value) for p in beside.add(line(5, 1.0))] == [(3, 1.0), (4, 0.5)]
 
 
@@ -85,7 +85,7 @@ def test_batches_that_either_skipped_are_left_out(tmp_path: Path) -> None:
 def test_a_baseline_that_went_on_from_a_checkpoint_is_read_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.baseline, "REREAD_S", 0.0)
+    monkeypatch.setattr(trainer.callbacks.baseline, "REREAD_S", 0.0)
     append(tmp_path, line(1, 5.0), line(2, 4.0))
     beside = Baseline(tmp_path, 100)
     beside.add(line(1, 5.0))
@@ -108,7 +108,7 @@ def test_a_step_costs_next_to_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_baseline_has_not_made_again_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.baseline, "REREAD_S", 0.0)
+    monkeypatch.setattr(trainer.callbacks.baseline, "REREAD_S", 0.0)
     append(tmp_path, line(1, 5.0), line(2, 4.0), line(3, 3.0))
     beside = Baseline(tmp_path, 100)
     beside.add(line(1, 5.0))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from configs.errors import DataError
 from configs.run.directory import RunDir, step_name
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
@@ -17,7 +19,7 @@ from eval.scoring.evaluator import RunScores
 from eval.scoring.losses import Head, Scorer
 from eval.scoring.models import DTYPES
 from eval.scoring.score import cpu_threads, score_reference, table_meta
-from trainer.checkpoint.snapshot import dtype_of
+from trainer.checkpoint.snapshot import dtype_of, weights_of
 from trainer.engine import zero_state
 
 
@@ -28,8 +30,11 @@ class InlineScoring:
     else a copy in `eval.dtype`, filled from the weights each time.
     """
 
+    waits_for_snapshots = True  # what is scored is what the snapshot holds
+
     def __init__(self, engine: Any, config: Config, hf: Any, ranks: Ranks) -> None:
         self.engine, self.config, self.ranks = engine, config, ranks
+        self.run = RunDir(config.run_dir)
         self.dtype = config.eval.dtype or "fp32"
         self.reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
         held = next(engine.module.parameters()).dtype
@@ -47,12 +52,29 @@ class InlineScoring:
             device=ranks.device,
             gather_head=self._whole_head if self.direct and sharded else None,
         )
-        self.scores = RunScores(RunDir(config.run_dir), self.reference, self.dtype) if ranks.first else None
+        self.scores = RunScores(self.run, self.reference, self.dtype) if ranks.first else None
         if self.scores is not None:
             self.scores.tell_untold()
 
-    def score(self, step: int, source: str) -> None:
-        """Scores the weights after `step` updates, whose snapshot has the fingerprint `source`."""
+    def on_snapshot(self, step: int, directory: Path) -> None:
+        """Scores the weights after `step` updates, which are the ones held."""
+        source = ""
+        if self.ranks.first:  # who renamed it; on other nodes it may not be seen yet
+            try:
+                source = weights_of(directory)
+            except DataError as error:
+                self.run.add_event("not scored", str(error), step=step, rank=0)
+        _, source = self.ranks.first_words(source)
+        if source:
+            self._score(step, source)
+
+    def catch_up(self, step: int) -> None:
+        """Scores the weights held, should a start before this one have left their snapshot without a score."""
+        left = self.ranks.first and step in self.run.whole_steps(self.run.snapshots)
+        if self.ranks.broadcast_int(int(left)):
+            self.on_snapshot(step, self.run.snapshots / step_name(step))
+
+    def _score(self, step: int, source: str) -> None:
         known = self.scores is not None and step in self.scores.scored()
         if self.ranks.broadcast_int(int(known)):
             return
@@ -107,7 +129,7 @@ class InlineScoring:
             if name in saved:
                 target[name].copy_(buffer)
 
-    def close(self) -> None:
+    def on_end(self, step: int) -> None:
         if self.scores is not None:
             self.scores.close()
 

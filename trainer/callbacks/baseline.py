@@ -11,6 +11,7 @@ import os
 import time
 from array import array
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,7 @@ class Baseline:
         for line in lines:
             self.add(line, tell=False)
 
-    def add(self, line: dict[str, Any], *, tell: bool = True) -> list[Point]:
+    def add(self, line: Mapping[str, Any], *, tell: bool = True) -> list[Point]:
         """Takes a line of this run's metrics; gives what can be told now, also of steps that had to wait."""
         grown = (line["tokens"] - self.tokens) / max(1, line["position"] - self.position)  # in a line without targets
         targets = line.get("targets", grown)

@@ -221,6 +221,9 @@ class Config(Settings):
     gradient_checkpointing: bool = False
     nproc: Positive | None = Field(None, description="ranks on this machine; default its GPUs, else 1")
     threads_per_rank: Positive | None = Field(None, description="CPU threads a training rank; default cores ÷ nproc")
+    peak_flops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="operations/s of a rank's device at best, for MFU; default known for many GPUs in 16 bits"
+    )
     callbacks: list[str] = Field(
         default_factory=list, description="classes of your own called around steps: module:Class or FILE.py:Class"
     )

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,62 @@ MAY_IMPORT = {
     "report": {"configs", "eval"},
     "launcher": {"configs", "eval", "trainer", "report"},
 }
+
+
+MOST_LINES, MOST_FILES = 400, 16
+
+
+def modules() -> dict[str, Path]:
+    """Our modules, by the name that imports have for them."""
+    files = [file for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+def arrows() -> dict[str, set[str]]:
+    """Which of our modules each imports, also inside functions."""
+    ours, out = modules(), {}
+    for name, file in ours.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names} & ours.keys()
+                found |= whole or {node.module}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        out[name] = (found & ours.keys()) - {name}
+    return out
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes that form circles, or lie between two; none where there is an order from top to bottom."""
+    left = {node: set(targets) for node, targets in graph.items()}
+    while free := [node for node, targets in left.items() if not targets & left.keys()]:
+        for node in free:
+            del left[node]
+    return sorted(left)
+
+
+def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
+    graph, ours = arrows(), modules()
+    assert circle_in(graph) == []
+
+    def room(module: str) -> str:  # a folder below a package; a file beside them is a room of its own
+        folder = ours[module].relative_to(ROOT).parent.parts
+        return module if len(folder) == 1 else ".".join(folder)
+
+    rooms: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        rooms.setdefault(room(module), set()).update(room(target) for target in targets)
+    assert circle_in({name: targets - {name} for name, targets in rooms.items()}) == []
+
+
+def test_files_and_folders_are_small_enough_to_take_in() -> None:
+    said = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    files = [ROOT / name for name in said.stdout.decode().splitlines() if (ROOT / name).is_file()]
+    long = {str(f.relative_to(ROOT)) for f in files if f.suffix == ".py" and f.read_text().count("\n") > MOST_LINES}
+    assert long == set()
+    folders = Counter(file.parent for file in files if file.parent != ROOT and file.suffix in (".py", ".yaml", ".j2"))
+    assert {str(folder): count for folder, count in folders.items() if count > MOST_FILES} == {}
 
 
 def imports_of(file: Path) -> set[str]:

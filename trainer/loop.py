@@ -34,6 +34,7 @@ from trainer.faults.watchdog import Watchdog
 from trainer.model.dropout import WindowDropout
 from trainer.order import Int64s, share_of, window_seeds, windows_at
 from trainer.stop_requests import Asked, Requests
+from trainer.utilisation import Utilisation
 
 
 class Outcome(NamedTuple):
@@ -68,6 +69,7 @@ class Loop:
     checkpointer: Checkpointer
     callbacks: Callbacks
     watchdog: Watchdog
+    utilisation: Utilisation | None  # None: what the device does at best is not known
 
     def __post_init__(self) -> None:
         self.micro = micro_batch(self.config, self.ranks.world)
@@ -200,6 +202,7 @@ class Loop:
 
     def line(self, batch: Batch, rate: float, seconds: float) -> dict[str, Any]:
         """What the host knows of a step that was made, for its line in `metrics.jsonl`."""
+        tokens = batch.windows.size * self.config.sequence_length
         return {
             "step": self.clock.step,
             "position": batch.position,
@@ -209,6 +212,7 @@ class Loop:
             "lr": rate,
             "step_s": round(seconds, 6),
             "tokens_per_s": round(batch.targets / seconds, 1),
+            **({"mfu": round(self.utilisation.of(tokens / seconds), 4)} if self.utilisation is not None else {}),
             "memory_gib": round(memory_gib(), 4),
             "ranks": self.ranks.world,
             "micro": self.micro,

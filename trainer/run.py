@@ -10,9 +10,11 @@ from configs.errors import EXIT_DONE
 from configs.fault_injection import reached
 from configs.files.atomic import write_atomic
 from configs.load import dump_config, micro_batch
+from configs.memory.step_time import Work
 from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.distributed.ranks import join, leave, set_determinism
+from eval.scoring.model_shapes import model_shapes
 from trainer import stop_requests
 from trainer.begin import Context, begin_run, hold_run
 from trainer.callbacks.callback import RunContext
@@ -36,6 +38,7 @@ from trainer.loop import Loop, Outcome
 from trainer.model.build import TrainableLM, checkpoints_activations, make_model, parameter_count
 from trainer.model.dropout import WindowDropout
 from trainer.model.effects import check_losses
+from trainer.utilisation import Utilisation, peak_flops
 
 
 def run_training(config: Config, terminal: TextIO, *, extend: bool = False, force_resume: bool = False) -> int:
@@ -88,6 +91,8 @@ class Training:
         model = TrainableLM(make_model(self.config, hf))
         check_losses(self.config.model.fields, hf.model_type, adds=model.adds)
         self.parameters = parameter_count(model)
+        peak, work = peak_flops(self.config), Work.of(model_shapes(model.lm), self.config.sequence_length)
+        self.utilisation = Utilisation(work, ranks.world, peak) if peak is not None else None
         self.dropout = WindowDropout(model.lm)
         with memory_errors(self.config, ranks, "setting up the model and the optimizer"):
             self.engine, self.resolved = make_engine(self.config, model, ranks.world)
@@ -159,6 +164,7 @@ class Training:
             self.checkpointer,
             self.callbacks,
             self.watchdog,
+            self.utilisation,
         )
         making, can_checkpoint = lambda: loop.clock.step + 1, checkpoints_activations(self.hf)
         with adapting_to_memory(self.config, self.run, self.ranks, step=making, checkpoints=can_checkpoint):
@@ -205,8 +211,11 @@ class Training:
         self.context.tell(
             f"{run.path.name}: {self.parameters:,} parameters, "
             f"{len(self.data):,} windows of {config.sequence_length} tokens, "
-            f"{self.ranks.world} ranks × {self.micro} × {self.accumulation} = batch {config.batch.global_}, "
             f"{config.precision}, ZeRO-{config.zero.stage}"
+        )
+        self.context.tell(
+            f"a step: {self.ranks.world} ranks × {self.micro} × {self.accumulation} = batch {config.batch.global_}, "
+            f"× {config.sequence_length} = {config.batch.global_ * config.sequence_length:,} tokens"
         )
         return metrics
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from configs.memory.scoring import ModelShapes
+
 GB = 10**9
 AGAIN = 4 / 3  # of the FLOPs where activations are computed again: a second forward pass, 2N more than 6N
 
@@ -19,6 +21,11 @@ class Work:
     layers: int
     attention: int  # width of all query heads together: heads × width of a head
     sequence_length: int
+
+    @staticmethod
+    def of(shapes: ModelShapes, sequence_length: int) -> Work:
+        """What a token of a model of these sizes computes."""
+        return Work(shapes.active, shapes.layers, shapes.query, sequence_length)
 
     @property
     def flops_a_token(self) -> int:

@@ -33,6 +33,7 @@ NOT_THE_EXPERIMENT = (
     "launch.",
     "name",
     "nproc",
+    "peak_flops",
     "reference.",
     "run.",
     "snapshot.",

@@ -102,7 +102,7 @@ def work_of(model: Model, sequence_length: int) -> Work:
     """What a token of this model computes; of one that is not built, its parameters are all that is known."""
     if model.shapes is None:
         return Work(model.parameters, 0, 0, sequence_length)
-    return Work(model.shapes.active, model.shapes.layers, model.shapes.query, sequence_length)
+    return Work.of(model.shapes, sequence_length)
 
 
 def model_size(model: Model, config: Config, *, on_gpu: bool) -> Any:

@@ -28,7 +28,7 @@ from trainer.callbacks.baseline import Baseline
 
 HEARTBEAT_S = 2.0
 # Of a step, on the board.
-SHOWN = ("loss", "auxiliary_loss", "lr", "grad_norm", "tokens_per_s", "step_s", "memory_gib")
+SHOWN = ("loss", "auxiliary_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "memory_gib")
 
 
 def memory_gib() -> float:

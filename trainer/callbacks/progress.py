@@ -31,7 +31,7 @@ class ProgressLine:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=24),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s "),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} "),
                 TimeRemainingColumn(),
                 console=console,
                 refresh_per_second=4,
@@ -49,14 +49,15 @@ class ProgressLine:
             return
         self.shown = now
         self.tell_events()
-        loss, speed = f"{line['loss']:.4f}", f"{line['tokens_per_s']:,.0f}"
+        loss, speed = f"{line['loss']:.4f}", f"{line['tokens_per_s']:,.0f} tokens/s"
+        speed += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
         if self.live is not None:
             self.live.update(self.task, completed=line["step"], loss=loss, speed=speed)
             return
         made = line["step"] - self.first_step
         left = (self.steps - line["step"]) * (now - self.started) / max(1, made)
         self.console.print(
-            f"step {line['step']}/{self.steps}  loss {loss}  {speed} tokens/s  {_duration(left)} left",
+            f"step {line['step']}/{self.steps}  loss {loss}  {speed}  {_duration(left)} left",
             markup=False,
         )
 

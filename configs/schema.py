@@ -152,6 +152,11 @@ class EvalSettings(Settings):
     nodes: Positive = Field(1, description="nodes of the eval rank-group, under `vernier launch`")
     threads_per_rank: Positive = Field(1, description="CPU threads of a scoring rank; fixed, since they change bits")
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether a rank-group of its own scores, beside the training ranks."""
+        return self.placement in ("separate", "het")
+
 
 class GuardSettings(Settings):
     non_finite: Positive = Field(

@@ -21,11 +21,12 @@ from launcher.backends.local import local_group, start_here
 from launcher.backends.mpi import mpirun
 from launcher.backends.process import Started, end, last_lines, start
 from launcher.compare.command import parse_margin
+from launcher.restarts import RestartPolicy
 
 if TYPE_CHECKING:
     from eval.reference.set import ReferenceSet
 
-MOST_DEATHS = 3  # of rank-groups in a row; what they scored stays, so each start has less to do
+MOST_DEATHS = 1  # of rank-groups in a row without anything more scored; what they scored stays
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,10 @@ def _score(
 ) -> None:
     logs = Path(tempfile.mkdtemp(prefix="vernier-eval-"))
     arguments = _arguments(wanted, reference_dir, asked, against, logs)
-    for death in range(MOST_DEATHS + 1):
+    restarts = RestartPolicy(MOST_DEATHS)
+    while True:
         for file in logs.glob("fault-*.json"):
             file.unlink()
-        before = _kept(wanted)
         process = _start(arguments, asked, logs / "ranks.log")
         try:
             code = process.wait()
@@ -245,7 +246,7 @@ def _score(
         for file in sorted(logs.glob("error-*.json"), key=lambda told: told.stat().st_mtime):
             raise told_by_rank(read_json(file))
         started = any(logs.glob("rank-*.log"))
-        if started and death < MOST_DEATHS and (death == 0 or _kept(wanted) > before):
+        if started and restarts.after(_kept(wanted)) is not None:
             console.print("a rank died; what was scored stays, the rest is scored now", style="yellow")
         else:
             break

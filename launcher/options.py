@@ -7,6 +7,19 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Resume:
+    """How to take a run directory that is there already."""
+
+    fresh: bool = False  # move it away
+    extend: bool = False  # go on beyond its steps
+    force: bool = False  # go on with settings that may not change
+
+    def flags(self) -> tuple[str, ...]:
+        """What the ranks are told of it; moving away is done before they start."""
+        return (*(("--extend",) if self.extend else ()), *(("--force-resume",) if self.force else ()))
+
+
+@dataclass(frozen=True)
 class Launch:
     """How to launch."""
 
@@ -21,6 +34,10 @@ class Launch:
     hosts: str | None = None  # of mpi and ssh
     runs: str | None = None  # of skypilot: where the run outlives the nodes
 
+    @property
+    def resume(self) -> Resume:
+        return Resume(extend=self.extend, force=self.force)
+
 
 @dataclass(frozen=True)
 class SweepAsked:
@@ -30,12 +47,3 @@ class SweepAsked:
     seeds: int = 1
     dir: Path | None = None
     at_once: int = 0
-
-
-@dataclass(frozen=True)
-class Resume:
-    """How to take a run directory that is there already."""
-
-    fresh: bool = False  # move it away
-    extend: bool = False  # go on beyond its steps
-    force: bool = False  # go on with settings that may not change

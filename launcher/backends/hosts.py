@@ -44,7 +44,7 @@ def divided(hosts: tuple[str, ...], config: Config) -> tuple[tuple[str, ...], tu
         ConfigError: there are not so many, or more than anybody asked for.
     """
     nodes, eval_nodes = config.launch.nodes, config.eval.nodes
-    evaluator = config.eval.placement in ("separate", "het")
+    evaluator = config.eval.is_beside
     used = nodes + (eval_nodes if evaluator else 0)
     if len(hosts) < nodes:
         raise ConfigError(f"--hosts: {len(hosts)} are given, launch.nodes is {nodes}")

@@ -113,7 +113,7 @@ def plan_of(config: Config, site: Site, flags: tuple[str, ...] = ()) -> JobPlan:
         threads=config.threads_per_rank or cpus,
         patience_s=SAVE_PATIENCE_S,
     )
-    scored_beside = config.eval.placement in ("separate", "het")
+    scored_beside = config.eval.is_beside
     nproc, threads = config.eval.nproc, config.eval.threads_per_rank
     beside = replace(
         train,

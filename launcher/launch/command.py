@@ -21,7 +21,6 @@ def run_launch(source: str, overrides: list[str], how: Launch, sweep: SweepAsked
     """Launches a run, or a sweep of runs, by the backend that was asked for; gives the exit code."""
     if how.on not in BACKENDS:
         raise ConfigError(f"--on: {how.on!r} is not known; expected one of {', '.join(BACKENDS)}")
-    flags = (*(("--extend",) if how.extend else ()), *(("--force-resume",) if how.force else ()))
     if how.only not in (None, "train", "eval"):
         raise ConfigError(f"--only: {how.only!r} is not known; expected train or eval")
     only_slurm = {"--template": how.template, "--exclude-bad": how.exclude_bad, "--only": how.only}
@@ -33,21 +32,19 @@ def run_launch(source: str, overrides: list[str], how: Launch, sweep: SweepAsked
         return _launch_sweep(source, overrides, how, sweep, site, console)
     if how.on != "slurm":
         from launcher.launch.elsewhere import run_elsewhere
-        from launcher.options import Resume
 
-        resume = Resume(extend=how.extend, force=how.force)
         return run_elsewhere(
             how.on,
             source,
             overrides,
             site,
-            resume,
+            how.resume,
             hosts=how.hosts,
             runs=how.runs,
             dry_run=how.dry_run,
             console=people(sys.stderr, soft_wrap=True),
         )
-    plan = make_plan(source, overrides, site, flags)
+    plan = make_plan(source, overrides, site, how.resume.flags())
     return on_slurm(plan, how, console)
 
 

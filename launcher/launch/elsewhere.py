@@ -107,8 +107,7 @@ def write_task(plan: JobPlan, runs: str | None, *, dry_run: bool, console: Conso
 def _plan(source: str, overrides: list[str], site: Site, how: Resume) -> JobPlan:
     if how.fresh:
         raise ConfigError("--fresh: is for vernier train")
-    flags = (*(("--extend",) if how.extend else ()), *(("--force-resume",) if how.force else ()))
-    return make_plan(source, overrides, site, flags)
+    return make_plan(source, overrides, site, how.flags())
 
 
 def _shown(path: Path) -> str:
@@ -119,22 +118,17 @@ def _commands_here(
     on: str, source: str, overrides: list[str], hosts: tuple[str, ...], names: tuple[str, ...], how: Resume
 ) -> list[str]:
     """What would be started on this machine, a line a rank-group."""
-    from configs.load import resolve
-    from configs.run.directory import RunDir
+    from configs.load import resolve, with_absolute_paths
 
     config = load_config(source, overrides)
-    flags = [*(["--extend"] if how.extend else []), *(["--force-resume"] if how.force else [])]
-    beside = config.eval.placement in ("separate", "het")
+    beside = config.eval.is_beside
+    run = with_absolute_paths(config).run_dir
+    train, score = [*how.flags(), str(run / "train-config.yaml")], [str(run / "eval-config.yaml")]
     if on == "mpi":
-        _, config, by = with_mpirun(config, hosts, names)
-        train = [*flags, str(RunDir(config.run_dir).path / "train-config.yaml")]
-        score = [str(RunDir(config.run_dir).path / "eval-config.yaml")]
+        *_, by = with_mpirun(config, hosts, names)
         commands = [by.train_command(train)[0], *([by.score_command(score)[0]] if beside else [])]
     else:
-        config = resolve(config)
-        train = [*flags, str(RunDir(config.run_dir).path / "train-config.yaml")]
-        score = [str(RunDir(config.run_dir).path / "eval-config.yaml")]
-        here = local_ranks(config)
+        here = local_ranks(resolve(config))
         commands = [here.training(train)[0].command(), *([here.scoring(score)[0].command()] if beside else [])]
     return [shlex.join(command) for command in commands]
 

@@ -37,7 +37,7 @@ def launch_sweep(
     """
     from trainer.faults.lock import sole_starter
 
-    if load_config(source, overrides).eval.placement in ("separate", "het"):
+    if load_config(source, overrides).eval.is_beside:
         overrides = [*overrides, "eval.placement=inline"]  # a task is a whole member; tables are the same
     if how.extend or how.force:
         raise ConfigError("--extend and --force-resume are for single runs, not for --sweep")

@@ -41,7 +41,7 @@ import torch
 out["torch"], out["cuda"] = torch.__version__, torch.version.cuda
 out["gpus"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
 out["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if out["gpus"] else None
-from trainer.engine import import_deepspeed
+from trainer.engine.build import import_deepspeed
 out["deepspeed"] = import_deepspeed().__version__
 import transformers
 out["transformers"] = transformers.__version__

@@ -14,6 +14,7 @@ from configs.schema import Config
 from eval.scored import loss_tables
 from launcher.backends.process import Started, Starter, end
 from launcher.backends.rank_ends import first_to_end, sizes
+from launcher.restarts import RestartPolicy
 
 EVAL_RESTARTS = 5  # without a newly scored snapshot between
 
@@ -24,8 +25,8 @@ class EvalGroup:
     def __init__(self, config: Config, run: RunDir, console: Console, starter: Starter) -> None:
         self.config, self.run, self.console, self.starter = config, run, console, starter
         self.process: Started | None = None
-        self.deaths, self.next_start = 0, 0.0
-        self.scored_at_death = -1
+        self.next_start = 0.0
+        self.restarts = RestartPolicy(EVAL_RESTARTS, first_pause_s=1.0)
         self.given_up = False
         self.before: dict[str, int] = {}  # bytes in the logs when it was started
 
@@ -61,21 +62,17 @@ class EvalGroup:
         try:
             scored = len(loss_tables(self.run, self.config.reference_dir, self.config.eval.dtype))
         except VernierError:  # the reference set cannot be read at this moment
-            scored = self.scored_at_death
+            scored = 0
         rank, words = first_to_end(self.run.logs, self.before, "eval")
         how = f"{self.starter.name}'s exit code {code}{f': {words}' if words else ''}"
         if rank is not None:
             how = f"rank {rank}: {words}"
-        progress = scored > self.scored_at_death
-        self.scored_at_death = scored
-        self.deaths = 1 if progress else self.deaths + 1
-        if self.deaths > EVAL_RESTARTS:
-            self.given_up = True
-            told = (
-                f"the evaluator died {self.deaths} times without scoring anything ({how}); training goes on without it"
-            )
+        pause_s = self.restarts.after(scored)
+        if pause_s is None:
+            self.given_up, times = True, self.restarts.in_a_row
+            told = f"the evaluator died {times} times without scoring anything ({how}); training goes on without it"
         else:
-            self.next_start = time.monotonic() + min(30.0, 0.5 * 2**self.deaths)
+            self.next_start = time.monotonic() + pause_s
             told = f"the evaluator died ({how}); it is started again"
         self.run.add_event("evaluator died", told, exit_code=code, rank=rank)
         self.console.print(f"{told}; see {self.run.logs / f'eval-rank-{rank or 0}.log'}", markup=False)

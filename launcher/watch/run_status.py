@@ -17,23 +17,21 @@ from typing import Any
 
 import yaml
 
-from configs.errors import EXIT_STOPPED, DataError
+from configs.errors import DataError
 from configs.files.atomic import read_json
 from configs.files.opening import read_bytes
 from configs.run.directory import RunDir, is_locked
-from configs.run.last_words import of_rank, tail_lines
+from configs.run.last_words import tail_lines
 from configs.run.script_ends import script_end
 from eval.scored import loss_tables
 from launcher.jobs.log import DAMAGED, read_jobs
-from launcher.jobs.status import UNKNOWN, RunJobs, Told, is_active, jobs_of, standing_in_queue
-from launcher.text import duration
+from launcher.jobs.status import RunJobs, Told, jobs_of
 from launcher.watch.run_index import is_run, is_sweep, members_of
+from launcher.watch.standing import WITH_CHECKPOINT, Observed, Standing, standing
 from launcher.watch.tensorboard import live_board
-from trainer.faults.lock import FRESH_S, holder
+from trainer.faults.lock import holder
 
 BAND = 50  # steps
-DYING_S = 15.0  # for whoever watches over a run to write its end down
-WITH_CHECKPOINT = "stopped with a checkpoint"
 EVENTS_BYTES = 16 << 20  # of events.jsonl, from its end: what a run has to tell fits many times
 GUARDS = (
     "skipped",
@@ -136,60 +134,29 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
     events = read_events(run) if events is None else events
     now, state, lock = time.time(), run.read_state(), holder(run)
     settings, notes = _settings(run)
-    heard = run.heard(state)
-    host = lock.get("host") or state.get("host")
     noted = read_jobs(run)
-    notes += [line["why"] for line in noted if line.get("kind") == DAMAGED]
-    try:
-        run.check_state()
-    except DataError as error:
-        notes.append(str(error))
-    jobs = jobs_of(noted, told)
-    held = run.is_held() or is_locked(run.starter)
-    alive = held or _heard_lately(state, jobs, elsewhere=host not in (None, socket.gethostname()), silent_s=now - heard)
-    word, words, why = _standing(state, jobs, alive=alive, held=held, silent_s=now - heard)
-    steps_made = [line for line in tail_lines(run.metrics, count=BAND) if isinstance(line.get("step"), int)]
-    step = int(steps_made[-1]["step"] if steps_made else state.get("step") or 0)
-    steps = state.get("steps") or settings.get("steps")
-    speed = _speed(steps_made)
-    whole = run.whole_steps(run.checkpoints)
-    scored, loss, se, waiting = _scores(run, settings, events)
-    to_lose = max(0, step - whole[-1]) if whole else step
-    if words == WITH_CHECKPOINT and (to_lose or not whole):
-        words = "stopped before a checkpoint of its last steps" if whole else "stopped before its first checkpoint"
-    for job in jobs.jobs:
-        end = script_end(run.path, "eval", job["job"]) if job["component"] == "eval" else None
-        notes += [f"the evaluator's job {job['job']}: {end['error']}"] if end else []
-    if word == "running":
-        notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]
+    jobs, heard = jobs_of(noted, told), run.heard(state)
+    host = lock.get("host") or state.get("host")
+    held, elsewhere = run.is_held() or is_locked(run.starter), host not in (None, socket.gethostname())
+    stands = standing(Observed(state, jobs, held=held, elsewhere=elsewhere, silent_s=now - heard))
+    made = [line for line in tail_lines(run.metrics, count=BAND) if isinstance(line.get("step"), int)]
+    step = int(made[-1]["step"] if made else state.get("step") or 0)
+    saved = _saved(run, step)
+    notes += _notes(run, noted, jobs, stands.word)
     return RunFacts(
         run=str(run.path),
         name=run.path.absolute().name,
-        state=word,
-        words=words,
-        step=step,
-        steps=steps,
-        percent=100 * step / steps if steps else None,
-        **_band(steps_made),
-        lr=steps_made[-1].get("lr") if steps_made else None,
-        tokens_per_s=speed[0],
-        step_s=speed[1],
-        seconds_left=speed[1] * (steps - step) if word == "running" and steps and speed[1] else None,
+        state=stands.word,
+        words=_words(stands, saved),
+        why=stands.why,
         host=host,
         pid=lock.get("pid"),
         job=lock.get("job") or state.get("job"),
         attempt=lock.get("attempt") or state.get("attempt"),
         started=_last_time(events, "started"),
-        ended=_ended(word, state, events, heard),
+        ended=_ended(stands.word, state, events, heard),
         silent_s=now - heard if heard else None,
-        checkpoint=whole[-1] if whole else None,
-        steps_to_lose=to_lose,
-        scored=scored,
-        reference_loss=loss,
-        reference_se=se,
-        waiting=waiting,
-        why=why,
-        exit_code=None if word in ("pending", "running", "requeued") else state.get("exit_code"),
+        exit_code=None if stands.word in ("pending", "running", "requeued") else state.get("exit_code"),
         adapted=_adapted(run, notes),
         guards={kind: n for kind in GUARDS if (n := sum(event.get("kind") == kind for event in events))},
         quarantined=sorted(p.name for p in run.quarantine.iterdir()) if run.quarantine.is_dir() else [],
@@ -197,7 +164,54 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told
         requeues=jobs.requeues,
         board=live_board(run, told, jobs.login),
         notes=notes,
+        **saved,
+        **_progress(made, step, state.get("steps") or settings.get("steps"), running=stands.word == "running"),
+        **_scores(run, settings, events),
     )
+
+
+def _words(stands: Standing, saved: dict[str, Any]) -> str:
+    """In words; a run that lost the steps since its checkpoint was not stopped with one."""
+    if stands.words != WITH_CHECKPOINT or (saved["checkpoint"] is not None and not saved["steps_to_lose"]):
+        return stands.words
+    which = "its first checkpoint" if saved["checkpoint"] is None else "a checkpoint of its last steps"
+    return f"stopped before {which}"
+
+
+def _saved(run: RunDir, step: int) -> dict[str, Any]:
+    whole = run.whole_steps(run.checkpoints)
+    last = whole[-1] if whole else None
+    return {"checkpoint": last, "steps_to_lose": max(0, step - (last or 0))}
+
+
+def _progress(made: list[dict[str, Any]], step: int, steps: int | None, *, running: bool) -> dict[str, Any]:
+    """How far it is, how fast, and the loss of its last steps."""
+    tokens_per_s, step_s = _speed(made)
+    return {
+        "step": step,
+        "steps": steps,
+        "percent": 100 * step / steps if steps else None,
+        "lr": made[-1].get("lr") if made else None,
+        "tokens_per_s": tokens_per_s,
+        "step_s": step_s,
+        "seconds_left": step_s * (steps - step) if running and steps and step_s else None,
+        **_band(made),
+    }
+
+
+def _notes(run: RunDir, noted: list[dict[str, Any]], jobs: RunJobs, word: str) -> list[str]:
+    """What else is to be said of it: damaged files, evaluators that could not start, requests that wait."""
+    notes = [line["why"] for line in noted if line.get("kind") == DAMAGED]
+    try:
+        run.check_state()
+    except DataError as error:
+        notes.append(str(error))
+    for job in jobs.jobs:
+        end = script_end(run.path, "eval", job["job"]) if job["component"] == "eval" else None
+        notes += [f"the evaluator's job {job['job']}: {end['error']}"] if end else []
+    if word == "running":
+        notes += [f"asked to {what}" for what, file in _requests(run) if file.exists()]
+    return notes
 
 
 def _requests(run: RunDir) -> tuple[tuple[str, Path], ...]:
@@ -218,61 +232,6 @@ def _settings(run: RunDir) -> tuple[dict[str, Any], list[str]]:
     except (OSError, ValueError, yaml.YAMLError):
         found = None
     return (found, []) if isinstance(found, dict) else ({}, [f"{path.name} cannot be read"])
-
-
-def _heard_lately(state: dict[str, Any], jobs: RunJobs, *, elsewhere: bool, silent_s: float) -> bool:
-    """Whether somebody is likely to train whose lock cannot be seen from here, or who is about to take it."""
-    job = jobs.train if _ours(state, jobs) else None
-    if job is not None and is_active(job):
-        return True
-    if job is not None and job["state"] != UNKNOWN:  # it has ended, and all its processes with it
-        return silent_s < DYING_S
-    starting = state.get("state") == "pending"
-    return silent_s < (FRESH_S if elsewhere or starting else DYING_S)
-
-
-def _ours(state: dict[str, Any], jobs: RunJobs) -> bool:
-    """Whether training's newest job is the one that the run's state was written in, or has yet to write it."""
-    job = jobs.train
-    return job is not None and (str(state.get("job")) == job["job"] or _is_younger(state, jobs))
-
-
-def _is_younger(state: dict[str, Any], jobs: RunJobs) -> bool:
-    """Whether training's newest job was submitted after the run's state was written."""
-    return jobs.submitted > float(state.get("heartbeat") or 0)
-
-
-def _standing(
-    state: dict[str, Any], jobs: RunJobs, *, alive: bool, held: bool, silent_s: float
-) -> tuple[str, str, str | None]:
-    """(state, in words, why it has ended)."""
-    word = str(state.get("state") or "not started")
-    failure, code, again = state.get("failure"), state.get("exit_code"), state.get("again")
-    by_job = standing_in_queue(
-        word,
-        jobs,
-        alive=alive,
-        held=held,
-        ours=_ours(state, jobs),
-        fresh=_is_younger(state, jobs),
-        # Ranks that start again in their job, or were interrupted by hand, are not what Slurm decides about.
-        job_ended=bool(state.get("job_ended") or again or code != EXIT_STOPPED),
-    )
-    if by_job is not None:
-        return by_job
-    if word in ("running", "pending") and not alive:
-        where = "" if word == "running" else " while it started"
-        why = f"no sign of life for {duration(silent_s)}, and nobody holds its lock; the same command goes on"
-        return "died", f"died{where}", why
-    if word == "running" and silent_s > FRESH_S:
-        return word, f"running, but silent for {duration(silent_s)}", None
-    if word == "stopping" and again:
-        return "starting again", "starting again" if alive else "waits to be started again", str(again)
-    if word == "stopping" and code is not None:
-        return "stopped", WITH_CHECKPOINT, "it was asked to stop" + (" by Ctrl-C" if code == 130 else "")
-    if word == "failed" and isinstance(failure, dict):
-        return word, word, of_rank(failure.get("rank"), failure.get("error"))
-    return word, word, None
 
 
 def _ended(word: str, state: dict[str, Any], events: list[dict[str, Any]], heard: float) -> float | None:
@@ -314,10 +273,8 @@ def _speed(lines: list[dict[str, Any]]) -> tuple[float | None, float | None]:
     return tokens / sum(step_s for step_s, _ in timed), statistics.median(step_s for step_s, _ in timed)
 
 
-def _scores(
-    run: RunDir, settings: dict[str, Any], events: list[dict[str, Any]]
-) -> tuple[int | None, float | None, float | None, int | None]:
-    """(step of the last scored snapshot, its loss, its standard error, how many snapshots wait to be scored)."""
+def _scores(run: RunDir, settings: dict[str, Any], events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Step of the last scored snapshot, its loss, its standard error, how many snapshots wait to be scored."""
     asked = settings.get("eval") or {}
     tables = _tables(run, settings, asked)
     refused = {event.get("step") for event in events if event.get("kind") == "not scored"}
@@ -325,18 +282,19 @@ def _scores(
     if asked.get("placement") != "none":
         waiting = sum(s not in tables and s not in refused for s in run.whole_steps(run.snapshots))
     if not tables:
-        return None, None, None, waiting
+        return {"waiting": waiting}
     last = max(tables)
     for event in reversed(events):
         detail = event.get("detail") or {}
         if event.get("kind") == "scored" and event.get("step") == last and detail.get("se") is not None:
-            return last, detail.get("loss"), detail["se"], waiting
+            known = {"reference_loss": detail.get("loss"), "reference_se": detail["se"]}
+            return {"scored": last, **known, "waiting": waiting}
     from eval.tables import read_mean_loss
 
-    try:
-        return last, read_mean_loss(tables[last])[0], None, waiting
-    except DataError:
-        return last, None, None, waiting
+    loss = None
+    with suppress(DataError):
+        loss = read_mean_loss(tables[last])[0]
+    return {"scored": last, "reference_loss": loss, "waiting": waiting}
 
 
 def _tables(run: RunDir, settings: dict[str, Any], asked: dict[str, Any]) -> dict[int, Path]:

@@ -32,7 +32,8 @@ RUN_HERE = """
 import sys
 from rich.console import Console
 from configs.errors import ConfigError
-from launcher.sweep import members, run_local
+from launcher.launch.sweep_here import run_local
+from launcher.sweep.members import members
 source, folder, seeds, sweep, *overrides = sys.argv[1:]
 try:
     sys.exit(run_local(members(source, overrides, [sweep], int(seeds)), console=Console(soft_wrap=True)))

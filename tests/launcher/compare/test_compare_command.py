@@ -16,7 +16,7 @@ from rich.console import Console
 from configs.errors import ConfigError
 from eval.compare.along_run import compare_run
 from eval.tables import LossTable, write_table
-from launcher.compare.command import More, parse_margin, plus_minus, run_compare
+from launcher.compare.command import More, parse_margin, run_compare
 from launcher.text import p_words
 
 ROOT = Path(__file__).parents[3]

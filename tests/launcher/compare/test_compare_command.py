@@ -17,7 +17,7 @@ from configs.errors import ConfigError
 from eval.compare.along_run import compare_run
 from eval.tables import LossTable, write_table
 from launcher.compare.command import More, parse_margin, run_compare
-from launcher.text import p_words
+from launcher.text import p_words, plus_minus
 
 ROOT = Path(__file__).parents[3]
 

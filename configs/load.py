@@ -44,7 +44,11 @@ OWNED_BY_US = {
 
 
 def find_config(name: str | Path, beside: Path | None = None) -> Path:
-    """The file that `name` means: a path, a file beside the one that names it, or a shipped recipe's name."""
+    """The file that `name` means: a path, a file beside the one that names it, or a shipped recipe's name.
+
+    Raises:
+        ConfigError: there is no such file or recipe.
+    """
     given = Path(name)
     candidates = [given if beside is None or given.is_absolute() else beside / given]
     if given.parent == Path("."):
@@ -57,7 +61,11 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
 
 
 def read_mapping(path: Path, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a YAML file, those of the recipes that it `extends` merged in beneath."""
+    """The settings of a YAML file, those of the recipes that it `extends` merged in beneath.
+
+    Raises:
+        ConfigError: the file cannot be read, or extends itself.
+    """
     if path.resolve() in _below:
         raise ConfigError(f"{path}: extends itself by way of {_below[-1]}")
     try:

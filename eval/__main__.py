@@ -124,7 +124,12 @@ def watch_run(config: Any) -> None:
 
 
 def score_directories(asked: argparse.Namespace, console: Any) -> None:
-    """Scores model directories one after another, all ranks on each, or all together as an ensemble."""
+    """Scores model directories one after another, all ranks on each, or all together as an ensemble.
+
+    Raises:
+        ConfigError: tables and models do not go together, or what is there is of another model.
+        StoppedByAnotherRank: another rank refused it.
+    """
     import torch
 
     from eval.distributed.environment import meet

@@ -69,7 +69,11 @@ class LossTable:
 
 
 def table_name(label: str, objective: str, dtype: str) -> str:
-    """File name of a table, such as `step-00001000@causal.fp32.parquet`."""
+    """File name of a table, such as `step-00001000@causal.fp32.parquet`.
+
+    Raises:
+        DataError: a part of it is no part of a file's name.
+    """
     name = f"{label}@{objective}.{dtype}.parquet"
     if "/" in label or parse_table_name(name) != (label, objective, dtype):
         raise DataError(f"loss table: {label!r}, {objective!r}, {dtype!r} do not make a file name")

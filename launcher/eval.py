@@ -113,7 +113,11 @@ def table_for(model: Path, ensemble: str | None, reference: ReferenceSet, asked:
 
 
 def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc: int, **others: Any) -> Asked:
-    """`Asked` with what was left open filled in."""
+    """`Asked` with what was left open filled in.
+
+    Raises:
+        ConfigError: which option has no such value.
+    """
     with one_thread():
         from eval.reference.set import load_reference
 

@@ -45,7 +45,11 @@ MODEL_FIELDS = """\
 
 
 def run_init(directory: Path) -> Path:
-    """Writes `vernier.yaml` into `directory`; gives its path. Never overwrites."""
+    """Writes `vernier.yaml` into `directory`; gives its path. Never overwrites.
+
+    Raises:
+        ConfigError: there is one already, or the folder cannot be had.
+    """
     path = directory / "vernier.yaml"
     if path.exists() or path.is_symlink():
         raise ConfigError(f"init: {path} is there already; remove it, or name another directory")

@@ -16,7 +16,11 @@ from configs.load import load_config, resolve
 
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
-    """Prepares the data of a config, or says that it is there; prints the data report."""
+    """Prepares the data of a config, or says that it is there; prints the data report.
+
+    Raises:
+        ConfigError: no config was named, or its settings are wrong.
+    """
     if source is None:
         raise ConfigError("prepare: give CONFIG, or --reference with --tokenizer and --out")
     from trainer.data.prepare import prepare
@@ -36,7 +40,11 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
 def run_retokenize(
     reference: Path, tokenizer: Path | None, out: Path | None, sequence_length: int | None = None
 ) -> int:
-    """Tokenizes the documents of a reference set with another tokenizer (or windows), into a new reference set."""
+    """Tokenizes the documents of a reference set with another tokenizer (or windows), into a new reference set.
+
+    Raises:
+        ConfigError: an option is missing, or a path cannot be had.
+    """
     if tokenizer is None or out is None:
         raise ConfigError("prepare --reference: give --tokenizer DIR and --out DIR as well")
     from eval.reference.set import retokenize
@@ -58,6 +66,9 @@ def run_verify(directory: Path, *, json_out: bool) -> int:
     """Hashes all of a prepared data set (or reference set) again; prints what is not as it was written.
 
     Exit code 0 where all is, 3 where something differs.
+
+    Raises:
+        ConfigError: it is neither prepared data nor a reference set.
     """
     from configs.files.atomic import read_manifest
     from trainer.data.integrity import KIND, damages, told

@@ -129,6 +129,9 @@ def commit(final: Path, manifest: dict[str, Any], hashes: dict[str, str] | None 
     Args:
         manifest: what the directory is (its `kind` and facts); `files` is added.
         hashes: SHA-256 by relative path of files that are hashed and fsynced already (by the ranks that wrote them).
+
+    Raises:
+        DataError: what was written is gone.
     """
     part = partial_path(final)
     known = dict(hashes or {})

@@ -146,7 +146,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
-    """`parse_yaml` of a whole file, which is `key: value` lines, or empty."""
+    """`parse_yaml` of a whole file, which is `key: value` lines, or empty.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     told = parse_yaml(text, where)
     if told is not None and not isinstance(told, dict):
         found = "a list" if isinstance(told, list) else "a single value"

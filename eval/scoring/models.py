@@ -37,7 +37,11 @@ def fingerprint_of_digests(digests: dict[str, str]) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face model directory: those that transformers would load."""
+    """The safetensors files of a Hugging Face model directory: those that transformers would load.
+
+    Raises:
+        DataError: its index is damaged, or a file is missing.
+    """
     if (directory / "model.safetensors").is_file():  # it takes this one also where there is an index
         return [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"

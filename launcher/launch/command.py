@@ -18,7 +18,11 @@ BACKENDS = ("slurm", "local", "mpi", "ssh", "skypilot")
 
 
 def run_launch(source: str, overrides: list[str], how: Launch, sweep: SweepAsked | None, console: Console) -> int:
-    """Launches a run, or a sweep of runs, by the backend that was asked for; gives the exit code."""
+    """Launches a run, or a sweep of runs, by the backend that was asked for; gives the exit code.
+
+    Raises:
+        ConfigError: an option has no such value, or does not go with the backend.
+    """
     if how.on not in BACKENDS:
         raise ConfigError(f"--on: {how.on!r} is not known; expected one of {', '.join(BACKENDS)}")
     if how.only not in (None, "train", "eval"):

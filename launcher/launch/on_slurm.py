@@ -30,7 +30,11 @@ from launcher.watch.run_index import remember
 
 
 def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
-    """Renders the jobs and submits them."""
+    """Renders the jobs and submits them.
+
+    Raises:
+        ConfigError: a job that is asked for cannot be.
+    """
     run = plan.run
     excluded = bad_nodes(run) if how.exclude_bad else ()
     scripts = render(plan, how.template, excluded)

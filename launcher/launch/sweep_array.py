@@ -89,7 +89,11 @@ def with_plans(sweep: Sweep, site: Site) -> Sweep:
 
 
 def plan_of_all(sweep: Sweep, site: Site, at_once: int) -> JobPlan:
-    """One plan for all members, whose jobs differ in nothing but their settings."""
+    """One plan for all members, whose jobs differ in nothing but their settings.
+
+    Raises:
+        ConfigError: jobs of members differ in size.
+    """
     first = sweep.members[0].config
     plans = {plan_of(member.config, site).train for member in sweep.members}
     shapes = {(one.nodes, one.ranks_per_node, one.cpus_per_node, one.threads) for one in plans}

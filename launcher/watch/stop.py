@@ -55,7 +55,11 @@ class Watch:
     reminded: float = field(default_factory=time.monotonic)
 
     def look(self, *, anew: bool = False) -> RunFacts:
-        """How the run stands; the scheduler is asked now and then."""
+        """How the run stands; the scheduler is asked now and then.
+
+        Raises:
+            DataError: its directory cannot be read.
+        """
         now = time.monotonic()
         if anew or now - self.asked >= ASK_S:
             self.told, self.asked = ask_scheduler([self.run]), now

@@ -42,7 +42,11 @@ POLL_S = 0.2
 
 
 def run_board(runs: list[Path], *, port: int | None, console: Console) -> int:
-    """Serves the runs' TensorBoard folders until Ctrl-C; gives TensorBoard's exit code."""
+    """Serves the runs' TensorBoard folders until Ctrl-C; gives TensorBoard's exit code.
+
+    Raises:
+        DataError: there is no run, or one without TensorBoard's files.
+    """
     chosen = [_run(path) for path in runs] or sorted(p.parent for p in Path("runs").glob("*/tensorboard"))
     chosen = chosen or [path for path in known() if (path / "tensorboard").is_dir()]
     if not chosen:
@@ -130,7 +134,11 @@ def _user() -> str:
 
 
 def free_port() -> int:
-    """A port that is free now; 6006, TensorBoard's own, where it can be had."""
+    """A port that is free now; 6006, TensorBoard's own, where it can be had.
+
+    Raises:
+        ConfigError: none is free.
+    """
     for wanted in (6006, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -37,6 +37,9 @@ def write_shards(
 
     Returns:
         `tokens`, `documents`, `shards`, `scored_tokens` and the `sha256` of all content, however it is cut.
+
+    Raises:
+        DataError: a mask and its document differ in length.
     """
     directory.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")

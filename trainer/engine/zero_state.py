@@ -158,7 +158,11 @@ def _stepped(engine: Any) -> list[Any]:
 
 
 def adam_step(engine: Any) -> float:
-    """How many updates Adam has made, which its bias correction needs."""
+    """How many updates Adam has made, which its bias correction needs.
+
+    Raises:
+        VernierError: it differs between parameters.
+    """
     counts = {float(_adam(engine).state[t]["step"]) for t in _stepped(engine) if t.numel()}
     if len(counts) != 1:
         raise VernierError(f"Adam's step counts differ between parameters: {sorted(counts)}")

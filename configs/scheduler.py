@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,11 @@ ACTIVE = frozenset(
     """PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED REQUEUE_HOLD REQUEUE_FED RESIZING SIGNALING STAGE_OUT
     STOPPED SPECIAL_EXIT RESV_DEL_HOLD""".split()  # noqa: SIM905
 )
+
+
+def node_name() -> str:
+    """What this machine is called: by Slurm, inside a job, since its own name need not be the one that others know."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 from configs.errors import DataError
+from configs.files.locks import take_flock
 from configs.files.opening import open_to_write, read_bytes
 from configs.files.seal import NOT_JSON, parsed, sealed
 
@@ -32,7 +31,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     """
     descriptor = open_to_write(path, os.O_RDWR | os.O_APPEND)
     try:
-        wait_for_flock(descriptor)
+        take_flock(descriptor, patience_s=PATIENCE_S, look_s=0.01, without_locks=True)
         size = os.fstat(descriptor).st_size
         cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash or a full disk
         os.write(descriptor, (b"\n" if cut else b"") + (json.dumps(line) + "\n").encode())
@@ -87,21 +86,3 @@ def read_jsonl(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
     if strict and wrong:
         raise DataError(wrong[0])
     return found
-
-
-def try_flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Whether there is no more to wait for: it is locked (shared, with LOCK_SH), or the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def wait_for_flock(descriptor: int) -> None:
-    """Locks an open file, or gives up after a while: whoever holds it may be stopped, and must not stop us."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not try_flock(descriptor) and time.monotonic() < deadline:
-        time.sleep(0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -17,9 +16,10 @@ from typing import Any, Literal, get_args
 
 from configs.errors import EXIT_FAILED, DataError, VernierError
 from configs.files.atomic import MANIFEST, write_atomic
+from configs.files.json_lines import PATIENCE_S
 from configs.files.json_lines import append_line as append_line
 from configs.files.json_lines import read_jsonl as read_jsonl
-from configs.files.json_lines import try_flock, wait_for_flock
+from configs.files.locks import take_flock
 from configs.files.opening import open_to_read, open_to_write, read_bytes
 from configs.files.seal import parsed, sealed
 from configs.files.steps import step_name as step_name  # for those who name what lies in a run
@@ -269,7 +269,7 @@ class RunDir:
         # A file that is always there, is never replaced and may be written: NFS locks nothing that is opened to read.
         descriptor = open_to_write(self.events, os.O_RDWR)
         try:
-            wait_for_flock(descriptor)
+            take_flock(descriptor, patience_s=PATIENCE_S, look_s=0.01, without_locks=True)
             yield
         finally:
             os.close(descriptor)
@@ -341,7 +341,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds a lock on a file; False where there is no such file, or no locks."""
     try:
         with open_to_read(path) as file:
-            return not try_flock(file.fileno(), fcntl.LOCK_SH)
+            return not take_flock(file.fileno(), shared=True, without_locks=True)
     except OSError:
         return False
 

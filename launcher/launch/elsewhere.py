@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from launcher.backends.ssh import Ssh, _told_address, address_of, hosts_of, prob
 from launcher.jobs.plan import JobPlan, make_plan
 from launcher.jobs.site import Site
 from launcher.options import Resume
+from launcher.text import typed
 from launcher.train.command import local_ranks, run_train
 
 
@@ -100,7 +100,7 @@ def write_task(plan: JobPlan, runs: str | None, *, dry_run: bool, console: Conso
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
     words = "".join(f" --secret {name}" for name in secret_names())
-    console.print(f"sky launch{words} {shlex.quote(_shown(path))}", markup=False, soft_wrap=True)
+    console.print(f"sky launch{words} {typed(path)}", markup=False, soft_wrap=True)
     return EXIT_DONE
 
 
@@ -108,10 +108,6 @@ def _plan(source: str, overrides: list[str], site: Site, how: Resume) -> JobPlan
     if how.fresh:
         raise ConfigError("--fresh: is for vernier train")
     return make_plan(source, overrides, site, how.flags())
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _commands_here(

@@ -10,6 +10,7 @@ from configs.console import console as people
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, VernierError
 from configs.run.directory import RunDir
 from configs.yaml.text import parse_mapping
+from eval.scored import loss_tables
 from launcher.sweep.members import Sweep
 from launcher.sweep.store import check_members, write_sweep
 
@@ -53,7 +54,7 @@ def _is_over(run: RunDir) -> bool:
     if settings["eval"]["placement"] == "none":
         return True
     last = max(run.whole_steps(run.snapshots), default=0)
-    return any(run.losses.glob(f"*/step-{last:08d}@*.parquet"))
+    return last in loss_tables(run, None, None)
 
 
 def _train(run: RunDir, console: Console) -> tuple[int, str]:

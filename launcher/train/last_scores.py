@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 import time
@@ -15,8 +14,8 @@ from configs.console import console as people
 from configs.console import that_may_go
 from configs.errors import EXIT_DONE, EXIT_FAILED
 from configs.run.directory import RunDir
-from eval.scored import unscored, why_unscored
-from launcher.text import duration
+from eval.scored import loss_tables, unscored, why_unscored
+from launcher.text import duration, typed
 from launcher.train.evaluator import EvalGroup
 
 POLL_S = 0.2
@@ -73,24 +72,18 @@ def print_scores(run: RunDir) -> None:
     from eval.compare.along_run import compare_run
     from launcher.compare.command import print_run_table
 
-    if not any(run.losses.glob("*/step-*.parquet")):
+    if not loss_tables(run, None, None):
         return
     sys.stdout = that_may_go(sys.stdout)
     out = people(sys.stdout)
     print_run_table(compare_run(run.path), out)
-    out.print(f"\nrun        {_shown(run.path)}", markup=False, soft_wrap=True)
-    out.print(f"snapshots  {_shown(run.snapshots)}", markup=False, soft_wrap=True)
-    out.print(f"losses     {_shown(run.losses)}", markup=False, soft_wrap=True)
-    out.print(f"watch it   {_command()} board {_shown(run.path)}", markup=False, soft_wrap=True)
-
-
-def _shown(path: Path) -> str:
-    """A path as one would type it here, quoted for a shell."""
-    inside = path.is_relative_to(Path.cwd())
-    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
+    out.print(f"\nrun        {typed(run.path)}", markup=False, soft_wrap=True)
+    out.print(f"snapshots  {typed(run.snapshots)}", markup=False, soft_wrap=True)
+    out.print(f"losses     {typed(run.losses)}", markup=False, soft_wrap=True)
+    out.print(f"watch it   {_command()} board {typed(run.path)}", markup=False, soft_wrap=True)
 
 
 def _command() -> str:
     """How one would type `vernier` here: after `make demo` the environment is not active."""
     own = Path(sys.executable).with_name("vernier")
-    return _shown(own) if shutil.which("vernier") is None and own.is_file() else "vernier"
+    return typed(own) if shutil.which("vernier") is None and own.is_file() else "vernier"

@@ -28,7 +28,7 @@ from configs.console import open_streams, tell
 from configs.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, VernierError
 from configs.files.atomic import read_json, write_atomic
 from configs.run.directory import RunDir
-from configs.scheduler import current_job
+from configs.scheduler import current_job, node_name
 from launcher.backends.process import TERM_GRACE_S, end, last_lines, start
 from launcher.jobs.log import read_jobs
 from launcher.jobs.status import Told, ask_scheduler, jobs_of, known_job
@@ -113,7 +113,7 @@ def tunnel(port: int, host: str | None = None, login: str | None = None) -> str:
         host: where the board is; default this machine.
         login: the machine to go through, where `host` cannot be reached directly.
     """
-    host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = host or node_name()
     user = _user()
     through = f"-J {login} " if login else ""
     return f"ssh {through}-N -L {port}:{LOOPBACK}:{port} {f'{user}@' if user else ''}{host}"
@@ -171,7 +171,7 @@ def live_board(run: RunDir, told: Told, login: str | None) -> dict[str, Any] | N
         port, host = int(found["port"]), str(found["host"])
     except (DataError, KeyError, TypeError, ValueError):
         return None
-    here = host in (os.environ.get("SLURMD_NODENAME"), socket.gethostname())
+    here = host in (node_name(), socket.gethostname())
     return {**found, "ssh": tunnel(port, host, None if here else login or _this_machine())}
 
 
@@ -193,7 +193,7 @@ def serve_in_job(run: RunDir) -> int:
     Raises:
         VernierError: TensorBoard does not come up.
     """
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = node_name()
     signalled: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # Slurm's last two are not for us
         signal.signal(number, lambda number, _frame: signalled.append(number))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import sys
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from configs.errors import ConfigError, DataError
 from configs.facts import read_dataset_facts
 from configs.files.atomic import MANIFEST, whole_directory, write_json
+from configs.files.locks import take_flock
 from configs.files.opening import open_to_write
 from configs.schema import Config
 from configs.yaml.text import as_written
@@ -62,17 +62,20 @@ def _alone(final: Path) -> Iterator[None]:
     final.parent.mkdir(parents=True, exist_ok=True)
     path = final.with_name(f".{final.name}.lock")
     with os.fdopen(open_to_write(path, os.O_WRONLY), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = os.fstat(lock.fileno()).st_ino == path.stat().st_ino
-        except OSError:
-            current = False  # held by another, or just let go of and removed by another
-        if not current:
+        if not take_flock(lock.fileno(), without_locks=False) or not _is_at(path, lock.fileno()):
             raise ConfigError(f"data.dir: {final} is being prepared by another process; wait for it")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at its path: another may just have let go of it and removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
 
 
 def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: Progress | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, VernierError
+from configs.files.locks import take_flock
 from configs.files.opening import open_to_write, read_bytes
 from configs.run.directory import RunDir
 from configs.scheduler import current_job
@@ -187,16 +187,7 @@ def _open(path: Path) -> int:
 
 
 def _locked(descriptor: int, patience_s: float = PATIENCE_S) -> bool:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        else:
-            return True
+    return take_flock(descriptor, patience_s=patience_s, without_locks=False)
 
 
 def _sign(descriptor: int, attempt: int | None) -> None:

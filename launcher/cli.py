@@ -89,13 +89,14 @@ def train(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until all snapshots are scored.")] = False,
 ) -> int:
     """Train here, or go on with a run; checkpoints are scored beside it."""
+    from configs.load import load_config
     from launcher.options import Resume
     from launcher.train.command import run_train
 
     if fresh and force_resume:
         raise ConfigError("--fresh and --force-resume exclude each other: one starts anew, the other goes on")
     how = Resume(fresh=fresh, extend=extend, force=force_resume)
-    return run_train(config, overrides or [], how, wait=not no_wait, console=_console())
+    return run_train(load_config(config, overrides or []), how, wait=not no_wait, console=_console())
 
 
 @app.command(

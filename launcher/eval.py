@@ -30,8 +30,8 @@ MOST_DEATHS = 1  # of rank-groups in a row without anything more scored; what th
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `vernier eval` was asked: how to score, and by what ranks."""
+class EvalOptions:
+    """How to score, and by what ranks."""
 
     nproc: int
     threads: int
@@ -49,9 +49,29 @@ class Asked:
 
 
 def run_eval(
-    models: list[Path], reference_dir: Path, asked: Asked, *, out: Path | None, json_out: bool, console: Console
+    models: list[Path], reference_dir: Path, asked: EvalOptions, *, out: Path | None, json_out: bool, console: Console
 ) -> int:
     """Scores each model (or the ensemble of all) that has no table yet; prints where the tables are.
+
+    Raises:
+        ConfigError, DataError: as `score`.
+    """
+    rows = score(models, reference_dir, asked, out=out, console=console)
+    if json_out:
+        print(json.dumps(rows, indent=2))
+        return EXIT_DONE
+    for row in rows:
+        tell(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
+        if row.get("until_verdict"):
+            tell(verdict_words(row["model"], row["until_verdict"]))
+    return EXIT_DONE
+
+
+def score(
+    models: list[Path], reference_dir: Path, asked: EvalOptions, *, out: Path | None, console: Console
+) -> list[dict[str, Any]]:
+    """Scores each model (or the ensemble of all) that has no table yet. Gives for each: `model`, `table` (its path),
+    `loss` and `se` (nats per token, clustered by document), `samples`, and what a scoring until a verdict found.
 
     Raises:
         ConfigError, DataError: usage, or a model that cannot be scored on this set. Nothing is scored then.
@@ -85,18 +105,10 @@ def run_eval(
     if wanted:
         _score(wanted, reference_dir, asked, against, console)
     summaries = [_summary(table, reference, against, asked) for table in tables]
-    rows = [{"model": _name(g), **summary} for g, summary in zip(groups, summaries, strict=True)]
-    if json_out:
-        print(json.dumps(rows, indent=2))
-    else:
-        for row in rows:
-            tell(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
-            if row.get("until_verdict"):
-                tell(verdict_words(row["model"], row["until_verdict"]))
-    return EXIT_DONE
+    return [{"model": _name(g), **summary} for g, summary in zip(groups, summaries, strict=True)]
 
 
-def table_for(model: Path, ensemble: str | None, reference: ReferenceSet, asked: Asked, out: Path | None) -> Path:
+def table_for(model: Path, ensemble: str | None, reference: ReferenceSet, asked: EvalOptions, out: Path | None) -> Path:
     """Where a loss table goes: a snapshot's run's `losses/`, else `losses/` here."""
     from eval.tables import table_name
 
@@ -112,8 +124,8 @@ def table_for(model: Path, ensemble: str | None, reference: ReferenceSet, asked:
     return (run / "losses" if of_run else Path("losses")) / reference.short_name / name
 
 
-def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc: int, **others: Any) -> Asked:
-    """`Asked` with what was left open filled in.
+def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc: int, **others: Any) -> EvalOptions:
+    """`EvalOptions` with what was left open filled in.
 
     Raises:
         ConfigError: which option has no such value.
@@ -138,10 +150,10 @@ def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc
         raise ConfigError("--margin: goes with --until-verdict --against A")
     if others["against"] is not None and others["force"]:
         raise ConfigError("--force: scores the whole set again; leave out --until-verdict")
-    return Asked(nproc=nproc, dtype=dtype, objective=objective or own, **others)
+    return EvalOptions(nproc=nproc, dtype=dtype, objective=objective or own, **others)
 
 
-def _against(asked: Asked, reference: ReferenceSet) -> Path | None:
+def _against(asked: EvalOptions, reference: ReferenceSet) -> Path | None:
     if asked.against is None:
         return None
     from eval.compare.targets import Scale, resolve_scale
@@ -159,7 +171,7 @@ def _name(group: list[Path]) -> str:
 
 
 def _is_scored(
-    group: list[Path], path: Path, reference: ReferenceSet, asked: Asked, against: Path | None, console: Console
+    group: list[Path], path: Path, reference: ReferenceSet, asked: EvalOptions, against: Path | None, console: Console
 ) -> bool:
     """Whether there is nothing to do for a table. Refuses to replace the losses of another model."""
     from eval.scoring.models import scored_fingerprint, settings_fingerprint, weights_fingerprint
@@ -190,7 +202,7 @@ def _is_scored(
     return True
 
 
-def _looks(table: Path, reference: ReferenceSet, against: Path, asked: Asked) -> dict[str, Any]:
+def _looks(table: Path, reference: ReferenceSet, against: Path, asked: EvalOptions) -> dict[str, Any]:
     """What the looks at a table's losses come to: of a part as it was stopped, or of all."""
     from eval.scoring.early_stop import UntilVerdict
     from eval.tables import read_table
@@ -200,7 +212,7 @@ def _looks(table: Path, reference: ReferenceSet, against: Path, asked: Asked) ->
     return {**look.to_json(), "against_label": asked.against}
 
 
-def _summary(table: Path, reference: ReferenceSet, against: Path | None, asked: Asked) -> dict[str, Any]:
+def _summary(table: Path, reference: ReferenceSet, against: Path | None, asked: EvalOptions) -> dict[str, Any]:
     from eval.statistics import clustered_ratio
     from eval.tables import partial_path, read_table
 
@@ -230,7 +242,11 @@ def verdict_words(model: str, told: dict[str, Any]) -> str:
 
 
 def _score(
-    wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: Asked, against: Path | None, console: Console
+    wanted: list[tuple[list[Path], Path]],
+    reference_dir: Path,
+    asked: EvalOptions,
+    against: Path | None,
+    console: Console,
 ) -> None:
     logs = Path(tempfile.mkdtemp(prefix="vernier-eval-"))
     arguments = _arguments(wanted, reference_dir, asked, against, logs)
@@ -269,14 +285,14 @@ def _kept(wanted: list[tuple[list[Path], Path]]) -> int:
     return sum(table.is_file() + len(list(folder_of(table).glob("*"))) for _, table in wanted)
 
 
-def _start(arguments: list[str], asked: Asked, log: Path) -> Started:
+def _start(arguments: list[str], asked: EvalOptions, log: Path) -> Started:
     if asked.by == "mpirun":
         return start(*mpirun("eval", arguments, nproc=asked.nproc, threads=asked.threads), log)
     return start_here(*local_group("eval", arguments, nproc=asked.nproc, threads=asked.threads, start=asked.start), log)
 
 
 def _arguments(
-    wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: Asked, against: Path | None, logs: Path
+    wanted: list[tuple[list[Path], Path]], reference_dir: Path, asked: EvalOptions, against: Path | None, logs: Path
 ) -> list[str]:
     arguments = ["--reference", str(reference_dir.absolute()), "--dtype", asked.dtype, "--threads", str(asked.threads)]
     arguments += ["--objective", asked.objective, "--weights", asked.weights, "--log-dir", str(logs), "--checked"]

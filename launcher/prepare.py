@@ -12,7 +12,8 @@ from configs.console import console as people
 from configs.console import tell
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
 from configs.files.paths import path_problems
-from configs.load import load_config, resolve
+from configs.load import load_config, resolve, with_absolute_paths
+from configs.schema import Config
 
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
@@ -23,11 +24,8 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
     """
     if source is None:
         raise ConfigError("prepare: give CONFIG, or --reference with --tokenizer and --out")
-    from trainer.data.prepare import prepare
-
-    config = resolve(load_config(source, overrides))
-    console = people(sys.stderr)
-    report = prepare(config, fresh=fresh, say=lambda text: console.print(text, markup=False, soft_wrap=True))
+    config = with_absolute_paths(load_config(source, overrides))
+    report = prepare_data(config, fresh=fresh)
     if json_out:
         json.dump(report, sys.stdout, indent=2)
         print()
@@ -35,6 +33,19 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
         for what, said in _report(report, config.data_dir):
             tell(f"{what:<11}{said}")
     return EXIT_DONE
+
+
+def prepare_data(config: Config, *, fresh: bool = False) -> dict[str, Any]:
+    """Prepares the data of a config, or finds it there, with its progress on stderr; gives the data report.
+
+    Raises:
+        ConfigError: a setting or source is wrong, or what is there was prepared with other settings.
+        DataError: the source holds too little, or what is there is damaged.
+    """
+    from trainer.data.prepare import prepare
+
+    console = people(sys.stderr)
+    return prepare(resolve(config), fresh=fresh, say=lambda text: console.print(text, markup=False, soft_wrap=True))
 
 
 def run_retokenize(

@@ -62,7 +62,8 @@ def run_elsewhere(
         print("\n".join(_commands_here(on, source, overrides, named, names, how)))
         return EXIT_DONE
     starter = "mpirun" if on == "mpi" else "torchrun"
-    return run_train(source, overrides, how, wait=True, console=console, starter=starter, hosts=named, names=names)
+    config = load_config(source, overrides)
+    return run_train(config, how, wait=True, console=console, starter=starter, hosts=named, names=names)
 
 
 def _check_site(on: str, site: Site) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-
 from rich.console import Console
 
 from configs.console import console as people
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, VernierError
+from configs.load import load_config
 from configs.run.directory import RunDir
 from configs.yaml.text import parse_mapping
 from eval.scored import loss_tables
 from launcher.sweep.members import Sweep
 from launcher.sweep.store import check_members, write_sweep
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def run_local(sweep: Sweep, *, console: Console) -> int:
@@ -58,19 +55,15 @@ def _is_over(run: RunDir) -> bool:
 
 
 def _train(run: RunDir, console: Console) -> tuple[int, str]:
-    """(exit code, why it failed) of a member's training; the handlers of signals are as before."""
+    """(exit code, why it failed) of a member's training."""
     from launcher.options import Resume
     from launcher.train.command import run_train
 
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        code = run_train(str(run.path / "train-config.yaml"), [], Resume(), wait=True, console=console)
+        code = run_train(load_config(run.path / "train-config.yaml"), Resume(), wait=True, console=console)
         failure = run.read_state().get("failure")
         why = failure["error"] if isinstance(failure, dict) else "its snapshots are not all scored"
         return code, str(why)
     except VernierError as error:
         console.print(f"error: {error}", markup=False)
         return error.exit_code, str(error)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)

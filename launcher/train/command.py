@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from configs.load import load_config, resolve
+from configs.load import resolve
 from configs.schema import Config
 from launcher.backends.local import Local
 from launcher.backends.mpi import with_mpirun
@@ -16,8 +16,7 @@ from launcher.train.supervise import supervise
 
 
 def run_train(
-    source: str,
-    overrides: list[str],
+    config: Config,
     how: Resume,
     *,
     wait: bool,
@@ -29,11 +28,11 @@ def run_train(
     """Trains here to the end, or goes on with what is there; gives the exit code.
 
     Args:
+        config: as it was read; what hangs on the machine is filled in here.
         starter: torchrun or mpirun.
         hosts: machines for mpirun (see `launcher.backends.hosts.read_hosts`); none: this one.
         names: variables of here that ranks on hosts are given besides the usual ones.
     """
-    config = load_config(source, overrides)
     if starter == "mpirun":
         config, given, mpirun = with_mpirun(config, hosts, names)
         return supervise(config, given, mpirun, how, wait=wait, console=console)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 from trainer.stop_requests import ONE_WISH_S
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def _is_a_wish(number: int, handler: Any) -> bool:
+    return not (number == signal.SIGHUP and handler == signal.SIG_IGN)  # nohup means it
 
 
 @dataclass
@@ -17,17 +27,26 @@ class Interrupts:
 
     count: int = 0
     by_ctrl_c: bool = False
-    heard: dict[int, float] = field(default_factory=dict)  # when each kind came first
+    first: dict[int, float] = field(default_factory=dict)  # when each kind came first
 
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Takes signals for wishes meanwhile, in the main thread; after it handlers are as before."""
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # in no other could they be set
+            before = {number: signal.getsignal(number) for number in SIGNALS}
+            before = {number: handler for number, handler in before.items() if _is_a_wish(number, handler)}
+        for number in before:
             signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
-            signal.signal(signal.SIGHUP, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        first = self.heard.setdefault(number, now)
+        first = self.first.setdefault(number, now)
         # Else one wish, heard twice: by `timeout`, systemd or Slurm, each of which may signal more than once.
         if not self.count or number == signal.SIGINT or now - first > ONE_WISH_S:
             self.count += 1

@@ -68,10 +68,16 @@ class Supervisor:
             ConfigError: what was found wrong before a rank started.
         """
         check_start(self.config, self.run, self.how, self._tell)
+        remember(self.run.path)
+        with self.interrupts.heard():
+            code = self._train_and_score(wait)
+            if code == EXIT_DONE and self.config.eval.placement != "none":
+                print_scores(self.run)
+        return code
+
+    def _train_and_score(self, wait: bool) -> int:
         from trainer.checkpoint.resume_compat import clear_unbegun
 
-        self.interrupts.listen()
-        remember(self.run.path)
         with sole_starter(self.run):  # until the last score: two evaluators would write every table twice
             with kept_free(self.run):  # before an evaluator looks for what there is to score
                 clear_unbegun(self.run, self.config, self._tell)
@@ -85,8 +91,6 @@ class Supervisor:
                 if code == EXIT_DONE:
                     code = self._wait_for_scores(self.evaluator, wait)
                 self.evaluator.end()
-        if code == EXIT_DONE and self.config.eval.placement != "none":
-            print_scores(self.run)
         return code
 
     def _wait_for_scores(self, evaluator: EvalGroup, wait: bool) -> int:

@@ -174,10 +174,21 @@ def host_beside_gpu(job: Job) -> int:
     return max(start, job.state.host + staging + max(job.saving, job.saving_at_end))
 
 
-def _moments(job: Job) -> list[Moment]:
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes that the moments of any stage are made of."""
+
+    held: dict[str, int]  # by part, from the first step to the last
+    whole: int  # gradients of all parameters
+    own: int  # gradients of what this rank updates; 0 where they go to the host
+    bucket: int  # that DeepSpeed reduces in
+    in_bucket: int  # what of it is filled
+    fp32_copy: int  # of gradients, for the update
+
+
+def _sizes(job: Job) -> _Sizes:
     count, state = job.tensors.parameters, job.state
-    whole, part = job.weight * count, _part(job.weight * count, job.ranks)
-    bucket, in_bucket = job.weight * job.bucket, job.weight * min(job.bucket, count)
+    bucket = job.weight * job.bucket
     if job.precision == "amp" and job.stage in (1, 2):
         bucket *= 2  # one of each type that DeepSpeed communicates in
     moved = job.offload and job.on_gpu
@@ -188,44 +199,75 @@ def _moments(job: Job) -> list[Moment]:
         "saving": 0 if job.on_gpu else job.saving,
     }
     fp32_copy = _part(FP32 * count, job.ranks if job.stage else 1) if job.weight < FP32 else 0
-    own = 0 if moved else part  # gradients of what this rank updates
-    match job.stage:
-        case 0:
-            passes = _passes(job, held, whole if job.accumulation > 1 else None, 0)
-            flat = min(whole, job.weight * ALL_REDUCED_AT_ONCE)
-            summed = {**held, "gradients": whole, "buffers": flat}
-            updated = {**held, "gradients": whole + fp32_copy}
-            after = held
-            loose = [int(whole * job.tensors.loose)] * 2
-        case 1 | 2:
-            before = (own if job.stage == 2 else whole) if job.accumulation > 1 else None
-            if before is None and job.stage == 2:
-                before = 0
-            passes = _passes(job, held, before, bucket)
-            # The bucket, a copy of what goes to one rank, and what came to this one; gradients beyond the bucket.
-            waiting = max(0, whole - in_bucket) if job.stage == 1 else (own if job.accumulation > 1 else 0)
-            summed = {**held, "gradients": own + waiting, "buffers": bucket + _part(in_bucket, job.ranks)}
-            updated = {**held, "gradients": 2 * own + (0 if moved else fp32_copy)}
-            after = held
-            loose = [int(waiting * job.tensors.loose), 0]
-        case _:
-            gathered = job.weight * job.tensors.at_once
-            passes = _passes(job, held, own, bucket + gathered)
-            passes = replace(passes, loose=passes.loose + int(gathered * job.tensors.loose))
-            # A bucket is put together anew for its reduce-scatter; gloo takes a copy of that.
-            sent = in_bucket * (1 if job.on_gpu else 2)
-            still = gathered if in_bucket < whole else 0
-            summed = {**held, "gradients": own, "buffers": bucket + sent + still}
-            updated = {**held, "gradients": own + (0 if moved else fp32_copy), "buffers": bucket}
-            after = {**held, "gradients": own, "buffers": bucket}
-            loose = [int(still * job.tensors.loose), 0]
+    return _Sizes(
+        held,
+        whole=job.weight * count,
+        own=0 if moved else _part(job.weight * count, job.ranks),
+        bucket=bucket,
+        in_bucket=job.weight * min(job.bucket, count),
+        fp32_copy=0 if moved and job.stage else fp32_copy,
+    )
+
+
+def _moments(job: Job) -> list[Moment]:
+    sizes = _sizes(job)
+    passes, summed, updated = {0: _stage_0, 1: _stage_1_or_2, 2: _stage_1_or_2}.get(job.stage, _stage_3)(job, sizes)
+    # At stage 3 gradients and bucket stay; else they are let go of with the update.
+    after = {**sizes.held, "gradients": sizes.own, "buffers": sizes.bucket} if job.stage == 3 else sizes.held
     saved = {**after, "saving": 0 if job.on_gpu else job.saving_at_end}
-    return [
-        passes,
-        Moment("while gradients are summed over the ranks", summed, loose[0]),
-        Moment("in the update", updated, loose[1]),
-        Moment("at the last save", saved),
-    ]
+    return [passes, summed, updated, Moment("at the last save", saved)]
+
+
+def _summed(sizes: _Sizes, gradients: int, buffers: int, loose: float) -> Moment:
+    parts = {**sizes.held, "gradients": gradients, "buffers": buffers}
+    return Moment("while gradients are summed over the ranks", parts, int(loose))
+
+
+def _updated(sizes: _Sizes, gradients: int, buffers: int = 0, loose: float = 0) -> Moment:
+    return Moment("in the update", {**sizes.held, "gradients": gradients, "buffers": buffers}, int(loose))
+
+
+def _stage_0(job: Job, sizes: _Sizes) -> tuple[Moment, Moment, Moment]:
+    """Every rank has all gradients, and copies some of them into a flat block to be reduced."""
+    loose = sizes.whole * job.tensors.loose
+    flat = min(sizes.whole, job.weight * ALL_REDUCED_AT_ONCE)
+    return (
+        _passes(job, sizes.held, sizes.whole if job.accumulation > 1 else None, 0),
+        _summed(sizes, sizes.whole, flat, loose),
+        _updated(sizes, sizes.whole + sizes.fp32_copy, loose=loose),
+    )
+
+
+def _stage_1_or_2(job: Job, sizes: _Sizes) -> tuple[Moment, Moment, Moment]:
+    """A rank updates its part. At stage 2 it keeps only that part's gradients from the reduction on."""
+    second = job.stage == 2
+    before = (sizes.own if second else sizes.whole) if job.accumulation > 1 else 0 if second else None
+    # The bucket, a copy of what goes to one rank, and what came to this one; gradients beyond the bucket.
+    waiting = (sizes.own if job.accumulation > 1 else 0) if second else max(0, sizes.whole - sizes.in_bucket)
+    return (
+        _passes(job, sizes.held, before, sizes.bucket),
+        _summed(
+            sizes,
+            sizes.own + waiting,
+            sizes.bucket + _part(sizes.in_bucket, job.ranks),
+            waiting * job.tensors.loose,
+        ),
+        _updated(sizes, 2 * sizes.own + sizes.fp32_copy),
+    )
+
+
+def _stage_3(job: Job, sizes: _Sizes) -> tuple[Moment, Moment, Moment]:
+    """Weights are cut too: those in use are gathered."""
+    gathered = job.weight * job.tensors.at_once
+    passes = _passes(job, sizes.held, sizes.own, sizes.bucket + gathered)
+    # A bucket is put together anew for its reduce-scatter; gloo takes a copy of that.
+    sent = sizes.in_bucket * (1 if job.on_gpu else 2)
+    still = gathered if sizes.in_bucket < sizes.whole else 0
+    return (
+        replace(passes, loose=passes.loose + int(gathered * job.tensors.loose)),
+        _summed(sizes, sizes.own, sizes.bucket + sent + still, still * job.tensors.loose),
+        _updated(sizes, sizes.own + sizes.fp32_copy, sizes.bucket),
+    )
 
 
 def _passes(job: Job, held: dict[str, int], gradients: int | None, buffers: int) -> Moment:

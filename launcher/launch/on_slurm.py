@@ -37,13 +37,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
     """
     run = plan.run
     excluded = bad_nodes(run) if how.exclude_bad else ()
-    scripts = render(plan, how.template, excluded)
-    if how.only is not None:
-        scripts = [script for script in scripts if script.component == how.only]
-        if not scripts:
-            raise ConfigError(
-                f"--only: {how.only} is no job of its own with eval.placement: {plan.config.eval.placement}"
-            )
+    scripts = _asked_for(render(plan, how.template, excluded), plan, how)
     tell_set_aside(scripts)
     if how.dry_run:
         for script in scripts:
@@ -55,15 +49,12 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
 
     with kept_only_if_submitted(run), sole_starter(run):
         run.check_files()
-        if run.is_finished(plan.config.steps) and plan.eval is not None and can_be_scored(run, plan.config):
-            if plan.het:  # only a part of it is wanted
-                beside = plan.config.eval.model_copy(update={"placement": "separate"})
-                plan = replace(plan, config=plan.config.model_copy(update={"eval": beside}))
-                scripts = render(plan, how.template, excluded)
-            scripts = [script for script in scripts if script.component == "eval"]
-        elif run.is_finished(plan.config.steps):
-            console.print(f"{run.path} is finished (step {plan.config.steps})", markup=False)
-            return EXIT_DONE
+        if run.is_finished(plan.config.steps):
+            if plan.eval is None or not can_be_scored(run, plan.config):
+                console.print(f"{run.path} is finished (step {plan.config.steps})", markup=False)
+                return EXIT_DONE
+            plan = _scoring_alone(plan)
+            scripts = [one for one in render(plan, how.template, excluded) if one.component == "eval"]
         scoring = _live(run, "eval")
         if scoring and how.only is None and [script.component for script in scripts] == ["train", "eval"]:
             console.print(f"eval: job {scoring} goes on", markup=False)
@@ -71,22 +62,39 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
         live = check_no_job(run, {script.component for script in scripts})
         _write(plan, scripts)
         remember(run.path)
-        for script in scripts:
-            options = []
-            if script.component == "eval" and live:
-                options = [f"--dependency=after:{live}", "--kill-on-invalid-dep=yes"]
-            try:
-                job = _submitted(run, script, plan.site, *options)
-            except VernierError as error:
-                if script.component == "eval" and live:
-                    raise _training_goes_on(error, live) from None
-                raise
-            if script.component != "eval":
-                live = job
-                run.start_afresh("pending", steps=plan.config.steps, job=job, job_ended=None)
-            console.print(f"{script.component}: job {job}, {script.path}", markup=False, soft_wrap=True)
+        _submit_all(plan, scripts, live, console)
     console.print(f"how it stands: vernier status {shlex.quote(str(run.path))}", markup=False, soft_wrap=True)
     return EXIT_DONE
+
+
+def _asked_for(scripts: list[Script], plan: JobPlan, how: Launch) -> list[Script]:
+    chosen = [script for script in scripts if how.only in (None, script.component)]
+    if not chosen:
+        raise ConfigError(f"--only: {how.only} is no job of its own with eval.placement: {plan.config.eval.placement}")
+    return chosen
+
+
+def _scoring_alone(plan: JobPlan) -> JobPlan:
+    """A plan whose evaluator has a job of its own, also where training and it share one."""
+    if not plan.het:
+        return plan
+    beside = plan.config.eval.model_copy(update={"placement": "separate"})
+    return replace(plan, config=plan.config.model_copy(update={"eval": beside}))
+
+
+def _submit_all(plan: JobPlan, scripts: list[Script], live: str | None, console: Console) -> None:
+    """Submits the jobs, training's first; the evaluator's begins no sooner than that one, or the live one."""
+    for script in scripts:
+        after = bool(script.component == "eval" and live)
+        options = [f"--dependency=after:{live}", "--kill-on-invalid-dep=yes"] if after else []
+        try:
+            job = _submitted(plan.run, script, plan.site, *options)
+        except VernierError as error:
+            raise _training_goes_on(error, str(live)) if after else error from None
+        if script.component != "eval":
+            live = job
+            plan.run.start_afresh("pending", steps=plan.config.steps, job=job, job_ended=None)
+        console.print(f"{script.component}: job {job}, {script.path}", markup=False, soft_wrap=True)
 
 
 def tell_set_aside(scripts: list[Script]) -> None:

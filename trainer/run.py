@@ -30,6 +30,7 @@ from trainer.data.shards import Windows
 from trainer.engine.build import make_engine
 from trainer.engine.ema import MovingAverage
 from trainer.faults.adaptations import adapted, adapting_to_memory, memory_errors, shared_adaptations
+from trainer.faults.dry_batch import fitted
 from trainer.faults.failure import record_failure
 from trainer.faults.guards import Guard, recent_losses
 from trainer.faults.lock import RunLock
@@ -83,11 +84,13 @@ class Training:
             clear_up(run)
         adaptations = shared_adaptations(run, ranks)
         self.context, self.run, self.ranks, self.facts, self.hf = context, run, ranks, facts, hf
-        self.given, self.config = given, adapted(given, adaptations)
-        self.passed_over = set(adaptations.passed_over)
-        self.watchdog = Watchdog(run, ranks, self.config.guards.hang_s)
+        self.watchdog = Watchdog(run, ranks, given.guards.hang_s)
         self.watchdog.start()
         self.checkpoint, self.damaged = find_whole_checkpoint(run, ranks)
+        self.given, self.config = given, adapted(given, adaptations)
+        if self.checkpoint is None:  # else its steps were made with what fits
+            self.config, adaptations = fitted(given, adaptations, run, ranks, hf)
+        self.passed_over = set(adaptations.passed_over)
         model = TrainableLM(make_model(self.config, hf))
         check_losses(self.config.model.fields, hf.model_type, adds=model.adds)
         self.parameters = parameter_count(model)

@@ -142,13 +142,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
+def less_memory(
+    config: Config, world: int, before: Adaptations, *, checkpoints: bool
+) -> tuple[Adaptations, str] | None:
+    """(what to adapt so that a step takes less memory, in words); None where nothing is left, or may not be.
+
+    The micro-batch is halved; at one window activations are checkpointed. The global batch, and which windows are in
+    it, stay: accumulation grows.
+
+    Args:
+        config: that training runs by, `before` included.
+        checkpoints: whether the model's activations can be.
+    """
+    micro = micro_batch(config, world)
+    if config.guards.on_out_of_memory == "fail":
+        return None
+    if micro > 1:
+        share = config.batch.global_ // world
+        smaller = max(m for m in range(1, micro // 2 + 1) if share % m == 0)
+        return replace(before, micro=smaller), f"micro-batches of {smaller} windows in place of {micro}"
+    if checkpoints and not config.gradient_checkpointing:
+        words = "activations checkpointed (micro-batches are of 1 window)"
+        return replace(before, micro=1, gradient_checkpointing=True), words
+    return None
+
+
 def after_out_of_memory(
     config: Config, run: RunDir, error: BaseException, *, rank: int, world: int, step: int, checkpoints: bool = True
 ) -> NoReturn:
-    """A training step did not fit: halves the micro-batch for the next start, at 1 checkpoints activations.
-
-    The global batch, and which windows are in it, stay: accumulation grows. For the rank that ran out, alone; on
-    several at once each writes the same.
+    """A training step did not fit: writes down for the next start what takes less. For the rank that ran out, alone;
+    on several at once each writes the same.
 
     Args:
         config: that training runs by, earlier adaptations included.
@@ -159,26 +182,24 @@ def after_out_of_memory(
         StartAgain: with what is written to `adapted.json`.
         VernierError: nothing is left to adapt, or guards.on_out_of_memory is "fail".
     """
-    micro = micro_batch(config, world)
-    before = read_adaptations(run)
-    if config.guards.on_out_of_memory == "fail":
+    found = less_memory(config, world, read_adaptations(run), checkpoints=checkpoints)
+    if found is None:
         raise no_memory(config, rank=rank, world=world, doing=f"making step {step}") from error
-    if micro > 1:
-        share = config.batch.global_ // world
-        smaller = max(m for m in range(1, micro // 2 + 1) if share % m == 0)
-        after = replace(before, micro=smaller)
-        change = f"micro-batches of {smaller} windows in place of {micro}"
-    elif checkpoints and not config.gradient_checkpointing:
-        after = replace(before, micro=1, gradient_checkpointing=True)
-        change = "activations checkpointed (micro-batches are of 1 window)"
-    else:
-        raise no_memory(config, rank=rank, world=world, doing=f"making step {step}") from error
-    write_adaptations(run, after)
+    after, change = found
     told = f"rank {rank} ran out of memory at step {step}; going on with {change}"
-    detail = {"old": {"micro": micro, "gradient_checkpointing": config.gradient_checkpointing}}
-    detail["new"] = {"micro": after.micro or micro, "gradient_checkpointing": after.gradient_checkpointing}
-    run.add_event("out of memory", told, step=step - 1, rank=rank, error=_first_line(error), **detail)
+    adapt(run, config, world, after, told, str(first_line(error)), step=step - 1, rank=rank)
     raise StartAgain(told) from error
+
+
+def adapt(
+    run: RunDir, config: Config, world: int, after: Adaptations, told: str, error: str, *, step: int, rank: int
+) -> None:
+    """Writes down what `less_memory` gave, and an event that says so."""
+    write_adaptations(run, after)
+    micro = micro_batch(config, world)
+    old = {"micro": micro, "gradient_checkpointing": config.gradient_checkpointing}
+    new = {"micro": after.micro or micro, "gradient_checkpointing": after.gradient_checkpointing}
+    run.add_event("out of memory", told, step=step, rank=rank, error=error, old=old, new=new)
 
 
 @contextmanager
@@ -233,6 +254,7 @@ def no_memory(config: Config, *, rank: int, world: int, doing: str) -> VernierEr
     return VernierError(f"rank {rank} ran out of memory {doing}; what helps: {', '.join(ways)}")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's kind, and the first line of what it says."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

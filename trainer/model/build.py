@@ -260,9 +260,14 @@ def make_model(config: Config, hf: Any) -> Any:
     else:
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
     if config.gradient_checkpointing:
-        again = {"context_fn": recompute_contexts} if drops(model) else {}
-        model.gradient_checkpointing_enable({"use_reentrant": False, **again})
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has a model compute its activations again in the backward pass, with the same dropout."""
+    again = {"context_fn": recompute_contexts} if drops(model) else {}
+    model.gradient_checkpointing_enable({"use_reentrant": False, **again})
 
 
 class TrainableLM(nn.Module):

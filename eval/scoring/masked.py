@@ -151,15 +151,6 @@ def _chosen(
     return places.astype(np.int64), shown
 
 
-def load_masked_lm(directory: Path, dtype: str, device: torch.device, *, trust_remote_code: bool = False) -> Any:
-    """The masked LM of a checked directory, in `dtype`, on `device`, without gradients.
-
-    Raises:
-        DataError: it is no masked LM, or its weights do not fit its config.
-    """
-    return _loaded(directory, dtype, trust_remote_code).to(device)
-
-
 def _loaded(directory: Path, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForMaskedLM
 

@@ -2,3 +2,7 @@
 
 What is known of DeepSpeed's insides is in `zero_state`, pinned to a version. The loop sees the engine alone.
 """
+
+from trainer.engine.build import make_engine, make_optimizer
+
+__all__ = ["make_engine", "make_optimizer"]

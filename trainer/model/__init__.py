@@ -2,3 +2,7 @@
 
 Checked before ranks start, then built on each. Dropout is seeded here by position and window.
 """
+
+from trainer.model.build import TrainableLM, make_model
+
+__all__ = ["TrainableLM", "make_model"]

@@ -216,14 +216,7 @@ def _build(
             vocab_size=config.data.vocab_size,
         )
     with phases.phase("tokenizing"):
-        encoded = tokenizer.encode([d.text for d in documents], phases.step)
-        kept = [i for i, ids in enumerate(encoded) if len(ids)]  # a tokenizer may leave nothing of a text
-        documents, encoded = [documents[i] for i in kept], [encoded[i] for i in kept]
-        prompted = any(d.prompt for d in documents)
-        if prompted:  # each by itself, as the reference set has it: no token lies across the end of a prompt
-            prompts = tokenizer.encode([d.prompt for d in documents])
-            masks = [np.arange(len(p) + len(ids)) >= len(p) for p, ids in zip(prompts, encoded, strict=True)]
-            encoded = [np.concatenate(pair) for pair in zip(prompts, encoded, strict=True)]
+        documents, encoded, masks = _encoded(tokenizer, documents, phases.step)
     with phases.phase("splitting"):
         split = split_by_family(encoded, [d.sha256 for d in documents], config.reference, config.seed)
     with phases.phase("reference set"):
@@ -234,19 +227,11 @@ def _build(
             (encoded[i] for i in training),
             tokenizer.eos_id,
             tokenizer.vocab_size,
-            scored=(masks[i] for i in training) if prompted else None,
+            scored=(masks[i] for i in training) if masks is not None else None,
         )
-    windows = max(0, (shards["tokens"] - 1) // config.sequence_length)
-    if windows < 1:
-        raise DataError(
-            f"data.source: {shards['tokens']} training tokens: no window of {config.sequence_length} + 1; "
-            "give more data, or lower sequence_length or reference.max_fraction"
-        )
-    found = Windows(part, config.sequence_length)
-    without = int((found.target_counts(np.arange(windows)) == 0).sum())
-    if without == windows:
-        raise DataError(no_target(config.sequence_length, windows))
+    windows, without = _windows(part, config, shards["tokens"])
     sha256 = shards.pop("sha256")
+    trained = {"windows": windows, "windows_without_target": without, "bytes": _bytes(documents, training)}
     facts: dict[str, Any] = {
         "name": config.name,
         "vocab_size": tokenizer.vocab_size,
@@ -259,12 +244,7 @@ def _build(
             "reference_tokens": reference["fingerprints"]["tokens"],
         },
         "read": read.as_dict(),
-        "train": {
-            **shards,
-            "windows": windows,
-            "windows_without_target": without,
-            "bytes": _bytes(documents, training),
-        },
+        "train": {**shards, **trained},
         "reference": {**reference["counts"], "max_windows": reference["cut"]["max_windows"]},
         "decontamination": decontamination,
         "tokenizer_trained": config.data.tokenizer is None,
@@ -275,6 +255,40 @@ def _build(
     facts["unmet"] = list(unmet_requests(facts))
     write_json(part / FACTS, facts)
     return facts
+
+
+def _encoded(
+    tokenizer: TextTokenizer, documents: list[Document], step: Callable[[int, int], None]
+) -> tuple[list[Document], list[NDArray[np.uint32]], list[NDArray[np.bool_]] | None]:
+    """(documents of which the tokenizer leaves something, their ids, which of these are trained on: None: all)."""
+    encoded = tokenizer.encode([d.text for d in documents], step)
+    kept = [i for i, ids in enumerate(encoded) if len(ids)]
+    documents, encoded = [documents[i] for i in kept], [encoded[i] for i in kept]
+    if not any(d.prompt for d in documents):
+        return documents, encoded, None
+    # Each by itself, as the reference set has it: no token lies across the end of a prompt.
+    prompts = tokenizer.encode([d.prompt for d in documents])
+    masks = [np.arange(len(p) + len(ids)) >= len(p) for p, ids in zip(prompts, encoded, strict=True)]
+    return documents, [np.concatenate(pair) for pair in zip(prompts, encoded, strict=True)], masks
+
+
+def _windows(part: Path, config: Config, tokens: int) -> tuple[int, int]:
+    """(training windows, those of them without a target).
+
+    Raises:
+        DataError: there is none to train on.
+    """
+    windows = max(0, (tokens - 1) // config.sequence_length)
+    if windows < 1:
+        raise DataError(
+            f"data.source: {tokens} training tokens: no window of {config.sequence_length} + 1; "
+            "give more data, or lower sequence_length or reference.max_fraction"
+        )
+    found = Windows(part, config.sequence_length)
+    without = int((found.target_counts(np.arange(windows)) == 0).sum())
+    if without == windows:
+        raise DataError(no_target(config.sequence_length, windows))
+    return windows, without
 
 
 def _reference(

@@ -95,11 +95,11 @@ def test_what_is_changed_while_a_run_reads_it_is_found(data: Path, monkeypatch: 
     shard = data / "shards" / "train-00000.npy"
     os.utime(shard)  # written to, as it was
     time.sleep(0.2)
-    watch.check()
+    watch.on_step_begin(1)
     flip(shard)
     wait_for(lambda: bool(watch._found), 10)
     with pytest.raises(VernierError, match=r"train-00000\.npy"):
-        watch.check()
+        watch.on_step_begin(1)
     idle = DataWatch(data, 0, active=False)
     idle.finish()  # one process a node looks
 

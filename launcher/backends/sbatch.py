@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import ConfigError, VernierError
+from configs.files.atomic import write_atomic
 from launcher.backends.process import OWN_RANK
 from launcher.jobs.site import Site
+from launcher.jobs.spec import JobSpec
 
 SUBMIT_S = 60.0
 PROFILE = "of the site profile"
@@ -108,6 +110,12 @@ class Script:
     component: str
     path: Path
     text: str
+    spec: JobSpec
+
+    def write(self) -> None:
+        """Puts it where it is submitted from, and beside it what its job's supervisor is told."""
+        write_atomic(self.path, self.text)
+        self.spec.write()
 
 
 def options_of(words: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from launcher.backends.agent import SIGNALS
-from launcher.backends.sbatch import OF_A_JOB, OF_THE_USER, Script, given_twice
+from launcher.backends.sbatch import Script, given_twice
 from launcher.jobs.plan import JobPlan
+from launcher.jobs.spec import JobSpec
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 QUEUES = ("queue", "eval_queue")
-RETRY_S = 20  # between questions of a script to a controller that did not answer
 
 
 def render(plan: JobPlan, template: Path | None = None, exclude: tuple[str, ...] = ()) -> list[Script]:
@@ -38,10 +37,12 @@ def render(plan: JobPlan, template: Path | None = None, exclude: tuple[str, ...]
     else:
         names = {"train": "train.sbatch", "eval": "eval.sbatch"}
     _refuse_options_given_twice(plan, names, template)
-    return [
-        Script(component, plan.run.scripts / name, _rendered(plan, component, name, template, exclude))
-        for component, name in names.items()
-    ]
+    scripts = []
+    for component, name in names.items():
+        facts = _facts(plan, component, name, exclude)
+        spec = JobSpec.of(plan, component, facts["script"], facts["rank_python"], facts["mounts"])
+        scripts.append(Script(component, facts["script"], _rendered(plan, component, name, template, exclude), spec))
+    return scripts
 
 
 def _refuse_options_given_twice(plan: JobPlan, names: dict[str, str], template: Path | None) -> None:
@@ -135,7 +136,6 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
         "site": site,
         "container": container,
         "mounts": mounts,
-        "inside": container.kind in ("apptainer", "enroot"),  # a command is put before that of the ranks
         "work_dir": plan.work_dir,
         "jobs_dir": run.scripts,
         "run_dir": run.path,
@@ -143,13 +143,9 @@ def _facts(plan: JobPlan, component: str, name: str, exclude: tuple[str, ...]) -
         "script": run.scripts / name,
         "python": sys.executable,
         "rank_python": site.python or ("python3" if inside else sys.executable),
-        "signals": SIGNALS,
-        "retry_s": RETRY_S,
         "sweep": plan.members > 0,
         "members": plan.members,
         "at_once": plan.at_once,
-        "of_a_job": OF_A_JOB,
-        "of_the_user": OF_THE_USER,
     }
 
 

@@ -168,7 +168,7 @@ def _write(plan: JobPlan, scripts: list[Script]) -> None:
     for component in {part for script in scripts for part in script.component.split("+")}:  # not of one that runs
         write_atomic(run.path / f"{component}-config.yaml", text)
     for script in scripts:
-        write_atomic(script.path, script.text)
+        script.write()
 
 
 def _submitted(run: RunDir, script: Script, site: Site, *options: str) -> str:

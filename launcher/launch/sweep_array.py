@@ -8,7 +8,6 @@ from dataclasses import replace
 from rich.console import Console
 
 from configs.errors import EXIT_DONE, ConfigError
-from configs.files.atomic import write_atomic
 from configs.load import load_config, with_absolute_paths
 from launcher.backends.sbatch import Script, release, submit
 from launcher.backends.slurm import render
@@ -63,7 +62,7 @@ def _submit(asked: Sweep, plan: JobPlan, script: Script, at_once: int, console: 
         return EXIT_DONE
     for folder in (plan.run.logs, plan.run.scripts):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(script.path, script.text)
+    script.write()
     limit = f"%{at_once}" if at_once else ""
     # Held until all is written down: a task that began before would find what stood there of an earlier launch.
     job = submit(script, "--hold", f"--array={','.join(map(str, left))}{limit}", site=plan.site)

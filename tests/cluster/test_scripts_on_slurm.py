@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, TINY, lines
 from testbed import Cluster
 
+from configs.load import dump_config
 from launcher.backends.sbatch import Script, submit
 from launcher.backends.slurm import render
 from launcher.jobs.plan import JobPlan, make_plan
@@ -108,17 +109,18 @@ def test_hostile_names_secrets_and_folders_in_the_way_are_what_they_are(
 
 
 def show_environment(folder: Path, **site: object) -> Script:
-    """A script of an own template that writes down what its tasks see, and its TMPDIR's rights."""
-    own = folder / "own.sbatch.j2"
-    text = ['{% import "parts.j2" as parts with context %}', "#!/bin/bash", "{{ parts.options(train, queue) -}}"]
-    text += ["{{ parts.job(log, 60) -}}", "{{ parts.start(train) }}", "# shellcheck disable=SC2016  # in the task"]
-    own.write_text("\n".join([*text, "{{ parts.srun(train, '') }} bash -c 'env -0' >\"$RUN/seen\"", ""]))
+    """A job whose ranks' Python writes down what it sees, and fails: at the preflight, so the job ends with that."""
+    python = folder / "python"
+    python.write_text('#!/bin/bash\nenv -0 >"$RUN/seen"\nexit 1\n')
+    python.chmod(0o755)
     settings = [f"run.dir={folder / 'run'}", f"data.dir={folder}", "launch.time=5", "launch.signal_s=60"]
-    plan = make_plan(str(ROOT / TINY), settings, Site.model_validate({**site, "scratch": str(folder / "scratch")}))
-    (script,) = render(plan, own)
+    profile = {**site, "scratch": str(folder / "scratch"), "python": str(python)}
+    plan = make_plan(str(ROOT / TINY), settings, Site.model_validate(profile))
+    (script,) = render(plan)
     for path in (plan.run.logs, plan.run.scripts):
         path.mkdir(parents=True)
-    script.path.write_text(script.text)
+    (plan.run.path / "train-config.yaml").write_text(dump_config(plan.config))
+    script.write()
     return script
 
 
@@ -130,7 +132,7 @@ def test_the_environment_that_is_launched_from_goes_along_where_the_site_lets_it
         monkeypatch.setenv(name, SECRETS["HF_TOKEN"])
     (tmp_path / "secrets").write_text(f"MY_API_KEY={SECRETS['MY_API_KEY']}")
     job = submit(show_environment(tmp_path, export=export, environment_file=str(tmp_path / "secrets")))
-    ended(cluster, tmp_path / "run", job)
+    assert cluster.wait_for(job, *END) == "FAILED"
     seen = environment_in(tmp_path / "run" / "seen")
     expected = SECRETS["HF_TOKEN"] if export == "ALL" else None
     assert (seen.get("HF_TOKEN"), seen.get("WANDB_API_KEY")) == (expected, expected)

@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +15,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, vernier
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError, VernierError
 from configs.run.directory import RunDir
 from launcher.backends.slurm import render
 from launcher.jobs.plan import JobPlan, make_plan
+from launcher.jobs.run.after import What, after_scoring, after_training
+from launcher.jobs.run.meet import Meeting, meeting_of
+from launcher.jobs.run.steps import SCRATCH_READY, agent, inside, preflight, step, step_environment
+from launcher.jobs.run.surroundings import variables_of
 from launcher.jobs.site import Site
+from launcher.jobs.spec import read_spec
 
 TWO = ["launch.nodes=2", "launch.ranks_per_node=1"]
 BIG = ["launch.nodes=64", "launch.gpus_per_node=8", "launch.cpus_per_rank=8", "batch.global=512", "batch.micro=1"]
@@ -39,13 +46,6 @@ def script_for(folder: Path, *overrides: str, site: dict | None = None) -> str:
 
 def run_bash(code: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, check=False, **options)
-
-
-def function(script: str, name: str) -> str:
-    """A shell function of a script."""
-    found = re.search(rf"^{name}\(\) \{{.*?^\}}$", script, re.MULTILINE | re.DOTALL)
-    assert found
-    return found[0]
 
 
 @pytest.fixture
@@ -109,10 +109,46 @@ def test_a_script_asks_for_what_was_asked_for(tmp_path: Path) -> None:
     for key in ("partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist"):
         assert f"#SBATCH --{key}={queue[key]}" in head
     assert {"#SBATCH --mail-type=FAIL", "#SBATCH --mem=64G"} <= set(head)
-    assert "srun --kill-on-bad-exit=1 --nodes=64 --ntasks=64 --ntasks-per-node=1 --cpus-per-task=64" in text
-    assert "--nproc-per-node=8" in text
-    assert '-m launcher.preflight "$RUN" --gpus 8' in text
-    assert "scontrol requeue" not in text
+
+
+def test_the_script_of_a_training_is_short_and_ends_in_python(tmp_path: Path) -> None:
+    text = script_for(tmp_path, *BIG, site={"modules": ["cuda/12.4"], "queue": {"account": "me", "partition": "gpu"}})
+    assert text.count("\n") <= 40
+    run = shlex.quote(str(tmp_path / "run"))
+    assert text.splitlines()[-1] == f"exec {sys.executable} -m launcher.jobs.run {run} train"
+
+
+def test_a_step_asks_for_what_was_asked_for(tmp_path: Path) -> None:
+    (script,) = render(plan_for(tmp_path, *BIG, site={"srun": ["--mpi=none"]}))
+    script.path.parent.mkdir(parents=True)
+    script.write()
+    spec = read_spec(RunDir(tmp_path / "run"), "train")
+    assert spec == script.spec
+    (group,) = spec.groups
+    words = agent(spec, group, Meeting("10.0.0.1", 20007, here=False), tmp_path / "run")
+    command = step(spec, group, None, words, tmp_path, "/tmp")
+    assert command[:6] == [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "--nodes=64",
+        "--ntasks=64",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=64",
+    ]
+    assert {"--mpi=none", "--nproc-per-node=8", "--nnodes=64", "--master-addr=10.0.0.1"} <= set(command)
+    assert command[-2:] == ["trainer", str(tmp_path / "run" / "train-config.yaml")]
+    assert preflight(spec, group)[-2:] == ["--gpus", "8"]
+    assert step_environment(group, Meeting("a", 1, here=False), ())["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_changed_word_beside_a_script_is_seen(tmp_path: Path) -> None:
+    (script,) = render(plan_for(tmp_path))
+    script.path.parent.mkdir(parents=True)
+    script.write()
+    path = script.path.parent / "train.json"
+    path.write_text(path.read_text().replace('"nodes": 1', '"nodes": 9'))
+    with pytest.raises(DataError, match="changed since it was written"):
+        read_spec(RunDir(tmp_path / "run"), "train")
 
 
 def test_an_array_runs_so_many_members_at_once(tmp_path: Path) -> None:
@@ -130,11 +166,10 @@ def test_names_and_values_reach_the_shell_to_the_letter(tmp_path: Path) -> None:
     value = HOSTILE + "\nsecond line\\ '' \"\" $HOME !x\n#SBATCH --partition=other"
     folder = tmp_path / HOSTILE
     text = script_for(folder, site={"environment": {"A_VALUE": value}})
-    ours = [line for line in text.splitlines() if line.startswith(("export A_VALUE", "RUN="))]
-    assert len(ours) == 2
     code = text[text.index("export A_VALUE") : text.index("cd ", text.index("export A_VALUE"))]
-    code += next(line for line in ours if line.startswith("RUN=")) + '\nprintf \'%s\\0\' "$A_VALUE" "$RUN"'
-    assert run_bash(code, cwd=tmp_path).stdout.split("\0")[:2] == [value, str(folder / "run")]
+    words = text.splitlines()[-1].removeprefix(f"exec {sys.executable} -m launcher.jobs.run ")
+    code += f"\nprintf '%s\\0' \"$A_VALUE\" {words}"
+    assert run_bash(code, cwd=tmp_path).stdout.split("\0")[:3] == [value, str(folder / "run"), "train"]
     assert not list(tmp_path.rglob("pwned"))
 
 
@@ -161,17 +196,17 @@ def test_enroot_refuses_values_with_line_breaks(tmp_path: Path) -> None:
 
 
 def test_enroot_is_told_of_every_variable_by_name(tmp_path: Path) -> None:
-    text = script_for(tmp_path, site={"container": {"kind": "enroot", "image": "v"}})
-    inside = text[text.index("inside=(") : text.index("\n\n", text.index("inside=("))]
+    (script,) = render(plan_for(tmp_path, site={"container": {"kind": "enroot", "image": "v"}}))
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     (bin_dir / "enroot").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     (bin_dir / "enroot").chmod(0o755)
     environment = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "HF_TOKEN": "hush", "SLURM_NODEID": "1"}
-    done = run_bash(f'scratch=/tmp\n{inside}\n"${{inside[@]}}" bash -c x', env=environment)
+    command = [*inside(script.spec, script.spec.groups[0], tmp_path, "/tmp"), "bash", "-c", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     said = done.stdout.splitlines()
     assert said[0] == "start"
-    assert said[said.index("--rc") + 1] == str(tmp_path / "run" / "jobs" / "enroot.rc")  # not the image's entry point
+    assert said[said.index("--rc") + 1] == str(tmp_path / "enroot.rc")  # not the image's entry point
     assert said[-4:] == ["v", "bash", "-c", "x"]
     named = {after for before, after in pairwise(said) if before == "--env"}
     assert {"HF_TOKEN", "SLURM_NODEID"} <= named
@@ -190,72 +225,82 @@ esac
 """
 
 
-def meet(folder: Path, first: str, second: str) -> subprocess.CompletedProcess[str]:
-    """What a job script's `meet` makes of such addresses of its two nodes."""
-    bin_dir = folder / "bin"
-    bin_dir.mkdir()
-    (bin_dir / "scontrol").write_text(SCONTROL.replace("FIRST", first).replace("SECOND", second))
-    (bin_dir / "scontrol").chmod(0o755)
-    code = "set -u\nin_job() { echo 20007; }\nleave() { exit $1; }\nsleep() { :; }\n"
-    code += f"{function(script_for(folder, *TWO), 'meet')}\nmeet 'n[1-2]' 7"
-    kept = {k: v for k, v in os.environ.items() if not k.endswith("_SOCKET_IFNAME")}
-    return run_bash(code, env={**kept, "PATH": f"{bin_dir}:{os.environ['PATH']}"})
+@pytest.fixture
+def addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Has scontrol tell these addresses of two nodes."""
+
+    def told(first: str, second: str) -> None:
+        bin_dir = tmp_path / "bin"
+        bin_dir.mkdir()
+        (bin_dir / "scontrol").write_text(SCONTROL.replace("FIRST", first).replace("SECOND", second))
+        (bin_dir / "scontrol").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
+
+    monkeypatch.setattr("launcher.jobs.run.meet.RETRY_S", 0.0)
+    return told
 
 
 @pytest.mark.parametrize("first", ["10.1.0.1", "node1", "node1.cluster.example"])
-def test_ranks_meet_at_the_address_that_slurm_has(first: str, tmp_path: Path) -> None:
-    done = meet(tmp_path, first, "10.1.0.2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"ranks meet at {first}:20007; GLOO_SOCKET_IFNAME= NCCL_SOCKET_IFNAME=\n" in done.stdout
+def test_ranks_meet_at_the_address_that_slurm_has(first: str, addresses: Callable[[str, str], None]) -> None:
+    addresses(first, "10.1.0.2")
+    found = meeting_of("n[1-2]", 7)
+    assert (found.address, found.here) == (first, False)
+    assert found.port >= 20007
 
 
 @pytest.mark.parametrize("first", ["127.0.0.1", "127.0.1.1", "localhost", "::1"])
-def test_an_address_that_only_the_first_node_knows_is_refused(first: str, tmp_path: Path) -> None:
-    done = meet(tmp_path, first, "10.1.0.2")
-    assert done.returncode == 1
-    assert done.stdout.startswith(f"error: n[1-2]: Slurm has {first} for the first of several nodes")
-    assert len(done.stdout.splitlines()) == 1
+def test_an_address_that_only_the_first_node_knows_is_refused(
+    first: str, addresses: Callable[[str, str], None]
+) -> None:
+    addresses(first, "10.1.0.2")
+    with pytest.raises(VernierError, match=rf"^n\[1-2\]: Slurm has {first} for the first of several nodes"):
+        meeting_of("n[1-2]", 7)
 
 
-def test_nodes_that_are_one_machine_meet_on_loopback(tmp_path: Path) -> None:
-    done = meet(tmp_path, "127.0.0.1", "127.0.0.1")
-    assert done.returncode == 0
-    assert "ranks meet at 127.0.0.1:20007; GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo" in done.stdout
+def test_nodes_that_are_one_machine_meet_on_loopback(
+    addresses: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses("127.0.0.1", "127.0.0.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    found = meeting_of("n[1-2]", 7)
+    assert found.here
+    (script,) = render(plan_for(tmp_path))
+    assert step_environment(script.spec.groups[0], found, ())["GLOO_SOCKET_IFNAME"] == "lo"
 
 
-def test_a_node_without_an_address_is_an_error(tmp_path: Path) -> None:
-    done = meet(tmp_path, "", "10.1.0.2")
-    assert (done.returncode, done.stdout) == (1, "error: n[1-2]: scontrol show node tells no NodeAddr\n")
+def test_a_node_without_an_address_is_an_error(addresses: Callable[[str, str], None]) -> None:
+    addresses("", "")
+    with pytest.raises(VernierError, match=r"^n\[1-2\]: scontrol show node tells no NodeAddr$"):
+        meeting_of("n[1-2]", 7)
+
+
+def test_a_node_without_scontrol_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/no")
+    with pytest.raises(VernierError, match="scontrol is not on this node's PATH"):
+        meeting_of("n1", 7)
 
 
 # ---- files of variables, and scratch
 
 
-def read_file(folder: Path, text: str, show: str) -> subprocess.CompletedProcess[str]:
-    path = folder / "secrets of mine"
-    path.write_text(text)
-    script = script_for(folder, site={"environment_file": str(path)})
-    assert f"\nread_environment {shlex.quote(str(path))}\n" in script
-    return run_bash(f"{function(script, 'read_environment')}\nread_environment {shlex.quote(str(path))}\n{show}")
-
-
 def test_a_file_of_variables_is_taken_to_the_letter(tmp_path: Path) -> None:
-    text = "# ours\n\nA=$(touch pwned) `x` $HOME 'b' # c\nexport B=\"q = r\"\r\nC='s'\nE=\nD=last=line"
-    done = read_file(tmp_path, text, 'printf \'%s\\0\' "$A" "$B" "$C" "$E" "$D"; env | grep -c \'^[A-E]=\'')
-    assert done.stdout.split("\0") == ["$(touch pwned) `x` $HOME 'b' # c", "q = r", "s", "", "last=line", "5\n"]
+    path = tmp_path / "secrets of mine"
+    path.write_text(
+        "# ours\n\nA=$(touch pwned) `x` $HOME 'b' # c\nexport B=\"q = r\"\r\nC='s'\nE=\nD=last=line", newline=""
+    )
+    values = {"A": "$(touch pwned) `x` $HOME 'b' # c", "B": "q = r", "C": "s", "E": "", "D": "last=line"}
+    assert variables_of(path) == values
+    assert "B" not in variables_of(path, without=["B"])
 
 
 def test_a_line_that_is_no_variable_is_an_error_that_shows_nothing_of_it(tmp_path: Path) -> None:
-    done = read_file(tmp_path, "A=b\nhf_secret\n", "")
-    assert done.returncode == 1
-    assert done.stdout == f"error: {tmp_path / 'secrets of mine'}: line 2: expected NAME=value\n"
-    assert "hf_secret" not in done.stderr
+    (tmp_path / "mine").write_text("A=b\nhf_secret\n")
+    with pytest.raises(VernierError, match=r"mine: line 2: expected NAME=value$"):
+        variables_of(tmp_path / "mine")
 
 
 def test_scratch_of_somebody_else_is_not_used(tmp_path: Path) -> None:
-    script = script_for(tmp_path)
-    begin = script.index("scratch_ready='")
-    code = script[begin : script.index("(eval", begin)] + 'eval "$scratch_ready"; stat -c %a "$TMPDIR"'
+    code = SCRATCH_READY + 'stat -c %a "$TMPDIR"'
     fine = run_bash(code, env={**os.environ, "TMPDIR": str(tmp_path / "new" / "one")})
     assert (fine.returncode, fine.stdout) == (0, "700\n")
     (tmp_path / "link").symlink_to(tmp_path / "new")
@@ -264,13 +309,59 @@ def test_scratch_of_somebody_else_is_not_used(tmp_path: Path) -> None:
     assert "belongs to another user" in link.stderr
 
 
+# ---- what follows the ranks
+
+FAILED = {"state": "failed", "exit_code": 1, "failure": {"rank": 1, "error": "no memory"}}
+EARLY = {"state": "failed", "exit_code": 1, "failure": {"rank": 0, "error": "no such key", "early": True}}
+
+
+@pytest.mark.parametrize(
+    ("state", "signal", "by_hand", "what", "code"),
+    [
+        ({"state": "done", "exit_code": 0}, "", False, What.END, 0),
+        (FAILED, "", False, What.END, 1),
+        ({"state": "stopping", "exit_code": 75}, "USR1", False, What.REQUEUE, 75),
+        ({"state": "stopping", "exit_code": 75}, "USR1", True, What.END, 75),
+        ({"state": "stopping", "exit_code": 75}, "TERM", False, What.END, 75),
+        ({"state": "stopping", "exit_code": 75}, "", False, What.WAIT, 75),
+        ({"state": "stopping", "exit_code": 75}, "", True, What.END, 75),
+        ({"state": "stopping", "exit_code": 75, "again": "out of memory"}, "", False, What.AGAIN, 0),
+        ({"state": "stopping", "exit_code": 75, "again": "out of memory"}, "USR1", False, What.REQUEUE, 75),
+        ({"state": "running"}, "", False, What.END, 1),
+        ({"state": "running"}, "USR1", False, What.REQUEUE, 75),
+        ({"state": "running"}, "TERM", False, What.END, 1),
+        ({"state": "pending"}, "", False, What.AGAIN, 0),
+        ({"state": "pending"}, "USR1", False, What.REQUEUE, 75),
+        (EARLY, "", False, What.AGAIN, 0),
+        (EARLY, "TERM", False, What.END, 1),
+    ],
+)
+def test_what_follows_a_training(state: dict, signal: str, by_hand: bool, what: What, code: int) -> None:
+    found = after_training(state, signal, by_hand=by_hand)
+    assert (found.what, found.code) == (what, code)
+
+
+@pytest.mark.parametrize(
+    ("code", "signal", "alone", "what"),
+    [
+        (0, "", False, What.END),
+        (1, "", False, What.AGAIN),
+        (143, "USR1", False, What.REQUEUE),
+        (143, "USR1", True, What.END),
+        (143, "TERM", False, What.END),
+    ],
+)
+def test_what_follows_an_evaluator(code: int, signal: str, alone: bool, what: What) -> None:
+    assert after_scoring(code, signal, alone=alone).what is what
+
+
 # ---- templates of one's own
 
 
 def test_an_own_template_may_use_the_parts_of_ours(own_template: Path, tmp_path: Path) -> None:
     done = vernier("launch", TINY, f"run.dir={tmp_path / 'run'}", "--template", own_template, "--dry-run")
     assert "#SBATCH --comment=ours\n" in done.stdout
-    assert "-m launcher.backends.agent" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(f"exec {sys.executable} -m launcher.jobs.run ")
     assert not (tmp_path / "run").exists()
 
 
@@ -287,7 +378,11 @@ def test_a_folder_of_templates_replaces_what_it_has(tmp_path: Path) -> None:
         ("#!/bin/bash\n{{ nmae }}\n", 2, "'nmae' is undefined"),
         ("#!/bin/bash\n\n{% if name %}\n", 3, "Unexpected end of template"),
         ("#!/bin/bash\n{{ train.nodez }}\n", 2, "has no attribute 'nodez'"),
-        ('{% import "parts.j2" as parts with context %}\n\n{{ parts.start(tarin) }}\n', None, "'tarin' is undefined"),
+        (
+            '{% import "parts.j2" as parts with context %}\n\n{{ parts.options(tarin, queue) }}\n',
+            None,
+            "'tarin' is undefined",
+        ),
         ("#!/bin/bash\n{{ 1 // 0 }}\n", 2, "ZeroDivisionError"),
         ('#!/bin/bash\n{% include "other.j2" %}\n', 2, "other.j2"),
     ],
@@ -319,16 +414,17 @@ def test_a_template_that_is_not_there_is_an_error(tmp_path: Path) -> None:
             "site profile: source /no/such.sh: exit code 1 (exit code 1)",
         ),
         ({"setup": ["exit 5"]}, "a line of the site profile's setup ended this script (exit code 5)"),
-        ({"environment_file": "/no/such"}, "/no/such: cannot be read on this node (exit code 1)"),
-        ({}, "/no/python -m launcher.in_job begin: failed (exit code 127)"),
+        ({"environment_file": "/no/such"}, "/no/such: cannot be read on this node"),
+        ({}, "/no/python -m launcher.jobs.run could not be started (exit code 127)"),
     ],
 )
 def test_a_script_that_ends_before_its_ranks_says_why(site: dict, said: str, tmp_path: Path) -> None:
-    script = script_for(tmp_path, site=site)
-    script = re.sub(r"^PYTHON=.*", "PYTHON=/no/python", script, flags=re.MULTILINE)
+    (found,) = render(plan_for(tmp_path, site=site))
+    script = found.text if site else found.text.replace(sys.executable, "/no/python")
     run = RunDir(tmp_path / "run")
     for folder in (run.scripts, run.logs):
         folder.mkdir(parents=True)
+    found.write()
     log = run.logs / "slurm-train-7.out"
     run.start_afresh("pending", job="7")
     done = run_bash(script, env={**os.environ, "SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path)})

@@ -257,9 +257,12 @@ def compare(
     json_out: JsonOption = False,
 ) -> int:
     """Say whether B is really better than A, and how sure that is."""
-    from launcher.compare.command import More, run_compare
+    from launcher.compare.command import run_compare
+    from launcher.compare.options import Options
 
-    more = More(
+    options = Options(
+        gate=gate,
+        margin=margin,
         power=power,
         by=by,
         changed=changed,
@@ -273,7 +276,7 @@ def compare(
         half_life=half_life,
         age=age,
     )
-    return run_compare(targets, json_out=json_out, gate=gate, margin=margin, console=_console(out=True), more=more)
+    return run_compare(targets, json_out=json_out, console=_console(out=True), options=options)
 
 
 @app.command(epilog=_example("vernier board runs/demo"))

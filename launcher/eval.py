@@ -20,7 +20,7 @@ from launcher.backends.agent import one_thread
 from launcher.backends.local import local_group, start_here
 from launcher.backends.mpi import mpirun
 from launcher.backends.process import Started, end, last_lines, start
-from launcher.compare.command import parse_margin
+from launcher.compare.options import parse_margin
 from launcher.restarts import RestartPolicy
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from configs.errors import EXIT_DONE, DataError
+from configs.errors import DataError
 from configs.files.atomic import write_atomic
 from launcher.text import gain_words, minus, new_table, p_words, plus_minus, print_table, say
 
@@ -20,49 +19,6 @@ if TYPE_CHECKING:  # what computes needs numpy and scipy, which a `vernier --hel
 
 STYLES = {"lower": "green", "higher": "red"}
 PLOT = "training-curve.png"
-
-
-def run_curves(
-    run_a: str,
-    run_b: str,
-    *,
-    first: int | None,
-    last: int | None,
-    json_out: bool,
-    plots: Path | None,
-    console: Console,
-) -> int:
-    """Compares the training losses of two runs step by step and prints what that shows; gives the exit code 0.
-
-    Args:
-        first, last: the steps to look at; default all that both have made.
-        plots: a directory for `training-curve.png`, made if it is not there.
-
-    Raises:
-        ConfigError: no such run or stretch, or their steps cannot be paired.
-    """
-    from eval.compare.training_curves import compare_training
-
-    found = compare_training(_run(run_a), _run(run_b), first=first, last=last)
-    if json_out:
-        print(json.dumps(found.to_json(), indent=2, allow_nan=False))
-    else:
-        print_training(found, console)
-    if plots is not None:
-        path = plots / PLOT
-        draw_training(found, path)
-        if not json_out:
-            say(console, f"  drawn: {path}")
-    return EXIT_DONE
-
-
-def _run(text: str) -> Path:
-    from eval.compare.targets import find_run
-
-    run = find_run(text)
-    if run is None:
-        raise DataError(f"compare --training: {text} is not a run directory (or the name of one under runs/)")
-    return run
 
 
 def training_sentence(found: TrainingComparison) -> str:

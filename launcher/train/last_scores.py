@@ -70,7 +70,7 @@ def wait_for_scores(
 def print_scores(run: RunDir) -> None:
     """Prints the table of the run's scored steps, and where its files are. The run has ended, whoever reads this."""
     from eval.compare.along_run import compare_run
-    from launcher.compare.command import print_run_table
+    from launcher.compare.report import print_run_table
 
     if not loss_tables(run, None, None):
         return

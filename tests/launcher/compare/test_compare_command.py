@@ -16,7 +16,8 @@ from rich.console import Console
 from configs.errors import ConfigError
 from eval.compare.along_run import compare_run
 from eval.tables import LossTable, write_table
-from launcher.compare.command import More, parse_margin, run_compare
+from launcher.compare.command import run_compare
+from launcher.compare.options import Options, parse_margin
 from launcher.text import p_words, plus_minus
 
 ROOT = Path(__file__).parents[3]
@@ -61,9 +62,8 @@ def said(
     *targets: object, gate: str | None = None, margin: str | None = None, width: int = 100, **more: Any
 ) -> tuple[int, str]:
     console = Console(file=io.StringIO(), width=width)
-    code = run_compare(
-        [str(t) for t in targets], json_out=False, gate=gate, margin=margin, console=console, more=More(**more)
-    )
+    options = Options(gate=gate, margin=margin, **more)
+    code = run_compare([str(t) for t in targets], json_out=False, console=console, options=options)
     assert isinstance(console.file, io.StringIO)
     return code, console.file.getvalue()
 
@@ -146,12 +146,14 @@ def test_gates_end_with_0_or_3(run: Path, targets: list[str], gate: str, margin:
 
 def test_json_is_all_there_is_on_stdout(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(file=io.StringIO())
-    code = run_compare([f"{run}@101", f"{run}@100"], json_out=True, gate="better", margin="0", console=console)
+    code = run_compare(
+        [f"{run}@101", f"{run}@100"], json_out=True, console=console, options=Options(gate="better", margin="0")
+    )
     assert code == 3
     streams = capsys.readouterr()
     assert json.loads(streams.out)["verdict"] == "worse"
     assert "does not hold" in streams.err
-    assert run_compare([str(run)], json_out=True, gate=None, margin=None, console=console) == 0
+    assert run_compare([str(run)], json_out=True, console=console) == 0
     content = json.loads(capsys.readouterr().out)
     assert [point["step"] for point in content["checkpoints"]] == [0, 100, 101, 140]
     assert content["checkpoints"][1]["tokens"] == 12_345_600
@@ -232,7 +234,7 @@ def test_three_are_a_leaderboard(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "not told apart: step-00000" in text
     assert f"wrote {tmp_path / 'board.parquet'}, 6 rows" in text
     console = Console(file=io.StringIO())
-    assert run_compare(targets, json_out=True, gate=None, margin=None, console=console) == 0
+    assert run_compare(targets, json_out=True, console=console) == 0
     assert len(json.loads(capsys.readouterr().out)["pairs"]) == 6
 
 
@@ -258,7 +260,7 @@ def test_power_is_said_for_a_pair_and_for_a_run(run: Path, capsys: pytest.Captur
     assert "cannot be told" in said(f"{run}@100", f"{run}@100", power="0.001%")[1]
     console = Console(file=io.StringIO())
     for targets in ([f"{run}@100", f"{run}@101"], [str(run)]):
-        run_compare(targets, json_out=True, gate=None, margin=None, console=console, more=More(power="0.001"))
+        run_compare(targets, json_out=True, console=console, options=Options(power="0.001"))
         power = json.loads(capsys.readouterr().out)["power"]
         assert power["wanted_percent"] == 0.001
         assert power["samples_needed"] == 3 * power["documents_needed"]

@@ -117,8 +117,7 @@ def watch_run(config: Any) -> None:
     from eval.scoring.evaluator import watch
 
     ranks = join(config.eval.threads_per_rank, timeout_s=config.eval.timeout_s)
-    if ranks.mpi is None:
-        print(meet().line(), flush=True)
+    print(meet().line(), flush=True)
     watch(config, ranks)
     leave()
 
@@ -139,7 +138,7 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
     from eval.scoring.once import Scoring, score_models
 
     ranks = join(asked.threads)
-    if ranks.mpi is None and (asked.log_dir or ranks.first):
+    if asked.log_dir or ranks.first:
         print(meet().line(), file=sys.stdout if asked.log_dir else console, flush=True)
     check = not asked.checked and ranks.local_rank == 0  # the files, once on each machine
     problem: VernierError | None = None

@@ -1,11 +1,11 @@
 """What the environment tells a process of its rank-group: its rank, how many there are, and where rank 0 listens.
 
-torchrun, mpirun, srun and managed platforms each say it in variables of their own. Nothing here imports torch.
+torchrun, mpirun and srun each say it in variables of their own; managed platforms start one of them, or set torchrun's.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -19,7 +19,7 @@ from configs.console import is_supervised
 from configs.errors import VernierError
 from configs.process import began
 
-PORT = "29500"  # torchrun's own default, for platforms that give a job machines of its own
+PORT = "29500"  # torchrun's own default
 SLURM_PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
 SCONTROL_S = 20.0
 WORDS = 512  # bytes that a rank tells the others by MPI: a host's name, an address
@@ -55,103 +55,67 @@ class Meeting:
         return f"{line}; address {self.address}:{self.port} from {self.source}" if self.address else line
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """What starts ranks, and the variables by which it tells each who it is.
+
+    Attributes:
+        rank, world, local_rank, local_world: names of variables. It is this launcher where the first two are set, and
+            all of `marks`.
+    """
+
+    name: str
+    rank: str
+    world: str
+    local_rank: str
+    local_world: str
+    marks: tuple[str, ...] = ()
+
+
+# The order counts: mpirun and torchrun are started inside Slurm's jobs, where Slurm's variables stand as well, and the
+# mpirun of MPICH and Intel (Hydra) starts one process a node by srun where it can.
+LAUNCHERS = (
+    Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", ("TORCHELASTIC_RUN_ID",)),
+    Launcher("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    Launcher(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", ("MPI_LOCALRANKID",)),
+    Launcher(
+        "srun",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",  # not in a batch script itself
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",  # of every node: `tasks_per_node`
+    ),
+)
+
+
 def told_by(environment: Mapping[str, str]) -> Told:
     """Who the environment says this process is; a process started alone is rank 0 of 1, told by "".
 
-    The order counts: mpirun and torchrun are started inside Slurm's jobs, where Slurm's variables stand as well.
-
     Raises:
-        VernierError: a variable is no number, or only MPI could tell the rest and cannot.
+        VernierError: a variable is no number.
     """
-    try:
-        for ask in (_torch_variables, _open_mpi, _hydra, _srun, _pmi, _pmix, _sagemaker, _aws_batch):
-            told = ask(environment)
-            if told is not None:
-                return told
-    except (ValueError, IndexError) as error:
-        raise VernierError(f"the environment's variables of this rank make no sense: {error}") from None
+    for launcher in LAUNCHERS:
+        if all(name in environment for name in (launcher.rank, launcher.world, *launcher.marks)):
+            try:
+                return _told(launcher, environment)
+            except (ValueError, IndexError) as error:
+                raise VernierError(f"the environment's variables of this rank make no sense: {error}") from None
     return Told("", 0, 1, 0, 1)
 
 
-def _numbers(environment: Mapping[str, str], rank: str, world: str) -> tuple[int, int] | None:
-    if rank not in environment or world not in environment:
-        return None
-    return int(environment[rank]), int(environment[world])
-
-
-def _torch_variables(environment: Mapping[str, str]) -> Told | None:
-    found = _numbers(environment, "RANK", "WORLD_SIZE")
-    if found is None:
-        return None
-    rank, world = found
-    if "TORCHELASTIC_RUN_ID" in environment:
-        by = "torchrun"
-    elif "KUBERNETES_SERVICE_HOST" in environment and "LOCAL_RANK" not in environment:
-        return Told("a PyTorchJob", rank, world, 0, 1)  # a process a pod
-    else:
-        by = "RANK and WORLD_SIZE"
-    local_world = int(environment.get("LOCAL_WORLD_SIZE", world))
-    return Told(by, rank, world, int(environment.get("LOCAL_RANK", "0")), local_world)
-
-
-def _open_mpi(environment: Mapping[str, str]) -> Told | None:
-    found = _numbers(environment, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
-    if found is None:
-        return None
-    local = int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))
-    return Told("mpirun", *found, local, int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", found[1])))
-
-
-def _hydra(environment: Mapping[str, str]) -> Told | None:
-    """MPICH's and Intel's mpirun, which start one process a node by srun where they can: so before `_srun`."""
-    found = _numbers(environment, "PMI_RANK", "PMI_SIZE")
-    if found is None or "MPI_LOCALRANKID" not in environment:
-        return None
-    local_world = int(environment.get("MPI_LOCALNRANKS", found[1]))
-    return Told("mpirun", *found, int(environment["MPI_LOCALRANKID"]), local_world)
-
-
-def _srun(environment: Mapping[str, str]) -> Told | None:
-    found = _numbers(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")  # the second not in a batch script itself
-    if found is None:
-        return None
-    here, tasks = int(environment.get("SLURM_NODEID", "0")), environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-    local_world = tasks_per_node(tasks)[here] if tasks else found[1]  # a number for each node of the step
-    return Told("srun", *found, int(environment.get("SLURM_LOCALID", "0")), local_world)
-
-
-def _pmi(environment: Mapping[str, str]) -> Told | None:
-    found = _numbers(environment, "PMI_RANK", "PMI_SIZE")
-    return None if found is None else Told("PMI", *found, found[0], found[1])
-
-
-def _pmix(environment: Mapping[str, str]) -> Told | None:
-    if "PMIX_RANK" not in environment:
-        return None
-    mpi = load_mpi()  # PMIx's variables tell the rank alone
-    here = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
-    return Told("PMIx", mpi.COMM_WORLD.rank, mpi.COMM_WORLD.size, here.rank, here.size)
-
-
-def _sagemaker(environment: Mapping[str, str]) -> Told | None:
-    if "SM_HOSTS" not in environment or "SM_CURRENT_HOST" not in environment:
-        return None
-    hosts = sorted(json.loads(environment["SM_HOSTS"]), key=_by_number)
-    return Told("SageMaker", hosts.index(environment["SM_CURRENT_HOST"]), len(hosts), 0, 1)
-
-
-def _aws_batch(environment: Mapping[str, str]) -> Told | None:
-    found = _numbers(environment, "AWS_BATCH_JOB_NODE_INDEX", "AWS_BATCH_JOB_NUM_NODES")
-    if found is None:
-        return None
-    main = int(environment.get("AWS_BATCH_JOB_MAIN_NODE_INDEX", "0"))
-    return Told("AWS Batch", (found[0] - main) % found[1], found[1], 0, 1)
-
-
-def _by_number(host: str) -> tuple[int, str]:
-    """algo-2 before algo-10."""
-    number = re.search(r"\d+$", host)
-    return (int(number[0]) if number else 0, host)
+def _told(launcher: Launcher, environment: Mapping[str, str]) -> Told:
+    rank, world = int(environment[launcher.rank]), int(environment[launcher.world])
+    here = environment.get(launcher.local_world, "")
+    if launcher.local_world == "SLURM_STEP_TASKS_PER_NODE" and here:
+        here = str(tasks_per_node(here)[int(environment.get("SLURM_NODEID", "0"))])
+    return Told(launcher.name, rank, world, int(environment.get(launcher.local_rank, "0")), int(here or world))
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -182,11 +146,6 @@ def place_of(told: Told, environment: Mapping[str, str]) -> tuple[str, str, str]
     if told.by == "srun":
         address, source = _slurm_address(environment)
         return address, port or slurm_port(environment), source
-    if told.by == "SageMaker":
-        return min(json.loads(environment["SM_HOSTS"]), key=_by_number), port or PORT, "SM_HOSTS"
-    if told.by == "AWS Batch":
-        main = environment.get("AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS")  # the main node itself is not told it
-        return main or outward_address(), port or PORT, "AWS Batch"
     return _mpi_place(told)
 
 

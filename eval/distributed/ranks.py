@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from configs.errors import VernierError
 from configs.run.last_words import shortened
-from eval.distributed.environment import environment_ranks, load_mpi, local_world_size, meet, this_rank
+from eval.distributed.environment import environment_ranks, local_world_size, meet, this_rank
 
 WORDS = 512  # bytes that a rank may use to say what it found
 
@@ -35,7 +36,6 @@ class Ranks:
     local_rank: int
     device: torch.device
     control: Any  # process group of CPU tensors that waits as long as it takes
-    mpi: Any = None  # mpi4py's communicator, where MPI is all that can join ranks
 
     @property
     def first(self) -> bool:
@@ -43,8 +43,6 @@ class Ranks:
 
     def broadcast_int(self, value: int) -> int:
         """Rank 0's number, on every rank."""
-        if self.mpi is not None:
-            return int(self.broadcast(torch.tensor([value], dtype=torch.int64)).item())
         box = torch.tensor([value], dtype=torch.int64)
         dist.broadcast(box, src=0, group=self.control)
         return int(box.item())
@@ -53,33 +51,21 @@ class Ranks:
         """Memory that this rank may take: what its GPU has free, or its part of what this machine has."""
         if self.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.device)[0])
-        with open("/proc/meminfo") as file:
-            available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-        return available * 1024 // local_world_size()
+        return int(psutil.virtual_memory().available) // local_world_size()
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's CPU tensor, on every rank; shape and dtype are known to all."""
-        if self.mpi is not None:
-            self.mpi.Bcast(tensor.numpy(), root=0)  # in place, as a buffer
-            return tensor
         dist.broadcast(tensor, src=0, group=self.control)
         return tensor
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a CPU tensor. Exact where no two ranks have the same place other than zero."""
-        if self.mpi is not None:
-            summed = torch.empty_like(tensor)
-            self.mpi.Allreduce(tensor.contiguous().numpy(), summed.numpy())
-            return summed
         joined = tensor.to(self.device)
         dist.all_reduce(joined)
         return joined.cpu()
 
     def barrier(self) -> None:
         """Waits for every rank, on the CPU."""
-        if self.mpi is not None:
-            self.mpi.Barrier()
-            return
         dist.all_reduce(torch.zeros(1), group=self.control)
 
     def agree(self, good: bool) -> bool:
@@ -88,8 +74,6 @@ class Ranks:
 
     def total(self, value: int) -> int:
         """The sum of a number over ranks."""
-        if self.mpi is not None:
-            return int(self.sum(torch.tensor([value], dtype=torch.int64)).item())
         box = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(box, group=self.control)
         return int(box.item())
@@ -99,10 +83,7 @@ class Ranks:
         rows = torch.zeros(self.world, WORDS, dtype=torch.int32)
         said = words.encode()[:WORDS]
         rows[self.rank, : len(said)] = torch.tensor(list(said), dtype=torch.int32)
-        if self.mpi is not None:
-            rows = self.sum(rows)
-        else:
-            dist.all_reduce(rows, group=self.control)
+        dist.all_reduce(rows, group=self.control)
         heard = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows.tolist()]
         return next(((rank, one) for rank, one in enumerate(heard) if one), (-1, ""))
 
@@ -133,7 +114,7 @@ def seed_everything(seed: int) -> None:
 def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
     """Joins the process group that the environment describes: NCCL on GPUs, gloo on CPU.
 
-    Where torch has no collectives, MPI joins tables itself. Who the others are: see `eval.distributed.environment`.
+    Who the others are: see `eval.distributed.environment`.
 
     Args:
         threads: CPU threads of this rank.
@@ -149,9 +130,6 @@ def join(threads: int, *, timeout_s: float = 1800.0) -> Ranks:
     device = torch.device("cuda", number) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if not dist.is_available() or os.environ.get("VERNIER_JOIN") == "mpi":
-        communicator = load_mpi().COMM_WORLD
-        return Ranks(communicator.rank, communicator.size, local_rank, device, None, communicator)
     meet()
     for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", number)):
         os.environ[name] = str(value)  # DeepSpeed asks for them also where one process is all
@@ -180,7 +158,7 @@ def _gpu(rank: int, local_rank: int) -> int:
 
 def leave() -> None:
     """Ends the process group, and MPI where it was started: mpirun takes a process that did not end it for dead."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
     if "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].Finalize()

@@ -228,10 +228,11 @@ def _data_facts(config: Config) -> dict[str, Any] | None:
     return found
 
 
-def machine_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """Bytes of memory of this machine, or of the container where that has less."""
-    with open(meminfo) as file:
-        total = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal:"))
+def machine_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Bytes of memory of this machine, or of the container where that has less, which psutil does not know."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
     try:
         return min(total, int(limit.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit

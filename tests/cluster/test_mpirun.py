@@ -5,11 +5,10 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, table_of, vernier
+from conftest import vernier
 
 pytestmark = pytest.mark.cluster
 
@@ -46,27 +45,6 @@ def test_mpirun_makes_the_same_bits_as_torchrun(ranks: int, tiny_run: Path, tiny
 def _scored_by_one(model: Path, data: Path, tmp_path: Path) -> Path:
     vernier("eval", model, "--reference", data / "reference", "--out", tmp_path / "one")
     return next((tmp_path / "one").glob("*.parquet"))
-
-
-def test_mpi_itself_joins_tables_where_torch_cannot(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    table = tmp_path / "t@causal.fp32.parquet"
-    command = ["mpirun", "-n", "2", sys.executable, "-m", "eval", "--reference", str(tiny_data / "reference")]
-    command += ["--models", str(tiny_run / "snapshots" / "step-00000020"), "--tables", str(table)]
-    environment = {**os.environ, **LOOPBACK, "VERNIER_JOIN": "mpi", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
-    environment["HWLOC_COMPONENTS"] = "-gl"
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    from eval.tables import read_table
-
-    assert (read_table(table).loss == read_table(table_of(tiny_run, 20)).loss).all()
-
-
-def test_vernier_eval_joins_tables_by_mpi_alone(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    model = tiny_run / "snapshots" / "step-00000020"
-    options = ["--reference", tiny_data / "reference", "--nproc", 2, "--by", "mpirun", "--out", tmp_path]
-    vernier("eval", model, *options, env={**os.environ, **LOOPBACK, "VERNIER_JOIN": "mpi"})
-    (table,) = tmp_path.glob("*.parquet")
-    assert table.read_bytes() == table_of(tiny_run, 20).read_bytes()
 
 
 def test_a_tensorboard_on_its_port_does_not_keep_mpirun_waiting() -> None:

@@ -156,7 +156,7 @@ class Saver:
             given_up: nothing can be saved any more; on every rank.
         """
         # New collectives beside those of the steps need a group of their own.
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if ranks.mpi is None else None
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self.ranks = replace(ranks, control=group)
         self.background, self.check_current, self.tell, self.given_up = background, check_current, tell, given_up
         self.failed = 0  # in a row

@@ -65,7 +65,11 @@ _reached: Counter[str] = Counter()
 
 
 def reached(point: str) -> None:
-    """This process has come to a named place."""
+    """This process has come to a named place.
+
+    Raises:
+        RuntimeError: asked to raise there.
+    """
     faults = asked()
     if faults is None:
         return

@@ -68,7 +68,11 @@ def logs_of(arguments: list[str]) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one rank; gives the exit code."""
+    """Runs one rank; gives the exit code.
+
+    Raises:
+        ConfigError: neither a config nor models were given.
+    """
     die_with_parent()
     open_streams()
     asked = parse(sys.argv[1:] if arguments is None else arguments)

@@ -75,6 +75,34 @@ def test_files_and_folders_are_small_enough_to_take_in() -> None:
     assert {str(folder): count for folder, count in folders.items() if count > MOST_FILES} == {}
 
 
+def raises(function: ast.FunctionDef) -> bool:
+    """Whether a function's own body raises anew; what is raised in functions inside of it is theirs."""
+    left: list[ast.AST] = list(function.body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            return True
+        if not isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
+            left += ast.iter_child_nodes(node)
+    return False
+
+
+def test_public_functions_say_what_they_raise() -> None:
+    silent = []
+    for module, file in modules().items():
+        if module == "launcher.cli":  # their docstrings are what --help shows
+            continue
+        tree = ast.parse(file.read_text())
+        owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        for node in (node for owner in owners for node in owner.body if isinstance(node, ast.FunctionDef)):
+            # YAML's constructors are called by PyYAML; pydantic says for its validators which key is wrong.
+            ours = not node.name.startswith(("_", "construct_", "compose_"))
+            ours = ours and "validator" not in "".join(map(ast.unparse, node.decorator_list))
+            if ours and raises(node) and not re.search(r"[Rr]aises|[Rr]efuse", ast.get_docstring(node) or ""):
+                silent.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert silent == []
+
+
 def imports_of(file: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):

@@ -384,6 +384,9 @@ def gate_holds(comparison: Comparison, gate: Gate, margin_percent: float = 0.0) 
     """Whether the upper 95 % bound of B − A is below −margin (better) or below margin (not-worse).
 
     Identical tables are not worse at any margin, zero included.
+
+    Raises:
+        ConfigError: there is no such gate.
     """
     upper = comparison.difference.ci95_percent[1]
     if gate == "better":

@@ -31,8 +31,6 @@ from eval.statistics.sequential import (
     first_look,
     mixture_rho,
     mixture_width,
-    obrien_fleming_bounds,
-    obrien_fleming_constant,
 )
 from eval.statistics.wobble import wobble_percent
 
@@ -66,8 +64,6 @@ __all__ = [
     "mean_over_blocks",
     "mixture_rho",
     "mixture_width",
-    "obrien_fleming_bounds",
-    "obrien_fleming_constant",
     "paired_difference",
     "power_for",
     "samples_needed",

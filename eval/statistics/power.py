@@ -24,6 +24,9 @@ def samples_needed(sd: float, delta: float, alpha: float = 0.05, power: float = 
     """Independent samples to see a difference `delta` when paired differences have spread `sd` (same unit).
 
     n = ((z_{1−α/2} + z_power)·sd/δ)², rounded up; with clusters, `sd` is SE·√n of a pilot.
+
+    Raises:
+        ValueError: `delta` is 0: no number of samples shows that.
     """
     if delta == 0:
         raise ValueError("delta: no number of samples shows a difference of 0")

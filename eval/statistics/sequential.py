@@ -1,4 +1,4 @@
-"""Looking while documents come in: an interval that holds at all looks at once, and bounds for planned looks.
+"""Looking while documents come in: an interval that holds at all looks at once.
 
 Documents must come in random order: in order of difficulty no guarantee is left. For looks along a training run, each
 of which scores the whole set anew, see `power.spent_alpha`.
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri, roots_legendre
 
 from configs.errors import DataError
 
@@ -111,42 +109,6 @@ def excludes(sequence: ConfidenceSequence, point: float = 0.0) -> NDArray[np.boo
 def first_look(hit_K: NDArray[np.bool_]) -> Integers:
     """Index of the first look that is true, −1 where none is; […]."""
     return np.where(hit_K.any(-1), hit_K.argmax(-1), -1)
-
-
-@lru_cache(maxsize=64)
-def obrien_fleming_constant(looks: int, alpha: float = 0.05) -> float:
-    """C at which P(|z_k| > C·sqrt(K/k) at any of K = `looks` equally spaced looks) = α.
-
-    O'Brien & Fleming, Biometrics 35, 1979; the probability by the recursion of Armitage, McPherson & Rowe, J. R.
-    Statist. Soc. A 132, 1969: f_1 = N(0, 1/K), f_{k+1}(x) = ∫_{−C}^{C} f_k(u)·φ_{1/K}(x − u) du. C lies between
-    z_{1−α/2} (one look) and z_{1−α/4} (looks without end, reflection principle).
-    """
-    if looks < 1:
-        raise ValueError(f"looks: {looks} is not a number of looks")
-    from scipy.optimize import brentq  # half the time of importing the rest, and needed here alone
-
-    lowest, highest = float(ndtri(1 - alpha / 2)), float(ndtri(1 - alpha / 4))
-    if looks == 1:
-        return lowest
-    nodes, weights = roots_legendre(64 + 12 * math.ceil(math.sqrt(looks)))  # several nodes a step's sd
-
-    def excess(bound: float) -> float:
-        x = bound * nodes
-        step = np.exp(-looks * (x[:, None] - x[None, :]) ** 2 / 2) * math.sqrt(looks / (2 * math.pi))
-        density = np.exp(-looks * x**2 / 2) * math.sqrt(looks / (2 * math.pi))
-        for _ in range(looks - 1):
-            density = step @ (bound * weights * density)
-        return 1 - float(bound * weights @ density) - alpha
-
-    return float(brentq(excess, lowest, highest, xtol=1e-9))
-
-
-def obrien_fleming_bounds(looks: int, alpha: float = 0.05) -> Floats:
-    """Bounds on |z_k| for the looks k = 1 … K at equal steps of information: C·sqrt(K/k); [K].
-
-    O'Brien & Fleming, Biometrics 35, 1979. The last is little above z_{1−α/2}; the number of looks must be planned.
-    """
-    return obrien_fleming_constant(looks, alpha) * np.sqrt(looks / np.arange(1, looks + 1))
 
 
 def _running(x_C: Floats, looks_K: Integers) -> Floats:

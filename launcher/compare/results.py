@@ -168,7 +168,8 @@ class TrainingResult:
         print_training(self.found, console)
 
     def rows(self) -> list[dict[str, Any]]:
-        raise NotImplementedError  # --parquet is refused with --training
+        """Raises ConfigError: a curve has no rows of its own."""
+        raise ConfigError("--parquet: training curves have no rows")
 
     def plot(self, folder: Path) -> list[Path]:
         from launcher.compare.training import PLOT, draw_training
@@ -194,7 +195,11 @@ def compare_targets(targets: list[str], options: Options) -> Result:
 
 
 def compare_pair(targets: list[str], options: Options) -> PairResult:
-    """Compares two tables, with what else is asked of them."""
+    """Compares two tables, with what else is asked of them.
+
+    Raises:
+        ConfigError: the reference set is needed and cannot be found.
+    """
     from eval.compare.along_run import with_wobble
     from eval.compare.pair import compare_tables
     from eval.compare.targets import find_reference, find_tables

@@ -83,7 +83,11 @@ def make_plan(source: str, overrides: list[str], site: Site, flags: tuple[str, .
 
 
 def plan_of(config: Config, site: Site, flags: tuple[str, ...] = ()) -> JobPlan:
-    """As `make_plan`, of settings that are read already."""
+    """As `make_plan`, of settings that are read already.
+
+    Raises:
+        ConfigError: the settings do not add up over the ranks, or leave no time to train.
+    """
     asked = config.launch
     gpus = asked.gpus_per_node if asked.gpus_per_node is not None else site.gpus_per_node or 0
     ranks = asked.ranks_per_node or gpus or config.nproc or 1

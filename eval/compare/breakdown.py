@@ -195,7 +195,20 @@ def group_sources(sources: Sequence[str], most: int = MOST_ROWS, least: int = LE
     """
     paths = [re.sub(r"^\w+://|#[^/]*$", "", source).strip("/").split("/") for source in sources]
     shared = _shared_folders(paths)
-    paths = [path[max(0, shared - 1) :] for path in paths]
+    labels = _by_folder([path[max(0, shared - 1) :] for path in paths], least)
+    counts = Counter(labels)
+    labels = [label if counts[label] >= least else OTHERS for label in labels]
+    ranked = _by_size(labels)
+    kept = set(ranked if len(ranked) <= most else [r for r in ranked if r != OTHERS][: most - 1])
+    labels = [label if label in kept else OTHERS for label in labels]
+    if labels.count(OTHERS) == 1 and len(set(labels)) > 1:  # one document has no error bar: the smallest joins it
+        smallest = [label for label in _by_size(labels) if label != OTHERS][-1]
+        labels = [OTHERS if label == smallest else label for label in labels]
+    return labels
+
+
+def _by_folder(paths: list[list[str]], least: int) -> list[str]:
+    """A label for each path: two parts of it where `least` have them, else the first, or what is the rest of that."""
     labels = ["/".join(path[:2]) for path in paths]
     counts = Counter(labels)
     split = {path[0] for path, label in zip(paths, labels, strict=True) if counts[label] >= least and len(path) > 1}
@@ -204,14 +217,6 @@ def group_sources(sources: Sequence[str], most: int = MOST_ROWS, least: int = LE
         if counts[label] < least:
             rest = OTHERS if one else f"{path[0]} (rest)"  # the rest of the only one is simply the rest
             labels[at] = rest if path[0] in split else path[0]
-    counts = Counter(labels)
-    labels = [label if counts[label] >= least else OTHERS for label in labels]
-    ranked = _by_size(labels)
-    kept = set(ranked if len(ranked) <= most else [r for r in ranked if r != OTHERS][: most - 1])
-    labels = [label if label in kept else OTHERS for label in labels]
-    if 0 < labels.count(OTHERS) < 2 and len(set(labels)) > 1:  # one document has no error bar: the smallest joins it
-        smallest = [label for label in _by_size(labels) if label != OTHERS][-1]
-        labels = [OTHERS if label == smallest else label for label in labels]
     return labels
 
 

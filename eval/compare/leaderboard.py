@@ -191,6 +191,17 @@ def letters(names: Sequence[str], alike: Callable[[str, str], bool]) -> dict[str
     Args:
         names: no two the same; letters are given from the first on.
     """
+    cliques = _cliques(names, alike)
+    plain = len(cliques) <= 26
+    words = [_letter(i) for i in range(len(cliques))]
+    return {
+        name: ("" if plain else " ").join(word for word, clique in zip(words, cliques, strict=True) if name in clique)
+        for name in names
+    }
+
+
+def _cliques(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
+    """Sets of names that are all alike to each other; every pair that is alike is in one, and every name."""
     cliques: list[list[str]] = []
     for at, name in enumerate(names):
         partners = [other for other in names[at + 1 :] if alike(name, other)]
@@ -206,12 +217,7 @@ def letters(names: Sequence[str], alike: Callable[[str, str], bool]) -> dict[str
             open_ones = [other for other in open_ones if other not in clique]
             if not open_ones:
                 break
-    plain = len(cliques) <= 26
-    words = [_letter(i) for i in range(len(cliques))]
-    return {
-        name: ("" if plain else " ").join(word for word, clique in zip(words, cliques, strict=True) if name in clique)
-        for name in names
-    }
+    return cliques
 
 
 def _letter(index: int) -> str:

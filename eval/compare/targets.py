@@ -141,17 +141,6 @@ def _options(target: Target) -> dict[Scale, dict[int, Path]]:
     return here
 
 
-def resolve_target(text: str) -> LossTable:
-    """The table that an argument means by itself: of a run, its last step, as it was scored most often.
-
-    Raises:
-        DataError: no such thing, or not scored; names the steps that are.
-    """
-    found = _options(parse_target(text))
-    tables = max(found.values(), key=len)
-    return read_table(tables[max(tables)])
-
-
 def resolve_scale(text: str, scale: Scale) -> Path:
     """The table that an argument means, scored in the way `scale`: of a run, its last step so scored.
 
@@ -163,12 +152,6 @@ def resolve_scale(text: str, scale: Scale) -> Path:
     if tables is None:
         raise DataError(f"{text}: is not scored as {scale.words}, but {', '.join(one.words for one in found)}")
     return tables[max(tables)]
-
-
-def resolve_pair(first: str, second: str) -> tuple[LossTable, LossTable, tuple[str, str]]:
-    """The two tables to compare and what to call them; see `find_tables`."""
-    a, b = find_tables([first, second])
-    return read_table(a.path), read_table(b.path), (a.name, b.name)
 
 
 def find_tables(texts: Sequence[str]) -> list[Found]:
@@ -183,7 +166,22 @@ def find_tables(texts: Sequence[str]) -> list[Found]:
     targets = [parse_target(text) for text in texts]
     options = [_options(target) for target in targets]
     runs_alone = len(targets) > 1 and all(target.run is not None and target.step is None for target in targets)
-    best: tuple[tuple[int, ...], list[dict[int, Path]], list[int]] | None = None
+    paths = _best_paths(options, runs_alone=runs_alone)
+    if paths is None:
+        raise DataError(
+            "compare: no step is scored in "
+            + ("both" if len(targets) == 2 else f"all {len(targets)}")
+            + "".join(f"; {text}: {_have(found.values())}" for text, found in zip(texts, options, strict=True))
+        )
+    return [
+        Found(target.text, name, path, *_home(target, path))
+        for target, path, name in zip(targets, paths, _names(targets, paths), strict=True)
+    ]
+
+
+def _best_paths(options: list[dict[Scale, dict[int, Path]]], *, runs_alone: bool) -> list[Path] | None:
+    """A table of each target, scored as alike as can be; None where runs without a step have none in common."""
+    best: tuple[tuple[int, ...], list[Path]] | None = None
     for wanted in dict.fromkeys(scale for found in options for scale in found):
         chosen = [min(found, key=lambda scale: _alike(scale, wanted), default=wanted) for found in options]
         tables = [found[scale] for found, scale in zip(options, chosen, strict=True)]
@@ -196,19 +194,8 @@ def find_tables(texts: Sequence[str]) -> list[Found]:
             len(common) if runs_alone else sum(map(len, tables)),
         )
         if best is None or rank > best[0]:
-            best = rank, tables, steps
-    if best is None:
-        raise DataError(
-            "compare: no step is scored in "
-            + ("both" if len(targets) == 2 else f"all {len(targets)}")
-            + "".join(f"; {text}: {_have(found.values())}" for text, found in zip(texts, options, strict=True))
-        )
-    _, tables, steps = best
-    paths = [by_step[step] for by_step, step in zip(tables, steps, strict=True)]
-    return [
-        Found(target.text, name, path, *_home(target, path))
-        for target, path, name in zip(targets, paths, _names(targets, paths), strict=True)
-    ]
+            best = rank, [by_step[step] for by_step, step in zip(tables, steps, strict=True)]
+    return None if best is None else best[1]
 
 
 def _alike(scale: Scale, wanted: Scale) -> tuple[bool, bool, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,24 +140,31 @@ def _cut_off(facts: dict[int, Facts]) -> list[tuple[int, str]]:
 
 def _unequal(facts: dict[int, Facts], gpus: int | None) -> list[tuple[int, str]]:
     """Nodes with other versions, settings or devices than most; where it is even, than the first."""
-    found = []
+    return [*_other_versions(facts), *_other_counts(facts, gpus), *_other_kinds(facts)]
+
+
+def _other_versions(facts: dict[int, Facts]) -> Iterator[tuple[int, str]]:
     told = {rank: one["versions"] for rank, one in facts.items() if "versions" in one}
     for key in sorted({key for one in told.values() for key in one}):
         known = {rank: one.get(key) for rank, one in told.items() if one.get(key) != UNKNOWN}
         usual = _most(known, lambda value: value)
         what = "reads other settings and job scripts in the run's folder" if key == "config" else f"has {key}"
-        found += [(rank, f"{what} {value}, the others {usual}") for rank, value in known.items() if value != usual]
+        yield from ((rank, f"{what} {value}, the others {usual}") for rank, value in known.items() if value != usual)
+
+
+def _other_counts(facts: dict[int, Facts], gpus: int | None) -> Iterator[tuple[int, str]]:
     counts = {rank: one["gpu_count"] for rank, one in facts.items() if "gpu_count" in one}
     wanted = gpus if gpus is not None else _most(counts, lambda one: one)
     for rank, count in counts.items():
         if wanted is not None and (count < wanted or (gpus is None and count != wanted)):
             whose = "should have" if gpus is not None else "the others have"
-            found.append((rank, f"has {count} {'GPU' if count == 1 else 'GPUs'}, {whose} {wanted}"))
+            yield rank, f"has {count} {'GPU' if count == 1 else 'GPUs'}, {whose} {wanted}"
+
+
+def _other_kinds(facts: dict[int, Facts]) -> Iterator[tuple[int, str]]:
     kinds = {rank: one["speed"]["kind"] for rank, one in facts.items() if "kind" in one.get("speed", {})}
     usual = _most(kinds, lambda one: one)
-    return found + [
-        (rank, f"computes on {kind}, the others on {usual}") for rank, kind in kinds.items() if kind != usual
-    ]
+    yield from ((rank, f"computes on {kind}, the others on {usual}") for rank, kind in kinds.items() if kind != usual)
 
 
 def _most(values: dict[int, Any], of: Callable[[Any], Any]) -> Any:

@@ -13,9 +13,9 @@ import pytest
 
 from configs.errors import DataError
 from eval.compare.pair import compare_tables, gate_holds
-from eval.compare.targets import parse_target, resolve_pair, resolve_target
+from eval.compare.targets import find_tables, parse_target
 from eval.statistics import by_cluster, paired_difference, sign_flip
-from eval.tables import LossTable, write_table
+from eval.tables import LossTable, read_table, write_table
 
 REFERENCE = "0123abcd" + "0" * 56
 SIDE = {"name", "loss", "se", "samples", "documents", "tokens"}
@@ -25,6 +25,16 @@ DIFFERENCE = {
 }
 TOP = {"a", "b", "difference", "verdict", "limited_by", "wobble_percent"}
 ADDED = {"unit", "paired_by", "reference", "cautions"}
+
+
+def resolve_pair(first: str, second: str):
+    """The two tables that are meant, and what they are called."""
+    a, b = find_tables([first, second])
+    return read_table(a.path), read_table(b.path), (a.name, b.name)
+
+
+def resolve_target(text: str):
+    return resolve_pair(text, text)[0]
 
 
 def a_table(

@@ -131,18 +131,18 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
 
     Raises:
         ConfigError: tables and models do not go together, or what is there is of another model.
-        StoppedByAnotherRank: another rank refused it.
+        PeerFailure: another rank refused it.
     """
     import torch
 
     from eval.distributed.environment import meet
-    from eval.distributed.ranks import StoppedByAnotherRank, join, leave
+    from eval.distributed.ranks import PeerFailure, join, leave
     from eval.reference.set import load_reference
     from eval.scoring.models import check_fits, check_model
     from eval.scoring.once import Scoring, score_models
 
     ranks = join(asked.threads)
-    if asked.log_dir or ranks.first:
+    if asked.log_dir or ranks.is_rank_zero:
         print(meet().line(), file=sys.stdout if asked.log_dir else console, flush=True)
     check = not asked.checked and ranks.local_rank == 0  # the files, once on each machine
     problem: VernierError | None = None
@@ -153,8 +153,8 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
             check_fits(model, reference)
     except VernierError as error:
         problem = error
-    if not ranks.agree(problem is None):
-        raise problem or StoppedByAnotherRank("another rank refused what is to be scored")
+    if not ranks.all_true(problem is None):
+        raise problem or PeerFailure("another rank refused what is to be scored")
     how = Scoring(
         dtype=asked.dtype or ("bf16" if torch.cuda.is_available() else "fp32"),
         objective=asked.objective,

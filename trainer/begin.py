@@ -15,7 +15,7 @@ from configs.run.directory import RunDir
 from configs.scheduler import current_job
 from configs.schema import Config
 from eval.distributed.environment import start_began
-from eval.distributed.ranks import Ranks, StoppedByAnotherRank
+from eval.distributed.ranks import PeerFailure, Ranks
 from trainer.check import check_run
 from trainer.checkpoint.resume_compat import check_changes, clear_unbegun, tell_forced
 from trainer.faults.lock import RunLock
@@ -49,10 +49,10 @@ def hold_run(context: Context) -> None:
 
     Raises:
         ConfigError: another trainer holds it.
-        StoppedByAnotherRank: so on the other ranks; or one of this rank-group has failed already.
+        PeerFailure: so on the other ranks; or one of this rank-group has failed already.
     """
     run, ranks = context.run, context.ranks
-    if ranks.first:
+    if ranks.is_rank_zero:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             run.check_files()
@@ -60,13 +60,13 @@ def hold_run(context: Context) -> None:
             context.lock.acquire(attempt)
             # What stands there is of another start, unless another rank of this one has failed already.
             if not run.take_up(None, since=start_began()):
-                raise StoppedByAnotherRank("another rank has failed before this one held the run")
+                raise PeerFailure("another rank has failed before this one held the run")
             context.attempt = attempt
         except BaseException:  # another trainer's run: its state is not ours to write
-            ranks.agree(False)
+            ranks.all_true(False)
             raise
-    if not ranks.agree(True):
-        raise StoppedByAnotherRank("the run is held by another trainer")
+    if not ranks.all_true(True):
+        raise PeerFailure("the run is held by another trainer")
 
 
 def begin_run(context: Context, config: Config, *, extend: bool, force: bool) -> tuple[dict[str, Any], Any]:
@@ -82,7 +82,7 @@ def begin_run(context: Context, config: Config, *, extend: bool, force: bool) ->
     # One rank tells, and none where `vernier` has told it already.
     tells = context.console is not None and not is_supervised()
     facts, hf = check_run(config, extend=extend, force=force, tell=context.tell if tells else None)
-    if ranks.first:
+    if ranks.is_rank_zero:
         if force and context.console is not None:
             tell_forced(run, check_changes(config, extend=extend, force=True), context.tell)
         if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
@@ -106,5 +106,5 @@ def _begin(run: RunDir, config: Config, attempt: int) -> None:
         write_atomic(run.config, dump_config(config), durable=True)
     facts = {"attempt": attempt, "steps": config.steps, "job": current_job(), "job_ended": None}
     if not run.take_up("running", since=start_began(), **facts):
-        raise StoppedByAnotherRank("another rank has failed before the run began")
+        raise PeerFailure("another rank has failed before the run began")
     run.add_event("started", f"attempt {attempt}", rank=0)

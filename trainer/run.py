@@ -28,7 +28,7 @@ from trainer.checkpoint.find_whole import find_whole_checkpoint
 from trainer.data.integrity import DataWatch
 from trainer.data.shards import Windows
 from trainer.engine.build import make_engine
-from trainer.engine.ema import MovingAverage
+from trainer.engine.ema import EmaWeights
 from trainer.faults.adaptations import adapted, adapting_to_memory, memory_errors, shared_adaptations
 from trainer.faults.dry_batch import fitted
 from trainer.faults.failure import record_failure
@@ -52,8 +52,8 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
     ranks = join(config.threads_per_rank or 1)
     reached("joined")
     set_determinism(bool(config.deterministic))
-    requests = stop_requests.Requests(run.stop_request, run.save_request, watch_files=ranks.first)
-    console = people(terminal, soft_wrap=True) if ranks.first else None
+    requests = stop_requests.Requests(run.stop_request, run.save_request, watch_files=ranks.is_rank_zero)
+    console = people(terminal, soft_wrap=True) if ranks.is_rank_zero else None
     context = Context(run, ranks, RunLock(run), requests, console)
     try:
         hold_run(context)
@@ -80,7 +80,7 @@ class Training:
             hf: the model's Hugging Face config.
         """
         run, ranks = context.run, context.ranks
-        if ranks.first:
+        if ranks.is_rank_zero:
             clear_up(run)
         adaptations = shared_adaptations(run, ranks)
         self.context, self.run, self.ranks, self.facts, self.hf = context, run, ranks, facts, hf
@@ -102,7 +102,7 @@ class Training:
         self.micro = micro_batch(self.config, ranks.world)
         self.accumulation = self.config.batch.global_ // (ranks.world * self.micro)
         decay = self.config.ema.decay
-        self.average = MovingAverage(self.engine, decay) if decay is not None else None
+        self.average = EmaWeights(self.engine, decay) if decay is not None else None
         self.data = Windows(self.config.data_dir, self.config.sequence_length)
         self.clock = Clock()
 
@@ -116,8 +116,8 @@ class Training:
         losses = recent_losses(run, ranks, step, config.guards.spike_steps)
         self.data_watch = DataWatch(config.data_dir, step, active=ranks.local_rank == 0)
         inline = InlineScoring(self.engine, config, self.hf, ranks) if config.eval.placement == "inline" else None
-        metrics = self._open_outputs() if ranks.first else None
-        if ranks.first and self.checkpoint is not None:
+        metrics = self._open_outputs() if ranks.is_rank_zero else None
+        if ranks.is_rank_zero and self.checkpoint is not None:
             self._tell_resumed(written_by)
         self.checkpointer = Checkpointer(
             self.engine,
@@ -185,7 +185,7 @@ class Training:
         """Says in the run's state how it ended; gives the exit code."""
         code = stop_requests.exit_code(outcome.interrupted) if outcome.stopped else EXIT_DONE
         step = outcome.clock.step
-        if self.ranks.first:
+        if self.ranks.is_rank_zero:
             if not outcome.stopped:  # asked for after the last look: the last step has its snapshot and checkpoint
                 self.context.requests.saved()
             self.run.stop_request.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ CLOCK_S = 0.05  # to which a process's start is known
 
 
 @dataclass(frozen=True)
-class Told:
+class RankIdentity:
     """This process among its peers, and who says so."""
 
     by: str
@@ -41,7 +41,7 @@ class Told:
 class Meeting:
     """Who this process is, and where its rank-group meets."""
 
-    told: Told
+    told: RankIdentity
     address: str = ""
     port: str = ""
     source: str = ""
@@ -95,7 +95,7 @@ LAUNCHERS = (
 )
 
 
-def told_by(environment: Mapping[str, str]) -> Told:
+def told_by(environment: Mapping[str, str]) -> RankIdentity:
     """Who the environment says this process is; a process started alone is rank 0 of 1, told by "".
 
     Raises:
@@ -107,15 +107,15 @@ def told_by(environment: Mapping[str, str]) -> Told:
                 return _told(launcher, environment)
             except (ValueError, IndexError) as error:
                 raise VernierError(f"the environment's variables of this rank make no sense: {error}") from None
-    return Told("", 0, 1, 0, 1)
+    return RankIdentity("", 0, 1, 0, 1)
 
 
-def _told(launcher: Launcher, environment: Mapping[str, str]) -> Told:
+def _told(launcher: Launcher, environment: Mapping[str, str]) -> RankIdentity:
     rank, world = int(environment[launcher.rank]), int(environment[launcher.world])
     here = environment.get(launcher.local_world, "")
     if launcher.local_world == "SLURM_STEP_TASKS_PER_NODE" and here:
         here = str(tasks_per_node(here)[int(environment.get("SLURM_NODEID", "0"))])
-    return Told(launcher.name, rank, world, int(environment.get(launcher.local_rank, "0")), int(here or world))
+    return RankIdentity(launcher.name, rank, world, int(environment.get(launcher.local_rank, "0")), int(here or world))
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -133,7 +133,7 @@ def first_of(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
-def place_of(told: Told, environment: Mapping[str, str]) -> tuple[str, str, str]:
+def place_of(told: RankIdentity, environment: Mapping[str, str]) -> tuple[str, str, str]:
     """(address, port, where they are from) of rank 0, the same on every rank.
 
     Raises:
@@ -220,7 +220,7 @@ def load_mpi() -> Any:
     return MPI
 
 
-def _mpi_place(told: Told) -> tuple[str, str, str]:
+def _mpi_place(told: RankIdentity) -> tuple[str, str, str]:
     """A free port of rank 0's machine, told to all by MPI."""
     communicator = load_mpi().COMM_WORLD
     if communicator.size != told.world:
@@ -261,7 +261,7 @@ def _address_of(host: str) -> str:
 
 
 @cache
-def this_rank() -> Told:
+def this_rank() -> RankIdentity:
     """Who this process is. Asked once: what follows puts torchrun's variables into the environment."""
     return told_by(os.environ)
 

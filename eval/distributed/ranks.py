@@ -23,7 +23,7 @@ from eval.distributed.environment import environment_ranks, local_world_size, me
 WORDS = 512  # bytes that a rank may use to say what it found
 
 
-class StoppedByAnotherRank(VernierError):
+class PeerFailure(VernierError):
     """This rank ends because another did, which has told why."""
 
 
@@ -38,7 +38,7 @@ class Ranks:
     control: Any  # process group of CPU tensors that waits as long as it takes
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def broadcast_int(self, value: int) -> int:
@@ -68,17 +68,17 @@ class Ranks:
         """Waits for every rank, on the CPU."""
         dist.all_reduce(torch.zeros(1), group=self.control)
 
-    def agree(self, good: bool) -> bool:
+    def all_true(self, good: bool) -> bool:
         """Whether `good` holds on every rank."""
-        return self.total(int(not good)) == 0
+        return self.sum_int(int(not good)) == 0
 
-    def total(self, value: int) -> int:
+    def sum_int(self, value: int) -> int:
         """The sum of a number over ranks."""
         box = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(box, group=self.control)
         return int(box.item())
 
-    def first_words(self, words: str) -> tuple[int, str]:
+    def first_message(self, words: str) -> tuple[int, str]:
         """(rank, what it says) of the lowest rank that says anything, on every rank; (-1, "") where none does."""
         rows = torch.zeros(self.world, WORDS, dtype=torch.int32)
         said = words.encode()[:WORDS]

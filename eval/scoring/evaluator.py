@@ -201,7 +201,7 @@ def score_snapshot(
             check_fits(directory, reference)
     except DataError as error:
         problem = str(error)
-    if not ranks.agree(not problem):
+    if not ranks.all_true(not problem):
         return problem or f"{directory}: refused by another rank"
     how = Scoring(dtype=dtype, weights=weights, threads=threads)
     opened = None
@@ -209,7 +209,7 @@ def score_snapshot(
         opened = open_scorer([directory], reference, ranks, how)
     except DataError as error:
         problem = str(error)
-    if not ranks.agree(not problem) or opened is None:
+    if not ranks.all_true(not problem) or opened is None:
         return problem or f"{directory}: refused by another rank"
     scorer, model, sharded = opened
     meta = table_meta(
@@ -237,7 +237,7 @@ def watch(config: Config, ranks: Ranks) -> None:
     run = RunDir(config.run_dir)
     dtype = config.eval.dtype or "fp32"
     reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
-    scores = RunScores(run, reference, dtype) if ranks.first else None
+    scores = RunScores(run, reference, dtype) if ranks.is_rank_zero else None
     if scores is not None:
         scores.tell_untold()
     while True:

@@ -34,7 +34,7 @@ def score_models(
         DataError: a model cannot be scored so.
     """
     name = (parse_table_name(table.name) or (table.stem,))[0]
-    if how.fresh and ranks.first:
+    if how.fresh and ranks.is_rank_zero:
         clear(table)
         partial_path(table).unlink(missing_ok=True)
     ranks.barrier()
@@ -57,7 +57,7 @@ def score_models(
 
     def progress(done: int, of: int) -> None:
         nonlocal told
-        if ranks.first and time.monotonic() - told > TOLD_EVERY_S:
+        if ranks.is_rank_zero and time.monotonic() - told > TOLD_EVERY_S:
             told = time.monotonic()
             say(f"{name}: {100 * done // of} % scored")
 
@@ -71,10 +71,10 @@ def score_models(
             lockstep=sharded,
             on_batch=progress,
             journal=journal,
-            begun=_begun(table, meta) if ranks.first else None,
+            begun=_begun(table, meta) if ranks.is_rank_zero else None,
             look=look,
         )
-    if ranks.first:
+    if ranks.is_rank_zero:
         path = _write(table, found, look)
         loss = found.loss.sum() / found.tokens.sum()
         say(f"{name}: {loss:.4f} nats/token, {time.monotonic() - started:.1f} s -> {path}")

@@ -69,7 +69,7 @@ def _is_sharded(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
     if not plain:
         return False
     said, answer = "", 0
-    if ranks.first:
+    if ranks.is_rank_zero:
         try:
             answer = int(_chosen(models[0], reference, ranks, how) == "sharded")
         except ConfigError as error:

@@ -65,7 +65,7 @@ def score_reference(
         VernierError: a sample was scored by no rank, or by two.
     """
     scores = no_scores(len(reference.sample))
-    if ranks.first:
+    if ranks.is_rank_zero:
         _known_already(scores, reference, journal, begun)
     known_N = ranks.broadcast(scores.has().to(torch.uint8)).bool().numpy()
     joined: list[Scores] = []
@@ -84,7 +84,7 @@ def score_reference(
         _check_holes(joined[-1], start)
         if look is not None and stop < len(reference.sample):
             losses = np.concatenate([part.sums[:, 0].numpy() for part in joined])
-            if ranks.broadcast_int(int(look(stop, losses)) if ranks.first else 0):
+            if ranks.broadcast_int(int(look(stop, losses)) if ranks.is_rank_zero else 0):
                 break
     return _table(scorer, reference, joined, meta)
 

@@ -13,7 +13,7 @@ from configs.run.directory import RunDir
 from configs.scheduler import ACTIVE, NoAnswer, SlurmJob, slurm_jobs
 from launcher.jobs.log import read_jobs
 
-Told = dict[str, SlurmJob] | NoAnswer | None  # jobs by id; None: the scheduler was not asked
+SchedulerAnswer = dict[str, SlurmJob] | NoAnswer | None  # jobs by id; None: the scheduler was not asked
 WAITING = frozenset(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"))
 GONE, UNKNOWN = "gone", "unknown"  # Slurm does not know the job; it was not asked, or does not answer
 SUBMITTED = ("submitted", "successor")
@@ -51,12 +51,12 @@ def is_unanswered(job: dict[str, Any]) -> bool:
     return bool(job["state"] == UNKNOWN and job["backend"] == "slurm")
 
 
-def known_job(told: Told, job: str) -> SlurmJob | None:
+def known_job(told: SchedulerAnswer, job: str) -> SlurmJob | None:
     """What Slurm says of a job; None where it says nothing."""
     return told.get(job) if isinstance(told, dict) else None
 
 
-def ask_scheduler(runs: Iterable[RunDir]) -> Told:
+def ask_scheduler(runs: Iterable[RunDir]) -> SchedulerAnswer:
     """What Slurm says of the newest jobs of all these runs. It is not asked where none has any."""
     wanted = set()
     for run in runs:
@@ -68,7 +68,7 @@ def ask_scheduler(runs: Iterable[RunDir]) -> Told:
     return slurm_jobs(wanted) if wanted else {}
 
 
-def jobs_of(lines: list[dict[str, Any]], told: Told) -> RunJobs:
+def jobs_of(lines: list[dict[str, Any]], told: SchedulerAnswer) -> RunJobs:
     """The newest jobs of a run.
 
     Args:
@@ -112,7 +112,7 @@ def _newest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in (train, scores) if line is not None]
 
 
-def _joined(line: dict[str, Any], told: Told) -> dict[str, Any]:
+def _joined(line: dict[str, Any], told: SchedulerAnswer) -> dict[str, Any]:
     job, backend = str(line["job"]), str(line.get("backend") or "slurm")
     known = known_job(told, job) if backend == "slurm" else None
     missing = GONE if isinstance(told, dict) and backend == "slurm" else UNKNOWN

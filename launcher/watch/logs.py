@@ -22,7 +22,7 @@ from configs.files.opening import open_to_read
 from configs.run.directory import RunDir, is_locked
 from configs.run.last_words import of_rank
 from launcher.jobs.log import job_ids, read_jobs
-from launcher.jobs.status import Told, ask_scheduler, is_active, is_unanswered, may_be_active
+from launcher.jobs.status import SchedulerAnswer, ask_scheduler, is_active, is_unanswered, may_be_active
 from launcher.text import say
 from launcher.watch.run_index import NAMED, find_all
 from launcher.watch.run_status import facts_of
@@ -267,7 +267,7 @@ class Standing:
     def __init__(self, run: RunDir, *, evaluator: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.run, self.evaluator, self.clock = run, evaluator, clock
         self.looked = self.asked = -1e9
-        self.told: Told = None
+        self.told: SchedulerAnswer = None
         self.since: float | None = None  # when it was first seen ended
         self.words = ""
 

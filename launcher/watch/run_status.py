@@ -25,7 +25,7 @@ from configs.run.last_words import tail_lines
 from configs.run.script_ends import script_end
 from eval.scored import loss_tables
 from launcher.jobs.log import DAMAGED, read_jobs
-from launcher.jobs.status import RunJobs, Told, jobs_of
+from launcher.jobs.status import RunJobs, SchedulerAnswer, jobs_of
 from launcher.watch.run_index import is_run, is_sweep, members_of
 from launcher.watch.standing import WITH_CHECKPOINT, Observed, Standing, standing
 from launcher.watch.tensorboard import live_board
@@ -124,7 +124,7 @@ def read_events(run: RunDir) -> list[dict[str, Any]]:
     return tail_lines(run.events, most_bytes=EVENTS_BYTES)
 
 
-def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Told = None) -> RunFacts:
+def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: SchedulerAnswer = None) -> RunFacts:
     """How a run stands now.
 
     Args:

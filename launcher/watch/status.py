@@ -16,7 +16,7 @@ from configs.console import printable
 from configs.errors import EXIT_DONE, DataError
 from configs.run.directory import RunDir
 from configs.scheduler import NoAnswer
-from launcher.jobs.status import UNKNOWN, Told, ask_scheduler, described
+from launcher.jobs.status import UNKNOWN, SchedulerAnswer, ask_scheduler, described
 from launcher.text import duration, new_table, plus_minus, print_table, say
 from launcher.watch.events import SHOWN, event_rows, print_events
 from launcher.watch.run_index import find_all, known, remember
@@ -88,7 +88,7 @@ def _chosen(named: list[Path]) -> tuple[list[RunDir], list[str]]:
     return found, odd
 
 
-def _facts(run: RunDir, scheduler: Told) -> tuple[RunFacts, list[dict[str, Any]]]:
+def _facts(run: RunDir, scheduler: SchedulerAnswer) -> tuple[RunFacts, list[dict[str, Any]]]:
     """(how a run stands, its events); a file that is not as we write it must not hide the other runs."""
     told: list[dict[str, Any]] = []
     try:

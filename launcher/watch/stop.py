@@ -26,7 +26,7 @@ from configs.run.directory import RunDir, is_locked
 from configs.scheduler import NoAnswer
 from launcher.jobs.log import add_job
 from launcher.jobs.plan import SAVE_PATIENCE_S
-from launcher.jobs.status import UNKNOWN, WAITING, Told, ask_scheduler, described, is_active, is_unanswered
+from launcher.jobs.status import UNKNOWN, WAITING, SchedulerAnswer, ask_scheduler, described, is_active, is_unanswered
 from launcher.text import duration, say
 from launcher.watch.run_index import find_all
 from launcher.watch.run_status import RunFacts, facts_of
@@ -49,7 +49,7 @@ class Watch:
 
     run: RunDir
     console: Console
-    told: Told = None
+    told: SchedulerAnswer = None
     asked: float = -1e9
     said: str = ""
     reminded: float = field(default_factory=time.monotonic)

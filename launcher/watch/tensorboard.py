@@ -31,7 +31,7 @@ from configs.run.directory import RunDir
 from configs.scheduler import current_job, node_name
 from launcher.backends.process import TERM_GRACE_S, end, last_lines, start
 from launcher.jobs.log import read_jobs
-from launcher.jobs.status import Told, ask_scheduler, jobs_of, known_job
+from launcher.jobs.status import SchedulerAnswer, ask_scheduler, jobs_of, known_job
 from launcher.watch.run_index import find, known
 
 OPEN_TO_ALL = "loopback is open to every user of a machine: on a node that others share they can look, too"
@@ -155,7 +155,7 @@ def board_file(run: RunDir) -> Path:
     return run.path / "board.json"
 
 
-def live_board(run: RunDir, told: Told, login: str | None) -> dict[str, Any] | None:
+def live_board(run: RunDir, told: SchedulerAnswer, login: str | None) -> dict[str, Any] | None:
     """What `board.json` says of a board inside the run's job, with the `ssh` line; None unless that job runs now.
 
     Args:

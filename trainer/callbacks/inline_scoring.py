@@ -52,25 +52,25 @@ class InlineScoring:
             device=ranks.device,
             gather_head=self._whole_head if self.direct and sharded else None,
         )
-        self.scores = RunScores(self.run, self.reference, self.dtype) if ranks.first else None
+        self.scores = RunScores(self.run, self.reference, self.dtype) if ranks.is_rank_zero else None
         if self.scores is not None:
             self.scores.tell_untold()
 
     def on_snapshot(self, step: int, directory: Path) -> None:
         """Scores the weights after `step` updates, which are the ones held."""
         source = ""
-        if self.ranks.first:  # who renamed it; on other nodes it may not be seen yet
+        if self.ranks.is_rank_zero:  # who renamed it; on other nodes it may not be seen yet
             try:
                 source = weights_of(directory)
             except DataError as error:
                 self.run.add_event("not scored", str(error), step=step, rank=0)
-        _, source = self.ranks.first_words(source)
+        _, source = self.ranks.first_message(source)
         if source:
             self._score(step, source)
 
     def catch_up(self, step: int) -> None:
         """Scores the weights held, should a start before this one have left their snapshot without a score."""
-        left = self.ranks.first and step in self.run.whole_steps(self.run.snapshots)
+        left = self.ranks.is_rank_zero and step in self.run.whole_steps(self.run.snapshots)
         if self.ranks.broadcast_int(int(left)):
             self.on_snapshot(step, self.run.snapshots / step_name(step))
 

@@ -216,7 +216,7 @@ class Saver:
                 job(self.ranks)
             except SaveFailed as error:
                 self.why = str(error)
-                if self.ranks.first:
+                if self.ranks.is_rank_zero:
                     self.tell(str(error), last, self.failed + 1 >= MOST_FAILED)
                 if not last:
                     time.sleep(RETRY_S)
@@ -226,11 +226,11 @@ class Saver:
 
     def _check_current(self) -> None:
         lost = ""
-        if self.ranks.first:
+        if self.ranks.is_rank_zero:
             try:
                 self.check_current()
             except VernierError as error:
                 lost = str(error)
-        _, words = self.ranks.first_words(lost)
+        _, words = self.ranks.first_message(lost)
         if words:
             raise NotCurrent(words)

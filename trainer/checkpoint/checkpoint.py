@@ -25,7 +25,7 @@ from eval.distributed.ranks import Ranks
 from trainer.checkpoint.async_save import HostCopy
 from trainer.checkpoint.collective_write import save_tensors, write_together
 from trainer.engine import zero_state
-from trainer.engine.ema import MovingAverage
+from trainer.engine.ema import EmaWeights
 
 VERSION = 1
 STATE = "state.json"
@@ -61,7 +61,7 @@ def copy_checkpoint(
     ranks: Ranks,
     clock: Clock,
     memory: HostCopy,
-    average: MovingAverage | None = None,
+    average: EmaWeights | None = None,
     passed_over: Sequence[int] = (),
 ) -> CheckpointCopy:
     """Copies this rank's part of all that is needed to go on to host memory; most of it while the next step goes on.
@@ -69,7 +69,7 @@ def copy_checkpoint(
     No update may be made before `memory.wait_until_taken`.
     """
     owned = list(zero_state.fragments(engine))
-    saved = set(engine.module.lm.state_dict(keep_vars=True)) if ranks.first else set()
+    saved = set(engine.module.lm.state_dict(keep_vars=True)) if ranks.is_rank_zero else set()
     buffers = [(name, buffer) for name, buffer in engine.module.lm.named_buffers() if name in saved]
     kinds = len(zero_state.KINDS) + (average is not None)
     size = kinds * 4 * sum(fragment.length for fragment in owned) + sum(buffer.nbytes for _, buffer in buffers)
@@ -91,7 +91,7 @@ def copy_checkpoint(
         "clock": asdict(clock),
         "world": ranks.world,
         "zero_stage": engine.zero_optimization_stage(),
-        "adam_step": zero_state.adam_step(engine) if ranks.first else None,
+        "adam_step": zero_state.adam_step(engine) if ranks.is_rank_zero else None,
         "counters": zero_state.counters(engine),
         "loss_scale": zero_state.loss_scale_state(engine),
         "ema_decay": None if average is None else average.decay,
@@ -183,7 +183,7 @@ def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
 
 
 def load_checkpoint(
-    engine: Any, directory: Path, accumulation: int, average: MovingAverage | None = None
+    engine: Any, directory: Path, accumulation: int, average: EmaWeights | None = None
 ) -> tuple[Clock, dict[str, Any]]:
     """Puts the engine where the checkpoint was; gives the clock and the rest of its `state.json`.
 

@@ -16,7 +16,7 @@ from trainer.checkpoint.async_save import HostCopy, Job, Saver
 from trainer.checkpoint.checkpoint import Clock, copy_checkpoint, write_checkpoint
 from trainer.checkpoint.retention import thin_checkpoints, thin_snapshots
 from trainer.checkpoint.snapshot import copy_snapshot, write_snapshot
-from trainer.engine.ema import MovingAverage
+from trainer.engine.ema import EmaWeights
 from trainer.stop_requests import Requests
 
 
@@ -52,7 +52,7 @@ class Checkpointer:
         ranks: Ranks,
         *,
         requests: Requests,
-        average: MovingAverage | None,
+        average: EmaWeights | None,
         flush: Callable[[], None],
         sync: Callable[[], None],
         passed_over: Collection[int],
@@ -151,7 +151,7 @@ class Checkpointer:
             copied.wait_until_taken()
         self.saver.check()
 
-    def _snapshot(self, at: Clock, memory: HostCopy, average: MovingAverage | None) -> Job:
+    def _snapshot(self, at: Clock, memory: HostCopy, average: EmaWeights | None) -> Job:
         copied = copy_snapshot(self.engine, self.config, self.ranks, at, memory, average)
         return lambda group: write_snapshot(copied, self.engine.module.lm, self.hf, self.config, group)
 
@@ -161,7 +161,7 @@ class Checkpointer:
 
     def _saved(self, at: Clock, due: Due, good: bool) -> None:
         """What follows from a save that is on the disk; in the thread that wrote it."""
-        if self.ranks.first and good:
+        if self.ranks.is_rank_zero and good:
             if due.checkpoint:
                 self.run.add_event("checkpoint", step_name(at.step), step=at.step, rank=0)
             self._thin(due)
@@ -169,7 +169,7 @@ class Checkpointer:
             if due.asked:
                 told = f"saved on request: snapshot and checkpoint of step {at.step}"
                 self.run.add_event("saved on request", told, step=at.step, rank=0)
-        if self.ranks.first and due.snapshot and not good and self.config.eval.placement == "inline":
+        if self.ranks.is_rank_zero and due.snapshot and not good and self.config.eval.placement == "inline":
             told = f"step {at.step}: its snapshot could not be written"
             self.run.add_event("not scored", told, step=at.step, rank=0)
         if due.asked:

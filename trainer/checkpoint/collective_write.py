@@ -43,12 +43,12 @@ def write_together(
     """
     part = partial_path(final)
     try:
-        total = ranks.total(size)
-        _agreed(ranks, lambda: _begin(final, total) if ranks.first else None)
+        total = ranks.sum_int(size)
+        _agreed(ranks, lambda: _begin(final, total) if ranks.is_rank_zero else None)
         _agreed(ranks, lambda: _tell(part, ranks, own(part)))
-        _agreed(ranks, lambda: join(part, _told(part, ranks)) if ranks.first else None)
+        _agreed(ranks, lambda: join(part, _told(part, ranks)) if ranks.is_rank_zero else None)
     except SaveFailed:
-        if ranks.first:
+        if ranks.is_rank_zero:
             shutil.rmtree(part, ignore_errors=True)  # gives the room back to what else must be written
         raise
 
@@ -62,8 +62,8 @@ def _agreed(ranks: Ranks, do: Callable[[], None]) -> None:
         if not isinstance(error, (OSError, VernierError)):
             traceback.print_exc()
         said, cause = _in_words(error), error
-    if not ranks.agree(not said):
-        rank, words = ranks.first_words(said)
+    if not ranks.all_true(not said):
+        rank, words = ranks.first_message(said)
         raise SaveFailed(f"rank {rank}: {words}") from cause
 
 

@@ -12,7 +12,7 @@ from configs.files.atomic import MANIFEST, MISSING, first_damaged, fsync_path, r
 from configs.files.manifests import parse_manifest
 from configs.files.opening import read_bytes
 from configs.run.directory import RunDir, step_name, step_of
-from eval.distributed.ranks import Ranks, StoppedByAnotherRank
+from eval.distributed.ranks import PeerFailure, Ranks
 from trainer.checkpoint.checkpoint import STATE, VERSION, file_names, state_problem
 
 NONE = -1
@@ -41,7 +41,7 @@ def find_whole_checkpoint(run: RunDir, ranks: Ranks) -> tuple[Path | None, list[
     """
     damaged: list[Damage] = []
     while True:
-        step = ranks.broadcast_int(max(_steps(run), default=NONE) if ranks.first else NONE)
+        step = ranks.broadcast_int(max(_steps(run), default=NONE) if ranks.is_rank_zero else NONE)
         if step == NONE:
             break
         directory = run.checkpoints / step_name(step)
@@ -51,24 +51,24 @@ def find_whole_checkpoint(run: RunDir, ranks: Ranks) -> tuple[Path | None, list[
                 found = damage(directory, step)
         except OSError as error:
             unread = f"{error.filename or directory}: cannot be read ({error.strerror}); training does not go round it"
-        if not ranks.agree(not unread):
-            raise DataError(unread) if unread else StoppedByAnotherRank(f"{directory}: not read by another rank")
-        if ranks.agree(found is None):
+        if not ranks.all_true(not unread):
+            raise DataError(unread) if unread else PeerFailure(f"{directory}: not read by another rank")
+        if ranks.all_true(found is None):
             return directory, damaged
-        _, words = ranks.first_words("" if found is None else "\0".join(found))
+        _, words = ranks.first_message("" if found is None else "\0".join(found))
         file, _, reason = words.partition("\0")
         damaged.append(Damage(step, file, reason))
-        if ranks.first:
+        if ranks.is_rank_zero:
             _move_aside(run, damaged[-1])
         ranks.barrier()
     # The event comes after the checkpoint is there, and the newest is never thinned out: somebody has removed it.
-    lost = ranks.first and (
+    lost = ranks.is_rank_zero and (
         any(run.quarantine.glob("step-*")) or any(e["kind"] == "checkpoint" for e in run.read_events())
     )
     if not ranks.broadcast_int(int(lost)):
         return None, damaged
-    if not ranks.first:
-        raise StoppedByAnotherRank(f"{run.path}: no whole checkpoint")
+    if not ranks.is_rank_zero:
+        raise PeerFailure(f"{run.path}: no whole checkpoint")
     told = f" ({'; '.join(map(str, damaged))})" if damaged else ""
     raise ConfigError(
         f"run.dir: {run.path} has no whole checkpoint left{_where(run)}{told}; "

@@ -31,7 +31,7 @@ from trainer.checkpoint.async_save import HostCopy
 from trainer.checkpoint.checkpoint import Clock
 from trainer.checkpoint.collective_write import save_tensors, write_together
 from trainer.engine import zero_state
-from trainer.engine.ema import MovingAverage
+from trainer.engine.ema import EmaWeights
 
 SHARD_BYTES = 5 << 30
 GATHER_NUMEL = 64 << 20  # parameters gathered at once at ZeRO-3
@@ -70,7 +70,7 @@ def copy_snapshot(
     ranks: Ranks,
     clock: Clock,
     memory: HostCopy,
-    average: MovingAverage | None = None,
+    average: EmaWeights | None = None,
 ) -> SnapshotCopy:
     """Copies what goes into this rank's files to host memory; a collective at ZeRO-3 and where masters are wanted.
 
@@ -169,7 +169,7 @@ def _files(pieces: list[Piece]) -> list[tuple[int, str]]:
     return [(shard, shard_name(shard, shards)) for shard in range(shards)]
 
 
-def _whole_weight(engine: Any, config: Config, average: MovingAverage | None) -> Callable[[Piece], torch.Tensor] | None:
+def _whole_weight(engine: Any, config: Config, average: EmaWeights | None) -> Callable[[Piece], torch.Tensor] | None:
     """What gives a trained weight as the snapshot should hold it; None: the weights as the model has them."""
     if average is not None:
         return lambda piece: average.whole(piece.name, piece.tensor)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from trainer.engine import zero_state
 
 
-class MovingAverage:
+class EmaWeights:
     """After each update: average = decay · average + (1 − decay) · master. It starts as the masters are now.
 
     Like the moments of Adam it is cut over the ranks, at any ZeRO stage, so it costs 4 bytes a parameter ÷ ranks.

@@ -18,13 +18,13 @@ from configs.files.atomic import read_json, write_json
 from configs.load import micro_batch
 from configs.run.directory import RunDir
 from configs.schema import Config
-from eval.distributed.ranks import Ranks, StoppedByAnotherRank
+from eval.distributed.ranks import PeerFailure, Ranks
 
 FILE = "adapted.json"
 _WITHOUT = "remove it, and the run goes on as its config says"
 
 
-class StartAgain(VernierError):
+class RestartRequested(VernierError):
     """The ranks must start anew, with what `adapted.json` now says; `str()` of it is why. Ends with exit code 75."""
 
     exit_code = EXIT_STOPPED
@@ -74,16 +74,16 @@ def shared_adaptations(run: RunDir, ranks: Ranks) -> Adaptations:
         DataError: as `read_adaptations`.
     """
     text, problem = b"", ""
-    if ranks.first:
+    if ranks.is_rank_zero:
         try:
             text = json.dumps(asdict(read_adaptations(run))).encode()
         except DataError as error:
             problem = str(error)
-    _, words = ranks.first_words(problem)
+    _, words = ranks.first_message(problem)
     if words:
-        raise DataError(words) if ranks.first else StoppedByAnotherRank(words)
+        raise DataError(words) if ranks.is_rank_zero else PeerFailure(words)
     box = torch.zeros(ranks.broadcast_int(len(text)), dtype=torch.uint8)
-    if ranks.first:
+    if ranks.is_rank_zero:
         box = torch.tensor(list(text), dtype=torch.uint8)
     found = json.loads(bytes(ranks.broadcast(box).tolist()))
     return Adaptations(**{**found, "passed_over": tuple(found["passed_over"])})
@@ -179,7 +179,7 @@ def after_out_of_memory(
         checkpoints: whether the model's activations can be.
 
     Raises:
-        StartAgain: with what is written to `adapted.json`.
+        RestartRequested: with what is written to `adapted.json`.
         VernierError: nothing is left to adapt, or guards.on_out_of_memory is "fail".
     """
     found = less_memory(config, world, read_adaptations(run), checkpoints=checkpoints)
@@ -188,7 +188,7 @@ def after_out_of_memory(
     after, change = found
     told = f"rank {rank} ran out of memory at step {step}; going on with {change}"
     adapt(run, config, world, after, told, str(first_line(error)), step=step - 1, rank=rank)
-    raise StartAgain(told) from error
+    raise RestartRequested(told) from error
 
 
 def adapt(

@@ -18,7 +18,7 @@ from configs.load import micro_batch
 from configs.memory.saving import training_state
 from configs.run.directory import RunDir
 from configs.schema import Config
-from eval.distributed.ranks import Ranks, StoppedByAnotherRank
+from eval.distributed.ranks import PeerFailure, Ranks
 from eval.scoring.models import quiet_libraries
 from trainer.faults.adaptations import (
     Adaptations,
@@ -44,24 +44,24 @@ def fitted(given: Config, before: Adaptations, run: RunDir, ranks: Ranks, hf: An
 
     Raises:
         VernierError: nothing is left to adapt, or guards.on_out_of_memory is "fail".
-        StoppedByAnotherRank: so on the ranks that had room.
+        PeerFailure: so on the ranks that had room.
     """
     config = adapted(given, before)
     if not _can_be_tried(config, ranks):
         return config, before
     while True:
         error = _error_of(config, ranks, hf)
-        if ranks.agree(error is None):
+        if ranks.all_true(error is None):
             return config, before
         said = f"rank {ranks.rank} ran out of memory in a trial of step 1" if error is not None else ""
-        _, said = ranks.first_words(said)
+        _, said = ranks.first_message(said)
         next_try = less_memory(config, ranks.world, before, checkpoints=checkpoints_activations(hf))
         if next_try is None:
             if error is None:
-                raise StoppedByAnotherRank(said)
+                raise PeerFailure(said)
             raise no_memory(config, rank=ranks.rank, world=ranks.world, doing="making step 1") from error
         before, change = next_try
-        if ranks.first:
+        if ranks.is_rank_zero:
             why = first_line(error) if error is not None else said
             adapt(run, config, ranks.world, before, f"{said}; going on with {change}", why, step=0, rank=0)
         config = adapted(given, before)

@@ -9,8 +9,8 @@ from configs.errors import EXIT_FAILED, VernierError
 from configs.run.directory import RunDir
 from configs.run.last_words import follows_another
 from eval.distributed.environment import start_began
-from eval.distributed.ranks import Ranks, StoppedByAnotherRank
-from trainer.faults.adaptations import StartAgain
+from eval.distributed.ranks import PeerFailure, Ranks
+from trainer.faults.adaptations import RestartRequested
 from trainer.faults.lock import RunLock
 
 
@@ -20,9 +20,9 @@ def record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: int
     Args:
         attempt: of this rank-group; None where it does not hold the run, or this rank does not know yet.
     """
-    if isinstance(error, StoppedByAnotherRank):
+    if isinstance(error, PeerFailure):
         return True  # by that one
-    if (ranks.first and attempt is None) or not run.path.is_dir():
+    if (ranks.is_rank_zero and attempt is None) or not run.path.is_dir():
         return False
     said = _said(error)
     if not isinstance(error, VernierError):
@@ -30,12 +30,12 @@ def record_failure(run: RunDir, ranks: Ranks, error: BaseException, attempt: int
     code = error.exit_code if isinstance(error, VernierError) else EXIT_FAILED
     state = run.read_state()
     begun = attempt is not None and state.get("attempt") == attempt
-    if not lock.still_ours() if ranks.first else attempt is not None and not begun:
+    if not lock.still_ours() if ranks.is_rank_zero else attempt is not None and not begun:
         return False  # another attempt's by now
     failure = state.get("failure") or {}
     if begun and (state.get("again") or (failure and (not failure.get("follows") or follows_another(said)))):
         return True  # what another rank has told first is why this one fails
-    if isinstance(error, StartAgain):
+    if isinstance(error, RestartRequested):
         run.write_state("stopping", exit_code=code, again=said)
         return True
     run.add_event("failed", said, rank=ranks.rank)

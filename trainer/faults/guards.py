@@ -25,7 +25,7 @@ from eval.distributed.ranks import Ranks
 from trainer.callbacks.metrics import lines_up_to
 from trainer.checkpoint.checkpoint import STATE, Clock
 from trainer.data.shards import Windows
-from trainer.faults.adaptations import StartAgain, read_adaptations, write_adaptations
+from trainer.faults.adaptations import RestartRequested, read_adaptations, write_adaptations
 from trainer.order import windows_at
 
 LEAST_LOSSES = 16  # before a spike can be told from the rest
@@ -116,7 +116,7 @@ class Guard:
 
     def without_targets(self, clock: Clock) -> None:
         """Takes note of a batch that is used up without a step, since none of its windows has a target: told once."""
-        if self.ranks.first and not self.told_of_targets:
+        if self.ranks.is_rank_zero and not self.told_of_targets:
             counts = self.data.target_counts(np.arange(len(self.data)))
             self.run.add_event(
                 "skipped",
@@ -149,7 +149,7 @@ class Guard:
         """Takes note of a batch that has been used up. `clock`: after it.
 
         Raises:
-            StartAgain: no finite gradient for `guards.non_finite` batches in a row; training goes back.
+            RestartRequested: no finite gradient for `guards.non_finite` batches in a row; training goes back.
             VernierError: and it has gone back often enough; or no update was made for very long.
         """
         position = clock.position - 1
@@ -162,7 +162,7 @@ class Guard:
             self.not_finite = []
             self._tell_spike(self.spike, self.measured["loss"], clock.step + 1, position, "no update was made with it")
             return
-        if self.ranks.first:
+        if self.ranks.is_rank_zero:
             told = f"batch {position} is used up without an update: its gradient was not finite"
             self.run.add_event("skipped", told, step=clock.step, rank=0)
         # In fp16 too large a gradient is how the loss scale is found; a loss that is not finite is no such thing.
@@ -178,7 +178,7 @@ class Guard:
 
     def on_step_end(self, line: Mapping[str, Any]) -> None:
         """A step's metrics, a step late: looks for a spike there, unless each loss is looked at before its update."""
-        if self.ranks.first and not self.skips_spikes:
+        if self.ranks.is_rank_zero and not self.skips_spikes:
             self._made(line["loss"], line["step"], line["position"])
 
     def _made(self, loss: float, step: int | None = None, position: int = 0) -> None:
@@ -190,7 +190,7 @@ class Guard:
         self.spikes.add(loss)
 
     def _tell_spike(self, spike: Spike, loss: float, step: int, position: int, outcome: str) -> None:
-        if not self.ranks.first:
+        if not self.ranks.is_rank_zero:
             return
         named, detail = self._documents([position])
         self.run.add_event(
@@ -208,12 +208,12 @@ class Guard:
 
     def _go_back(self, step: int) -> None:
         self.finish_saving()
-        whole = self.run.whole_steps(self.run.checkpoints) if self.ranks.first else []
+        whole = self.run.whole_steps(self.run.checkpoints) if self.ranks.is_rank_zero else []
         newest = self.ranks.broadcast_int(whole[-1] if whole else 0)
         bad = self.not_finite
         told = f"at step {step} {_batches(bad)} gave no finite gradient"
         often, passed = False, bad
-        if self.ranks.first:
+        if self.ranks.is_rank_zero:
             before = read_adaptations(self.run)
             returns = before.returns + 1 if newest <= before.from_step else 1
             often = returns > MOST_RETURNS
@@ -224,18 +224,18 @@ class Guard:
                 after = tuple(sorted({*known, *passed}))
                 write_adaptations(self.run, replace(before, passed_over=after, returns=returns, from_step=newest))
         back = f"the checkpoint of step {newest}" if newest else "the start"
-        if not self.ranks.agree(not often):
+        if not self.ranks.all_true(not often):
             raise VernierError(
                 f"{told}, after training had gone back to {back} {MOST_RETURNS} times; "
                 "lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data (events.jsonl names it)"
             )
         told += f"; going back to {back}"
-        if self.ranks.first:
+        if self.ranks.is_rank_zero:
             told += f" and passing over {_batches(passed)}"
             named, detail = self._documents(passed)
             self.run.add_event("went back", f"{told}; {named}", step=step - 1, rank=0, positions=passed, **detail)
         self.ranks.barrier()  # nobody ends before all of it is told
-        raise StartAgain(told)
+        raise RestartRequested(told)
 
     def _last_before(self, position: int, count: int, checkpoint: int, passed: set[int]) -> list[int]:
         """Up to `count` positions before one, ascending, that were trained on since a checkpoint (0: the start)."""
@@ -268,7 +268,7 @@ class Guard:
 def recent_losses(run: RunDir, ranks: Ranks, step: int, steps: int) -> list[float]:
     """The losses of the last `steps` + 1 updates up to `step`, on every rank alike (a collective)."""
     box = torch.zeros(steps + 2, dtype=torch.float64)
-    if ranks.first and step:
+    if ranks.is_rank_zero and step:
         found = [line["loss"] for line in lines_up_to(run, step)][-steps - 1 :]
         box[: len(found) + 1] = torch.tensor([len(found), *found], dtype=torch.float64)
     count, *losses = ranks.broadcast(box).tolist()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import VernierError
-from eval.distributed.environment import Meeting, Told, first_of, place_of, slurm_port, tasks_per_node, told_by
+from eval.distributed.environment import Meeting, RankIdentity, first_of, place_of, slurm_port, tasks_per_node, told_by
 
 SRUN = {
     "SLURM_PROCID": "3",
@@ -35,23 +35,23 @@ POD = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0", "MASTER_PO
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({}, Told("", 0, 1, 0, 1)),
-        (TORCH | {"TORCHELASTIC_RUN_ID": "x"}, Told("torchrun", 2, 4, 0, 2)),
-        (TORCH, Told("RANK and WORLD_SIZE", 2, 4, 0, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Told("RANK and WORLD_SIZE", 1, 2, 1, 2)),
-        (POD | {"LOCAL_WORLD_SIZE": "1"}, Told("RANK and WORLD_SIZE", 2, 4, 0, 1)),  # a process a pod
-        (MPI, Told("mpirun", 2, 4, 0, 2)),
-        (HYDRA, Told("mpirun", 2, 4, 0, 2)),
-        (SRUN, Told("srun", 3, 5, 1, 2)),
-        (SRUN | {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}, Told("srun", 4, 5, 0, 1)),
-        (SRUN | {"PMI_RANK": "3", "PMI_SIZE": "5", "PMIX_RANK": "3"}, Told("srun", 3, 5, 1, 2)),  # srun --mpi=…
-        (SRUN | MPI, Told("mpirun", 2, 4, 0, 2)),  # mpirun in a job of Slurm's
-        (SRUN | HYDRA, Told("mpirun", 2, 4, 0, 2)),
-        (SRUN | TORCH | {"TORCHELASTIC_RUN_ID": "x"}, Told("torchrun", 2, 4, 0, 2)),  # torchrun under srun
-        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, Told("", 0, 1, 0, 1)),  # a batch script itself
+        ({}, RankIdentity("", 0, 1, 0, 1)),
+        (TORCH | {"TORCHELASTIC_RUN_ID": "x"}, RankIdentity("torchrun", 2, 4, 0, 2)),
+        (TORCH, RankIdentity("RANK and WORLD_SIZE", 2, 4, 0, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, RankIdentity("RANK and WORLD_SIZE", 1, 2, 1, 2)),
+        (POD | {"LOCAL_WORLD_SIZE": "1"}, RankIdentity("RANK and WORLD_SIZE", 2, 4, 0, 1)),  # a process a pod
+        (MPI, RankIdentity("mpirun", 2, 4, 0, 2)),
+        (HYDRA, RankIdentity("mpirun", 2, 4, 0, 2)),
+        (SRUN, RankIdentity("srun", 3, 5, 1, 2)),
+        (SRUN | {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}, RankIdentity("srun", 4, 5, 0, 1)),
+        (SRUN | {"PMI_RANK": "3", "PMI_SIZE": "5", "PMIX_RANK": "3"}, RankIdentity("srun", 3, 5, 1, 2)),  # srun --mpi=…
+        (SRUN | MPI, RankIdentity("mpirun", 2, 4, 0, 2)),  # mpirun in a job of Slurm's
+        (SRUN | HYDRA, RankIdentity("mpirun", 2, 4, 0, 2)),
+        (SRUN | TORCH | {"TORCHELASTIC_RUN_ID": "x"}, RankIdentity("torchrun", 2, 4, 0, 2)),  # torchrun under srun
+        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, RankIdentity("", 0, 1, 0, 1)),  # a batch script itself
     ],
 )
-def test_a_rank_knows_who_it_is_and_who_told(environment: dict[str, str], told: Told) -> None:
+def test_a_rank_knows_who_it_is_and_who_told(environment: dict[str, str], told: RankIdentity) -> None:
     assert told_by(environment) == told
 
 
@@ -106,8 +106,8 @@ def test_slurms_short_forms_are_read() -> None:
 
 
 def test_the_line_for_people() -> None:
-    assert Meeting(Told("", 0, 1, 0, 1)).line() == "rank 0 of 1, started alone"
-    line = Meeting(Told("srun", 0, 4, 0, 2), "10.0.0.1", "23456", "scontrol").line()
+    assert Meeting(RankIdentity("", 0, 1, 0, 1)).line() == "rank 0 of 1, started alone"
+    line = Meeting(RankIdentity("srun", 0, 4, 0, 2), "10.0.0.1", "23456", "scontrol").line()
     assert line == "rank 0 of 4, told by srun; address 10.0.0.1:23456 from scontrol"
 
 

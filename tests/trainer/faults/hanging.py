@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = RunDir(Path(path))
     signal.signal(signal.SIGTERM, lambda *_: None)
     ranks = join(1)
-    if ranks.first:
+    if ranks.is_rank_zero:
         run.write_state("running", attempt=7, exit_code=None, failure=None)
     ranks.barrier()
     watchdog = Watchdog(run, ranks, 3.0)

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
     cases += [(0, p, "none", 2, {}, "nan") for p in ("fp32", "amp")]
     for one in cases:
         out = case(ranks, arguments[0], *one)
-        out["good_everywhere"] = ranks.agree(out["unchanged"] and all(out["follows"]) and not out["applied"])
-        if ranks.first:
+        out["good_everywhere"] = ranks.all_true(out["unchanged"] and all(out["follows"]) and not out["applied"])
+        if ranks.is_rank_zero:
             print(json.dumps(out), flush=True)
     leave()

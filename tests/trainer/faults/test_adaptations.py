@@ -15,7 +15,7 @@ from configs.run.directory import RunDir
 from configs.schema import Config
 from trainer.faults.adaptations import (
     Adaptations,
-    StartAgain,
+    RestartRequested,
     adapted,
     after_out_of_memory,
     is_out_of_memory,
@@ -90,7 +90,7 @@ def test_it_halves_the_micro_batch_then_checkpoints_activations_then_gives_up(tm
     run, seen = RunDir(tmp_path), []
     for _ in range(5):
         now = adapted(config, read_adaptations(run))
-        with pytest.raises(StartAgain) as again:
+        with pytest.raises(RestartRequested) as again:
             after_out_of_memory(now, run, MemoryError("no more"), rank=1, world=2, step=7)
         assert again.value.exit_code == 75
         found = read_adaptations(run)
@@ -100,7 +100,7 @@ def test_it_halves_the_micro_batch_then_checkpoints_activations_then_gives_up(tm
     assert seen == [(6, False), (3, False), (1, False), (1, True)]
     with pytest.raises(VernierError) as end:
         after_out_of_memory(adapted(config, read_adaptations(run)), run, MemoryError(), rank=1, world=2, step=7)
-    assert not isinstance(end.value, StartAgain)
+    assert not isinstance(end.value, RestartRequested)
     assert str(end.value) == (
         "rank 1 ran out of memory making step 7; what helps: zero.stage=2 or 3, zero.offload=cpu, more ranks, "
         "a shorter sequence_length, a smaller model"
@@ -118,7 +118,7 @@ def test_ranks_that_run_out_together_halve_once(tmp_path: Path) -> None:
     config, run = load_config(TINY), RunDir(tmp_path)
     write_adaptations(run, Adaptations(passed_over=(5,), returns=1))
     for rank in (0, 1):
-        with pytest.raises(StartAgain):
+        with pytest.raises(RestartRequested):
             after_out_of_memory(config, run, MemoryError(), rank=rank, world=2, step=1)
     assert read_adaptations(run) == Adaptations(micro=2, passed_over=(5,), returns=1)
 

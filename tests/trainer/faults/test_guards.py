@@ -21,7 +21,7 @@ from trainer.checkpoint.checkpoint import Clock
 from trainer.data.shards import FOLDER, Windows, write_shards
 from trainer.faults.adaptations import (
     Adaptations,
-    StartAgain,
+    RestartRequested,
     read_adaptations,
     write_adaptations,
 )
@@ -178,7 +178,8 @@ def test_the_windows_of_a_batch_lead_to_their_documents(data: Windows) -> None:
 def test_k_bad_batches_in_a_row_go_back_and_are_passed_over(tmp_path: Path, ranks: Ranks, data: Windows) -> None:
     guard = guard_of(tmp_path, ranks, data)
     checkpoint(guard.run, 4, position=6)
-    with pytest.raises(StartAgain, match="at step 6 the batches at positions 7–9 gave no finite gradient") as again:
+    said = "at step 6 the batches at positions 7–9 gave no finite gradient"
+    with pytest.raises(RestartRequested, match=said) as again:
         train(guard, Clock(), {2, 3, 7, 8, 9}, 20)
     assert "going back to the checkpoint of step 4 and passing over the batches at positions 7–9" in str(again.value)
     assert read_adaptations(guard.run) == Adaptations(passed_over=(7, 8, 9), returns=1, from_step=4)
@@ -205,13 +206,13 @@ def test_the_second_time_it_passes_over_what_led_there_too(
     if step:
         checkpoint(run, step, position=first)
     for passed in (range(7, 10), range(4, 13), range(first, 16)):
-        with pytest.raises(StartAgain):
+        with pytest.raises(RestartRequested):
             train(guard_of(tmp_path, ranks, data), Clock(step, first), set(range(7, 100)), 60)
         assert read_adaptations(run).passed_over == tuple(passed)
     assert read_adaptations(run) == Adaptations(passed_over=tuple(range(first, 16)), returns=3, from_step=step)
     with pytest.raises(VernierError, match=r"after training had gone back to .* 3 times; lower optimizer\.lr") as end:
         train(guard_of(tmp_path, ranks, data), Clock(step, first), set(range(7, 100)), 60)
-    assert not isinstance(end.value, StartAgain)
+    assert not isinstance(end.value, RestartRequested)
     assert read_adaptations(run).returns == 3
 
 
@@ -219,7 +220,7 @@ def test_going_back_with_a_newer_checkpoint_counts_anew(tmp_path: Path, ranks: R
     run = guard_of(tmp_path, ranks, data).run
     write_adaptations(run, Adaptations(micro=1, passed_over=(1,), returns=3, from_step=2))
     checkpoint(run, 3, position=4)
-    with pytest.raises(StartAgain):
+    with pytest.raises(RestartRequested):
         train(guard_of(tmp_path, ranks, data, "guards.non_finite=1"), Clock(3, 4), {5}, 20)
     assert read_adaptations(run) == Adaptations(micro=1, passed_over=(1, 5), returns=1, from_step=3)
 
@@ -233,7 +234,7 @@ def test_in_fp16_only_a_loss_that_is_not_finite_counts(tmp_path: Path, ranks: Ra
         guard.after(False, Clock(0, 100, 0, 100), NOTHING)
     for idle in (1, 2):
         guard.after(False, Clock(0, idle, 0, idle), NOTHING + math.nan)
-    with pytest.raises(StartAgain):
+    with pytest.raises(RestartRequested):
         guard.after(False, Clock(0, 3, 0, 3), NOTHING + math.inf)
 
 

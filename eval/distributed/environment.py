@@ -17,10 +17,10 @@ from typing import Any
 
 from configs.console import is_supervised
 from configs.errors import VernierError
+from configs.ports import RANK_PORTS
 from configs.process import began
 
 PORT = "29500"  # torchrun's own default
-SLURM_PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
 SCONTROL_S = 20.0
 WORDS = 512  # bytes that a rank tells the others by MPI: a host's name, an address
 CLOCK_S = 0.05  # to which a process's start is known
@@ -153,7 +153,7 @@ def slurm_port(environment: Mapping[str, str]) -> str:
     """A port that other jobs and other steps on the same nodes do not take, as far as numbers go round."""
     job = int(environment.get("SLURM_JOB_ID", "0"))
     step = int(environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID") or 0)
-    return str(SLURM_PORTS[(13 * job + step) % len(SLURM_PORTS)])
+    return str(RANK_PORTS[(13 * job + step) % len(RANK_PORTS)])
 
 
 def _slurm_address(environment: Mapping[str, str]) -> tuple[str, str]:

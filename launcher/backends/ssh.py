@@ -32,7 +32,6 @@ CONNECTION = (
     *("-T", "-oBatchMode=yes", "-oConnectTimeout=15", "-oServerAliveInterval=15", "-oServerAliveCountMax=4"),
     *("-oControlMaster=no", "-oClearAllForwardings=yes"),  # no other connection hangs on one that may be killed
 )
-PORTS = range(20000, 32000)  # below what Linux gives to outgoing connections
 # A line of the site's set-up that fails ends what it prepares, with that line; not one inside of a file it reads.
 FAILS = (
     """trap 'code=$?; [ -n "${BASH_SOURCE[0]-}" ] || { echo "error: site profile: $BASH_COMMAND: """
@@ -117,7 +116,7 @@ class Ssh:
     def _start(
         self, component: Component, hosts: tuple[str, ...], address: str, arguments: list[str], logs: Path, log: str
     ) -> Started:
-        port = random.choice(PORTS)
+        port = random.choice(RANK_PORTS)
         processes = {}
         for number, host in enumerate(hosts):
             command = self.command(component, hosts, number, address, port, arguments)

@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 
 from configs.errors import VernierError
+from configs.ports import RANK_PORTS
 
 RETRY_S = 20.0  # between questions to a controller that did not answer
 TRIES = 6
-FIRST_PORT, PORTS = 20000, 12000  # below what Linux gives to outgoing connections
 _OWN = re.compile(r"127\..*|localhost(\..*)?|::1")  # an address that means whoever uses it
 
 
@@ -55,8 +55,8 @@ def free_port(job: int) -> int:
     Raises:
         VernierError: none is free.
     """
-    for offset in range(PORTS):
-        port = FIRST_PORT + (job + offset) % PORTS
+    for offset in range(len(RANK_PORTS)):
+        port = RANK_PORTS[(job + offset) % len(RANK_PORTS)]
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))

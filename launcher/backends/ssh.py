@@ -21,6 +21,7 @@ from typing import Any
 
 from configs.errors import EXIT_USAGE, ConfigError
 from configs.log_stream import ask_for_marks
+from configs.ports import RANK_PORTS
 from launcher.backends.agent import RankGroup
 from launcher.backends.hosts import divided
 from launcher.backends.process import Started, carried, start

@@ -26,7 +26,7 @@ from launcher.jobs.log import add_job, check_no_job, job_ids, live_jobs, read_jo
 from launcher.jobs.plan import JobPlan, as_checked
 from launcher.jobs.site import Site
 from launcher.options import Launch
-from launcher.watch.run_index import remember
+from launcher.watch.run_index import is_sweep, remember
 
 
 def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
@@ -115,7 +115,7 @@ def kept_only_if_submitted(run: RunDir) -> Iterator[None]:
             pass
         elif new and isinstance(error, ConfigError):
             shutil.rmtree(run.path, ignore_errors=True)
-        elif not run.state.is_file() and run.scripts.is_dir():
+        elif not run.state.is_file() and run.scripts.is_dir() and not is_sweep(run.path):
             failure = {"rank": None, "error": " ".join(str(error).split()), "time": time.time()}
             with suppress(OSError):
                 run.write_state("failed", exit_code=error.exit_code, failure=failure)

@@ -53,13 +53,12 @@ def launch_sweep(
 
 
 def _submit(asked: Sweep, plan: JobPlan, script: Script, at_once: int, console: Console) -> int:
-
-    check_no_jobs([asked.run(member) for member in asked.members])
-    write_sweep(asked)
     left = [at for at, member in enumerate(asked.members) if not asked.run(member).is_finished(member.config.steps)]
     if not left:
         console.print(f"all members are finished: vernier compare {shlex.quote(str(asked.path))}", markup=False)
         return EXIT_DONE
+    check_no_jobs([asked.run(asked.members[at]) for at in left])
+    write_sweep(asked)
     for folder in (plan.run.logs, plan.run.scripts):
         folder.mkdir(parents=True, exist_ok=True)
     script.write()

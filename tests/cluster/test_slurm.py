@@ -245,6 +245,7 @@ def test_a_sweep_is_an_array_whose_members_are_ranked(
     refused = vernier("launch", TINY, "--on", "slurm", *asked, code=2)
     assert re.search(r"has job \d+_0 \(train, ", refused.stderr)
     sweep = tmp_path / "lr-sweep"
+    assert not (sweep / "state.json").exists()  # a refusal is not the sweep's failure
     members = sorted(path.parent for path in sweep.glob("*/train-config.yaml"))
     cluster.wait(lambda: all(RunDir(one).read_state().get("state") == "done" for one in members), 240)
     assert len(members) == 2

@@ -109,6 +109,8 @@ class Job:
                 self.scores.join()  # it ends when all is scored
             return self._leave(self._follow(follows))
         finally:
+            self.scores_end = True  # whatever ends this job ends its evaluator
+            self._end_step("eval")
             self._tidy()
 
     def _begin_scoring(self) -> None:

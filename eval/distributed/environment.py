@@ -99,7 +99,7 @@ def told_by(environment: Mapping[str, str]) -> RankIdentity:
     """Who the environment says this process is; a process started alone is rank 0 of 1, told by "".
 
     Raises:
-        VernierError: a variable is no number.
+        VernierError: a variable is no number; or it is one of several, and nothing here tells which.
     """
     for launcher in LAUNCHERS:
         if all(name in environment for name in (launcher.rank, launcher.world, *launcher.marks)):
@@ -107,6 +107,12 @@ def told_by(environment: Mapping[str, str]) -> RankIdentity:
                 return _told(launcher, environment)
             except (ValueError, IndexError) as error:
                 raise VernierError(f"the environment's variables of this rank make no sense: {error}") from None
+    for name in ("PMI_RANK", "PMIX_RANK"):  # of aprun, PALS, prun: each of their ranks would take itself to be alone
+        if name in environment:
+            raise VernierError(
+                f"{name} is set, so this process may be one of several, but not where they meet; start them by torchrun, "
+                "mpirun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            )
     return RankIdentity("", 0, 1, 0, 1)
 
 

@@ -62,6 +62,12 @@ def test_variables_without_sense_are_said() -> None:
         told_by(SRUN | {"SLURM_NODEID": "7"})
 
 
+@pytest.mark.parametrize("environment", [{"PMI_RANK": "3", "PMI_SIZE": "5"}, {"PMIX_RANK": "3"}])
+def test_a_rank_that_cannot_know_the_others_does_not_take_itself_to_be_alone(environment: dict[str, str]) -> None:
+    with pytest.raises(VernierError, match=r"PMIX?_RANK is set.*set RANK, WORLD_SIZE"):
+        told_by(environment)
+
+
 @pytest.mark.parametrize(
     ("environment", "place"),
     [

@@ -110,7 +110,7 @@ def told_by(environment: Mapping[str, str]) -> RankIdentity:
     for name in ("PMI_RANK", "PMIX_RANK"):  # of aprun, PALS, prun: each of their ranks would take itself to be alone
         if name in environment:
             raise VernierError(
-                f"{name} is set, so this process may be one of several, but not where they meet; start them by torchrun, "
+                f"{name} is set, so this may be one rank of several, but not where they meet; start them by torchrun, "
                 "mpirun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
             )
     return RankIdentity("", 0, 1, 0, 1)

@@ -36,6 +36,8 @@ from launcher.jobs.spec import JobSpec, read_spec
 
 ENDED_BY_SLURM_S = 600.0  # for Slurm to end a job that it has asked to end
 REQUEUED_S = 60.0  # for it to end one that is queued again
+HEARD_S = 20.0  # after a request that has failed: it may have been heard all the same
+TIDY_S = 20.0  # for the nodes to remove the job's folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,7 +210,7 @@ class Job:
                 if subprocess.run(["scontrol", "requeue", str(job)], check=False).returncode == 0:
                     time.sleep(REQUEUED_S)  # Slurm ends this process
                     return EXIT_STOPPED
-                time.sleep(20.0)  # it may have heard all the same
+                time.sleep(HEARD_S)
         # Where a job may not be queued again, a successor does the same, with the environment that this one was given.
         kept = {name: value for name, value in self.given.items() if not _is_of_this_job(name)}
         command = ["sbatch", "--parsable", *([] if task is None else [f"--array={task}"]), self.spec.script]
@@ -241,7 +243,7 @@ class Job:
             parts = ["--het-group=0,1"] if len(self.spec.groups) > 1 else []
             command = ["srun", *parts, "--ntasks-per-node=1", "rm", "-rf", own]
             with suppress(subprocess.TimeoutExpired, OSError):
-                subprocess.run(command, stderr=subprocess.DEVNULL, timeout=20, check=False)
+                subprocess.run(command, stderr=subprocess.DEVNULL, timeout=TIDY_S, check=False)
         shutil.rmtree(own, ignore_errors=True)
 
 

@@ -22,7 +22,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def demo(data: Path) -> tuple[Path, str]:
     run = data.with_name("run")
-    return run, vernier("train", "configs/demo.yaml", f"data.dir={data}", f"run.dir={run}", timeout=290).stdout
+    return run, vernier("train", "configs/demo.yaml", f"data.dir={data}", f"run.dir={run}", timeout=800).stdout
 
 
 def test_in_small_it_ends_with_its_table_and_sees_one_optimizer_step(data: Path) -> None:

@@ -24,7 +24,7 @@ TINY = "tests/tiny.yaml"
 subprocess.Popen = Vernier  # type: ignore[misc]  # forks `vernier` where it can; see forkserver.py
 
 
-def vernier(*arguments: object, code: int = 0, timeout: float = 240, **options) -> subprocess.CompletedProcess[str]:
+def vernier(*arguments: object, code: int = 0, timeout: float = 500, **options) -> subprocess.CompletedProcess[str]:
     """Runs `vernier`, and fails with its output where it does not end with exit code `code`."""
     command = [*VERNIER, *map(str, arguments)]
     done = subprocess.run(

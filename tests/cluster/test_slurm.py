@@ -243,7 +243,7 @@ def test_a_sweep_is_an_array_whose_members_are_ranked(
     asked = [*settings, "--sweep", "optimizer.lr=5e-4,5e-3", "--at-once", 1]
     vernier("launch", TINY, "--on", "slurm", *asked)
     refused = vernier("launch", TINY, "--on", "slurm", *asked, code=2)
-    assert re.search(r"has job \d+_0 \(train, ", refused.stderr)
+    assert re.search(r"has job \d+_\d \(train, ", refused.stderr)
     sweep = tmp_path / "lr-sweep"
     assert not (sweep / "state.json").exists()  # a refusal is not the sweep's failure
     members = sorted(path.parent for path in sweep.glob("*/train-config.yaml"))

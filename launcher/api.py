@@ -117,25 +117,10 @@ def score(
     Raises:
         ConfigError, DataError: usage, or a model that cannot be scored on this set. Nothing is scored then.
     """
+    from launcher.eval import EvalOptions, settled
     from launcher.eval import score as score_models
-    from launcher.eval import settled
 
-    asked = settled(
-        dtype,
-        None,
-        Path(reference),
-        nproc,
-        threads=threads,
-        by="torchrun",
-        start="fork",
-        weights="auto",
-        ensemble=None,
-        against=None,
-        margin="0%",
-        force=force,
-        shuffle_batches=None,
-        trust_remote_code=False,
-    )
+    asked = settled(EvalOptions(nproc=nproc, threads=threads, dtype=dtype or "", force=force), Path(reference))
     paths, folder = [Path(model) for model in models], None if out is None else Path(out)
     return score_models(paths, Path(reference), asked, out=folder, console=_people())
 

@@ -196,18 +196,17 @@ def evaluate(
     json_out: JsonOption = False,
 ) -> int:
     """Score models on a reference set, sample by sample."""
-    from launcher.eval import run_eval, settled
+    from launcher.eval import EvalOptions, run_eval, settled
 
     if until_verdict != (against is not None):
         raise ConfigError("--until-verdict and --against A go together")
-    asked = settled(
-        dtype,
-        objective,
-        reference,
-        nproc,
+    asked = EvalOptions(
+        nproc=nproc,
         threads=threads,
         by=by,
         start=start,
+        dtype=dtype or "",
+        objective=objective or "",
         weights=weights,
         ensemble=ensemble,
         against=against,
@@ -216,7 +215,7 @@ def evaluate(
         shuffle_batches=shuffle_batches,
         trust_remote_code=trust_remote_code,
     )
-    return run_eval(models, reference, asked, out=out, json_out=json_out, console=_console())
+    return run_eval(models, reference, settled(asked, reference), out=out, json_out=json_out, console=_console())
 
 
 @app.command(

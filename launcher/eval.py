@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +26,32 @@ from launcher.restarts import RestartPolicy
 if TYPE_CHECKING:
     from eval.reference.set import ReferenceSet
 
+CHOICES = {
+    "dtype": ("fp32", "bf16"),
+    "weights": ("auto", "replicated", "sharded"),
+    "by": ("torchrun", "mpirun"),
+    "start": ("fork", "exec"),
+}
 MOST_DEATHS = 1  # of rank-groups in a row without anything more scored; what they scored stays
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How to score, and by what ranks."""
+    """How to score, and by what ranks. `settled` fills in what is left open."""
 
-    nproc: int
-    threads: int
-    by: str
-    start: str
-    dtype: str
-    objective: str
-    weights: str
-    ensemble: str | None
-    against: str | None
-    margin: str
-    force: bool
-    shuffle_batches: int | None
-    trust_remote_code: bool
+    nproc: int = 1
+    threads: int = 1
+    by: str = "torchrun"
+    start: str = "fork"
+    dtype: str = ""  # by the machine
+    objective: str = ""  # the reference set's own
+    weights: str = "auto"
+    ensemble: str | None = None
+    against: str | None = None
+    margin: str = "0%"
+    force: bool = False
+    shuffle_batches: int | None = None
+    trust_remote_code: bool = False
 
 
 def run_eval(
@@ -124,8 +130,8 @@ def table_for(model: Path, ensemble: str | None, reference: ReferenceSet, asked:
     return (run / "losses" if of_run else Path("losses")) / reference.short_name / name
 
 
-def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc: int, **others: Any) -> EvalOptions:
-    """`EvalOptions` with what was left open filled in.
+def settled(asked: EvalOptions, reference_dir: Path) -> EvalOptions:
+    """`asked` with dtype and objective filled in where they were left open: by the machine, by the reference set.
 
     Raises:
         ConfigError: which option has no such value.
@@ -133,24 +139,18 @@ def settled(dtype: str | None, objective: str | None, reference_dir: Path, nproc
     with one_thread():
         from eval.reference.set import load_reference
 
-    if dtype is None:
-        dtype = "bf16" if gpu_count() else "fp32"
-    if dtype not in ("fp32", "bf16"):
-        raise ConfigError(f"--dtype: {dtype!r} should be fp32 or bf16")
     own = load_reference(reference_dir, check=False).objective
-    if objective is not None and objective not in ("masked", "pll", own):
-        raise ConfigError(f"--objective: {objective!r} does not fit this reference set; use {own}, masked or pll")
-    if others["weights"] not in ("auto", "replicated", "sharded"):
-        raise ConfigError(f"--weights: {others['weights']!r} should be auto, replicated or sharded")
-    if others["by"] not in ("torchrun", "mpirun"):
-        raise ConfigError(f"--by: {others['by']!r} should be torchrun or mpirun")
-    if others["start"] not in ("fork", "exec"):
-        raise ConfigError(f"--start: {others['start']!r} should be fork or exec")
-    if others["against"] is None and others["margin"] != "0%":
+    out = replace(asked, dtype=asked.dtype or ("bf16" if gpu_count() else "fp32"), objective=asked.objective or own)
+    if out.objective not in ("masked", "pll", own):
+        raise ConfigError(f"--objective: {out.objective!r} does not fit this reference set; use {own}, masked or pll")
+    for option, values in CHOICES.items():
+        if getattr(out, option) not in values:
+            raise ConfigError(f"--{option}: {getattr(out, option)!r} should be {' or '.join(values)}")
+    if out.against is None and out.margin != "0%":
         raise ConfigError("--margin: goes with --until-verdict --against A")
-    if others["against"] is not None and others["force"]:
+    if out.against is not None and out.force:
         raise ConfigError("--force: scores the whole set again; leave out --until-verdict")
-    return EvalOptions(nproc=nproc, dtype=dtype, objective=objective or own, **others)
+    return out
 
 
 def _against(asked: EvalOptions, reference: ReferenceSet) -> Path | None:

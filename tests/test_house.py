@@ -103,6 +103,25 @@ def test_public_functions_say_what_they_raise() -> None:
     assert silent == []
 
 
+AXES = re.compile(r"\[[^\]]*\]|\([^)]*[A-Z0-9][^)]*\)|_[A-Z]{1,3}\b")
+
+
+def test_public_functions_say_the_axes_of_arrays_they_take_or_give() -> None:
+    silent = []
+    for file in modules().values():
+        tree = ast.parse(file.read_text())
+        owners = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))]
+        for node in (node for owner in owners for node in owner.body if isinstance(node, ast.FunctionDef)):
+            named = [*node.args.args, *node.args.kwonlyargs]
+            types = [one.annotation for one in named if one.annotation] + ([node.returns] if node.returns else [])
+            if node.name.startswith("_") or not re.search(r"NDArray|Tensor\b", " ".join(map(ast.unparse, types))):
+                continue
+            said = " ".join([node.name, *(one.arg for one in named), ast.get_docstring(node) or ""])
+            if not AXES.search(said):
+                silent.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert silent == []
+
+
 def imports_of(file: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):

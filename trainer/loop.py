@@ -144,8 +144,8 @@ class Loop:
         return sums_2
 
     def update(self, batch: Batch, loss_sum: torch.Tensor) -> tuple[bool, Any]:
-        """The optimizer step: (whether it was made, the gradient's norm). Not so where the gradient was not finite, or
-        the guard refused."""
+        """The optimizer step: (whether it was made, the gradient's norm, []). Not made where the gradient was not
+        finite or the guard refused. `loss_sum`: of this rank, nats, fp64 []."""
         step, norm = self.clock.step + 1, grad_norm_before_step(self.engine)
         self.callbacks.on_before_optimizer_step(step)
         self.checkpointer.before_update()

@@ -54,12 +54,12 @@ class Ranks:
         return int(psutil.virtual_memory().available) // local_world_size()
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's CPU tensor, on every rank; shape and dtype are known to all."""
+        """Rank 0's CPU tensor [...], on every rank; shape and dtype are known to all."""
         dist.broadcast(tensor, src=0, group=self.control)
         return tensor
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a CPU tensor. Exact where no two ranks have the same place other than zero."""
+        """The sum over ranks of a CPU tensor [...]. Exact where no two ranks have the same place other than zero."""
         joined = tensor.to(self.device)
         dist.all_reduce(joined)
         return joined.cpu()

@@ -82,7 +82,7 @@ class ReferenceSet:
         return order_N, np.searchsorted(self.batch[order_N], np.arange(self.batch_count + 1)).astype(np.int64)
 
     def batch_samples(self, batch: int) -> NDArray[np.int64]:
-        """The samples that are scored together as `batch`, ascending."""
+        """The samples that are scored together as `batch`, ascending, int64 [B]."""
         order_N, starts = self._by_batch
         return order_N[starts[batch] : starts[batch + 1]]
 

@@ -53,7 +53,8 @@ def no_scores(samples: int) -> Scores:
 
 
 def scores_of_table(table: LossTable) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(sums, counts) of a table's samples; None for one that lacks what only some tables have."""
+    """(sums [N, 1 + positions], counts [N, 2 + positions]) of a table's samples; None for one that lacks what only some
+    tables have."""
     if table.correct is None or table.position_loss is None or table.position_tokens is None:
         return None
     ones = torch.ones(len(table), dtype=torch.int32)

@@ -23,7 +23,7 @@ DEQUANTIZE = "dequantize the model and save it anew (transformers: model.dequant
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's kind, shape and bytes."""
+    """SHA-256 of a tensor's kind, shape and bytes; of any shape [...]."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     # A view as bytes has no dtype that numpy would lack (bf16), and copies nothing.
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -269,7 +269,14 @@ def load_checked(auto: Any, kind: str, directory: Path, dtype: str, trust_remote
 def check_causal(
     directory: Path, model: Any, logits_of: Callable[[torch.Tensor], torch.Tensor], device: torch.device | None = None
 ) -> None:
-    """Refuses a model whose prediction hangs on what comes after: tried, since an encoder loads as a causal LM too."""
+    """Refuses a model whose prediction hangs on what comes after: tried, since an encoder loads as a causal LM too.
+
+    Args:
+        logits_of: logits [1, T, V] of ids [1, T].
+
+    Raises:
+        DataError: it does.
+    """
     if sees_the_future(model, logits_of, device):
         raise DataError(
             f"{directory}: looks at what comes after a token, so it is no causal LM; use --objective masked or pll"

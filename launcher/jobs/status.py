@@ -5,6 +5,7 @@ It needs no accounting: what Slurm has forgotten is called gone, and a Slurm tha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,25 +78,32 @@ def jobs_of(lines: list[dict[str, Any]], told: SchedulerAnswer) -> RunJobs:
     """
     newest = _newest(lines)
     jobs = [_joined(line, told) for line in newest]
-    by_hand = sum(line.get("kind") == "submitted" and _trains(line) for line in lines)
-    started = sum(line.get("kind") == "started" and _trains(line) for line in lines)
-    # A turn that a successor takes has a line of each kind: it is counted by the one that every turn has.
-    said = sum(line.get("kind") == "requeued" and _trains(line) for line in lines)
+    training = [line for line in lines if _trains(line)]
+    count = Counter(line.get("kind") for line in training)
     by_slurm = max((job["restarts"] or 0 for job in jobs if "train" in job["component"]), default=0)
-    submitted = max((float(line.get("time") or 0) for line in newest if _trains(line)), default=0.0)
-    # By their order in the file: clocks of hosts differ, and a successor is not a new wish to run.
-    last = max((at for at, line in enumerate(lines) if line.get("kind") == "submitted" and _trains(line)), default=-1)
-    asked = any(line.get("kind") == "stop asked" for line in lines[last + 1 :])
-    login = next((str(line["login"]) for line in reversed(lines) if line.get("login")), None)
     # A node that was lost has its job started again without a word in the record, until that has started.
-    begun = [int(line.get("restart") or 0) for line in lines if line.get("kind") == "started" and _of_job(line, jobs)]
-    restarted = bool(begun) and by_slurm > max(begun)
-    return RunJobs(jobs, max(said, started - by_hand, by_slurm), submitted, asked and bool(newest), login, restarted)
+    ours = {job["job"] for job in jobs}
+    started = [line for line in training if line.get("kind") == "started" and str(line.get("job")) in ours]
+    begun = [int(line.get("restart") or 0) for line in started]
+    return RunJobs(
+        jobs=jobs,
+        # A turn that a successor takes has a line of each kind: it is counted by the one that every turn has.
+        requeues=max(count["requeued"], count["started"] - count["submitted"], by_slurm),
+        submitted=max((float(line.get("time") or 0) for line in newest if _trains(line)), default=0.0),
+        stop_asked=bool(newest) and _is_stop_asked(lines),
+        login=next((str(line["login"]) for line in reversed(lines) if line.get("login")), None),
+        restarted=bool(begun) and by_slurm > max(begun),
+    )
 
 
-def _of_job(line: dict[str, Any], jobs: list[dict[str, Any]]) -> bool:
-    """Whether a line is of the training in one of these jobs."""
-    return _trains(line) and any(str(line.get("job")) == job["job"] for job in jobs)
+def _is_stop_asked(lines: list[dict[str, Any]]) -> bool:
+    """Whether that was the last wish, by the order in the file: clocks of hosts differ, and a successor is no wish."""
+    for line in reversed(lines):
+        if line.get("kind") == "stop asked":
+            return True
+        if line.get("kind") == "submitted" and _trains(line):
+            return False
+    return False
 
 
 def _trains(line: dict[str, Any]) -> bool:

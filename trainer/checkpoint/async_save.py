@@ -55,7 +55,7 @@ class HostCopy:
         self._used = 0
 
     def take(self, tensor: torch.Tensor, dtype: torch.dtype, *, later: bool = False) -> torch.Tensor:
-        """Where a copy of it will be, in host memory and contiguous."""
+        """Where a copy of it will be: of its shape [...], in host memory and contiguous."""
         source = tensor.detach()
         place = self._room(tensor.numel() * dtype.itemsize).view(dtype)[: tensor.numel()].view(tensor.shape)
         if later:

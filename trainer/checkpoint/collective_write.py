@@ -87,7 +87,7 @@ def _begin(final: Path, size: int) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> str:
-    """Writes CPU tensors to the disk as safetensors; gives the file's SHA-256. Equal tensors give equal bytes.
+    """Writes CPU tensors [...] to the disk as safetensors; gives the file's SHA-256. Equal tensors give equal bytes.
 
     Args:
         metadata: one key at most, since safetensors writes several in any order; without it what transformers asks for.

@@ -162,7 +162,7 @@ class Windows:
         return self._masks is None or any(counts.any() for counts in self._counted(self._masks))
 
     def documents(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers, ascending, of the documents that these windows hold tokens of; from 0, as the shards have them."""
+        """Numbers from 0, ascending, int64 [D], of the documents that these windows [n] hold tokens of."""
         self._check(indices)
         if not len(indices):
             return np.empty(0, np.int64)

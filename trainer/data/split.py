@@ -36,7 +36,7 @@ def split_by_family(
     leave the training data), goes to training.
 
     Args:
-        ids: tokens of each document.
+        ids: tokens of each document, uint32 [T] each.
         sha256s: of each document's text; they and the seed are all that the choice hangs on.
 
     Raises:

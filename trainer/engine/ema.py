@@ -48,7 +48,7 @@ class EmaWeights:
             yield fragment.name, held
 
     def whole(self, name: str, parameter: Any) -> torch.Tensor:
-        """The whole average of a trained parameter, fp32, in its shape, on every rank (a collective)."""
+        """The whole average of a trained parameter, fp32, in its shape [...], on every rank (a collective)."""
         shape = zero_state.full_shape(parameter)
         flat = torch.zeros(math.prod(shape), dtype=torch.float32, device=self._device)
         index = self._place.get(name)

@@ -64,7 +64,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
 
 
 def values(engine: Any, fragment: Fragment) -> dict[str, torch.Tensor]:
-    """The fragment's fp32 values by kind, flat, which stand as they are until the next update; not to be written to."""
+    """The fragment's fp32 values by kind, [length] each, which stand until the next update; not to be written to."""
     parameter = fragment.parameter
     if engine.zero_optimization_stage() == 3:
         found = {kind: _stage3_part(engine, parameter, kind) for kind in KINDS}
@@ -87,7 +87,7 @@ def _stage3_part(engine: Any, parameter: Any, kind: str) -> torch.Tensor:
 
 
 def master_view(engine: Any, fragment: Fragment) -> torch.Tensor:
-    """The fragment's fp32 master weights themselves, flat: later updates are seen through it. Also before the first.
+    """The fragment's fp32 master weights, [length]: later updates are seen through it. Also before the first.
 
     Raises:
         ConfigError: DeepSpeed was told to keep them on a disk.

@@ -132,7 +132,7 @@ class Guard:
 
         Args:
             clock: before the batch.
-            loss_sum: of this rank, nats, fp64 scalar on the device.
+            loss_sum: of this rank, nats, fp64 [] on the device.
             norm: of the gradient, where DeepSpeed does not look at it by itself.
         """
         self.spike, self.measured = None, {}
@@ -146,7 +146,7 @@ class Guard:
         return self.spike is not None
 
     def after(self, applied: bool, clock: Clock, loss_sum: torch.Tensor) -> None:
-        """Takes note of a batch that has been used up. `clock`: after it.
+        """Takes note of a batch that has been used up. `clock`: after it. `loss_sum`: of this rank, nats, [].
 
         Raises:
             RestartRequested: no finite gradient for `guards.non_finite` batches in a row; training goes back.

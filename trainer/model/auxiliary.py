@@ -20,7 +20,8 @@ ADDING = ("loss", "coef", "smooth", "mtp", "nextn", "ngram")  # in names of fiel
 
 
 def no_language_loss(*given: Any, **named: Any) -> torch.Tensor:
-    """Stands where a model has its language loss: what it returns as its loss is then what it adds."""
+    """Stands where a model has its language loss: what it returns as its loss is then what it adds.
+    A zero, fp32 []."""
     logits = named["logits"] if "logits" in named else given[0]
     return torch.zeros((), dtype=torch.float32, device=logits.device)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # `vernier --help` must not wait for it
 BESIDE = "VERNIER_STDERR"  # number of the stream that stderr was, where stderr is a rank's log from its first byte
 VARIABLE, ENCODING = "VERNIER_TERMINAL", "VERNIER_TERMINAL_ENCODING"
 SHOWABLE = "vernier.showable"  # what to do with characters that an encoding has not, as codecs name it
+_LABEL = re.compile(r"\s*\S+(?: \S+)*?\s{2,}(?=\S)")
 # Signs that numbers are read by, and that not every terminal has.
 _PLAIN = {
     "−": "-",
@@ -63,9 +65,45 @@ def _showable(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(SHOWABLE, _showable)
 
 
+def columns_of(stream: Any) -> int | None:
+    """How many columns the terminal has that a stream is; None for a pipe or a file, whose lines have no end."""
+    try:
+        if not stream.isatty():
+            return None
+        told = os.environ.get("COLUMNS", "")
+        return int(told) if told.isdigit() and int(told) else os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def folded(line: str, columns: int) -> list[tuple[int, int, int]]:
+    """(indent, start, stop) of each row that a line takes on a terminal, cut at spaces.
+
+    Rows after the first stand beneath the line's text: behind its label where it has one (`  loss      4.08 at …`),
+    else two further in. A word that is longer than a row (a path, a command to copy) is left whole.
+    """
+    label, margin = _LABEL.match(line), len(line) - len(line.lstrip())
+    hang = label.end() if label and label.end() <= columns // 2 else margin if margin > 7 else margin + 2
+    rows: list[tuple[int, int, int]] = []
+    start, indent = 0, 0
+    while len(line) - start > columns - indent:
+        word = start + len(line[start:]) - len(line[start:].lstrip())
+        cut = line.rfind(" ", word, start + columns - indent + 1)
+        cut = cut if cut > word else line.find(" ", word)
+        if cut < 0:
+            break
+        rows.append((indent, start, len(line[:cut].rstrip())))
+        start, indent = cut + len(line[cut:]) - len(line[cut:].lstrip()), hang
+    return [*rows, (indent, start, len(line))]
+
+
 def tell(text: str, file: TextIO | None = None) -> None:
     """Prints lines for people, as `printable` makes them; to stdout unless another stream is given."""
-    print(_lines(text), file=file)
+    text, columns = _lines(text), columns_of(file or sys.stdout)
+    if columns is not None:
+        rows = ((line, row) for line in text.split("\n") for row in folded(line, columns))
+        text = "\n".join(" " * indent + line[start:stop] for line, (indent, start, stop) in rows)
+    print(text, file=file)
 
 
 def console(file: TextIO | None = None, **options: Any) -> Console:
@@ -77,8 +115,20 @@ def console(file: TextIO | None = None, **options: Any) -> Console:
 def _console_class() -> Any:
     from rich.console import Console
     from rich.segment import Segment
+    from rich.text import Text
 
     class People(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            line, columns = objects[0] if len(objects) == 1 else None, columns_of(self.file)
+            if columns is not None and isinstance(line, str | Text):
+                if isinstance(line, str):
+                    line = Text(line) if options.get("markup") is False else self.render_str(line)
+                lines = line.split("\n", allow_blank=True)
+                rows = [(one, row) for one in lines for row in folded(one.plain, columns)]
+                objects = (Text("\n").join(Text(" " * i) + one[start:stop] for one, (i, start, stop) in rows),)
+                options["soft_wrap"] = True
+            super().print(*objects, **options)
+
         def render(self, *what: Any, **options: Any) -> Iterable[Segment]:
             for one in super().render(*what, **options):
                 yield one if one.control else Segment(_lines(one.text), one.style)

@@ -22,6 +22,7 @@ from launcher.backends.mpi import mpirun
 from launcher.backends.process import Started, end, last_lines, start
 from launcher.compare.options import parse_margin
 from launcher.restarts import RestartPolicy
+from launcher.text import perplexity
 
 if TYPE_CHECKING:
     from eval.reference.set import ReferenceSet
@@ -67,7 +68,8 @@ def run_eval(
         print(json.dumps(rows, indent=2))
         return EXIT_DONE
     for row in rows:
-        tell(f"{row['model']}: {row['loss']:.4f} ± {row['se']:.4f} nats per token  {row['table']}")
+        size = f"{row['loss']:.4f} ± {row['se']:.4f} nats per token, perplexity {perplexity(row['loss'])}"
+        tell(f"{row['model']}: {size}  {row['table']}")
         if row.get("until_verdict"):
             tell(verdict_words(row["model"], row["until_verdict"]))
     return EXIT_DONE

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from configs.console import columns_of
 
 
 def duration(seconds: float) -> str:
@@ -27,6 +30,12 @@ def typed(path: Path) -> str:
     """A path as one would type it here, quoted for a shell."""
     inside = path.is_relative_to(Path.cwd())
     return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss) of a loss in nats per token, to four digits."""
+    value = math.exp(min(loss, 700.0))
+    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
 
 
 def p_words(p: float) -> str:
@@ -77,10 +86,39 @@ def new_table() -> Table:
     return Table(box=SIMPLE, pad_edge=False, collapse_padding=True, header_style="bold")
 
 
-def print_table(table: Table, console: Console) -> None:
-    """Prints a table at its own width; rich would cut columns to the terminal's, or to the 80 of a pipe."""
-    table.width = console.measure(table, options=console.options.update(width=1000)).maximum
-    console.print(table, soft_wrap=True)
+def print_table(table: Table, console: Console, *, spare: Sequence[str] = ()) -> None:
+    """Prints a table at its own width; rich would cut it to the 80 columns of a pipe.
+
+    On a terminal that is narrower its columns stand closer, then those headed as in `spare` go, the first first, then
+    words are folded, and never a number.
+    """
+    columns = columns_of(console.file)
+    if columns is not None and _width(table, console) > columns:
+        table.padding, table.show_edge = (0, 0, 0, 0), False
+        for heading in spare:
+            if _width(table, console) > columns:
+                table = _without(table, heading)
+        for column in table.columns:
+            column.no_wrap, column.overflow = column.justify == "right", "fold"
+    wide = _width(table, console)
+    table.width = wide if columns is None else min(wide, columns)
+    console.print(table, soft_wrap=columns is None)
+
+
+def _width(table: Table, console: Console) -> int:
+    return console.measure(table, options=console.options.update(width=1000)).maximum
+
+
+def _without(table: Table, heading: str) -> Table:
+    """The table without the column that has this heading."""
+    kept = [column for column in table.columns if column.header != heading]
+    out = new_table()
+    out.padding, out.show_edge = table.padding, table.show_edge
+    for column in kept:
+        out.add_column(column.header, justify=column.justify)
+    for row, made in zip(zip(*(column.cells for column in kept), strict=True), table.rows, strict=True):
+        out.add_row(*row, style=made.style)
+    return out
 
 
 def say(console: Console, line: str, style: str = "none") -> None:

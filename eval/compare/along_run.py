@@ -18,7 +18,7 @@ from configs.errors import DataError
 from configs.run.directory import RunDir, read_jsonl, step_name
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
 from eval.compare.targets import Found, most_scored, tables_of_run
-from eval.statistics import by_cluster, clustered_ratio, wobble_percent
+from eval.statistics import by_cluster, clustered_ratio, holm, wobble_percent
 from eval.tables import LossTable, read_table
 
 
@@ -38,7 +38,8 @@ class RunComparison:
     """The scored checkpoints of a run in step order. `notes`: what was left out, for people.
 
     `wobble_percent`: the run's checkpoint-to-checkpoint noise, None where it has too few checkpoints. `tables`: where
-    the loss table of each step lies.
+    the loss table of each step lies. `worse_since`: the first step after the best from which on every one is worse than
+    it (paired, Holm over those after it); None where the last is the best, or is not told apart from it.
     """
 
     run: str
@@ -47,6 +48,12 @@ class RunComparison:
     notes: tuple[str, ...] = ()
     wobble_percent: float | None = None
     tables: dict[int, Path] = field(default_factory=dict)
+    worse_since: int | None = None
+
+    @property
+    def best(self) -> ScoredCheckpoint:
+        """That of the lowest loss, of equal ones the first."""
+        return min(self.checkpoints, key=lambda point: point.side.loss)
 
     @property
     def sampling_percent(self) -> float | None:
@@ -61,6 +68,7 @@ class RunComparison:
             "reference": self.reference,
             "wobble_percent": finite(self.wobble_percent),
             "sampling_percent": finite(self.sampling_percent),
+            "best": {"step": self.best.step, "loss": finite(self.best.side.loss), "worse_since": self.worse_since},
             "checkpoints": [
                 {
                     "step": point.step,
@@ -118,7 +126,23 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
         notes=tuple(notes),
         wobble_percent=found,
         tables=dict(sorted(paths.items())),
+        worse_since=_worse_since(min(points, key=lambda point: point.side.loss), paths, alpha),
     )
+
+
+def _worse_since(best: ScoredCheckpoint, paths: dict[int, Path], alpha: float) -> int | None:
+    later = sorted(step for step in paths if step > best.step)
+    if not later:
+        return None
+    lowest = read_table(paths[best.step])
+    found = [compare_tables(lowest, read_table(paths[step]), alpha=alpha, pairs=len(later)) for step in later]
+    p_holm = holm([one.difference.p for one in found])
+    since = None
+    for step, one, p in zip(reversed(later), reversed(found), reversed(p_holm), strict=True):
+        if not (p < alpha and one.difference.value > 0):
+            break
+        since = step
+    return since
 
 
 def _with_wobble(points: list[ScoredCheckpoint], wobble: float | None) -> Iterable[ScoredCheckpoint]:

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from launcher.text import _count, _digits, gain_words, minus, new_table, p_words, plus_minus, print_table, say, signed
+from launcher.text import (
+    _count,
+    _digits,
+    gain_words,
+    minus,
+    new_table,
+    p_words,
+    perplexity,
+    plus_minus,
+    print_table,
+    say,
+    signed,
+)
 
 if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --help` must not wait for
     from eval.compare.along_run import RunComparison
@@ -16,6 +28,7 @@ if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --h
     from eval.compare.pair import Comparison
     from eval.statistics import Power
 
+NATS = "nats per token"
 MOST_ALIKE = 10  # pairs of a leaderboard that are spelt out
 STYLES = {"better": "green", "worse": "red", "no difference seen": "dim", "identical": "dim"}
 
@@ -121,13 +134,15 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     say(console, sentence(comparison), STYLES[comparison.verdict].replace("dim", "none"))
     found = comparison.difference
     table = new_table()
-    for heading in ("", f"loss, {comparison.unit}", "documents", "samples", "tokens"):
+    in_nats = comparison.unit == NATS
+    headings = ["", f"loss, {comparison.unit}", *(["perplexity"] if in_nats else []), "documents", "samples", "tokens"]
+    for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     for side in (comparison.a, comparison.b):
         loss, error = plus_minus(side.loss, side.se, signed=False, at_least=4)
-        counts = (f"{count:,}" for count in (side.documents, side.samples, side.tokens))
-        table.add_row(Text(side.name), f"{loss} ± {error}", *counts)
-    print_table(table, console)
+        counts = [f"{count:,}" for count in (side.documents, side.samples, side.tokens)]
+        table.add_row(Text(side.name), f"{loss} ± {error}", *([perplexity(side.loss)] if in_nats else []), *counts)
+    print_table(table, console, spare=("tokens", "samples"))
     say(
         console,
         f"  paired t = {signed(found.t, 2)} (clustered by document); "
@@ -143,29 +158,37 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 def print_run_table(comparison: RunComparison, console: Console) -> None:
     """The scored checkpoints of a run, a row each, then what single optimizer steps did."""
     table = new_table()
-    table.add_column("step", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("loss ± SE", justify="right")
-    table.add_column("change, % (95 %)", justify="right")
-    table.add_column("verdict")
-    for heading in ("win\nrate", "paired\nt", "unpaired\nt"):
-        table.add_column(heading, justify="right")
+    headings = ["step", "tokens", "loss ± SE", "perplexity", "change, %\n(95 %)", "verdict"]
+    for heading in (*headings, "win\nrate", "paired\nt", "unpaired\nt"):
+        table.add_column(heading, justify="left" if heading == "verdict" else "right")
     for point in comparison.checkpoints:
         loss, error = plus_minus(point.side.loss, point.side.se, signed=False, at_least=4)
         tokens = "" if point.tokens is None else _count(point.tokens)
-        row = [str(point.step), tokens, f"{loss} ± {error}"]
+        row = [str(point.step), tokens, f"{loss} ± {error}", perplexity(point.side.loss)]
         versus = point.versus_previous
         if versus is not None:
             found = versus.difference
             row += [change_words(versus, unit=""), Text(versus.verdict, STYLES[versus.verdict])]  # type: ignore[list-item]
             row += [f"{100 * found.win_rate:.0f} %", signed(found.t, 2), signed(found.t_unpaired, 2)]
-        table.add_row(*row)
-    print_table(table, console)
+        table.add_row(*row, style="bold" if point is comparison.best else None)
+    print_table(table, console, spare=("tokens", "win\nrate"))
+    say(console, best_words(comparison))
     for line in (*single_steps(comparison), *_run_wobble(comparison)):
         say(console, line)
     cautions = dict.fromkeys(c for p in comparison.checkpoints if p.versus_previous for c in p.versus_previous.cautions)
     for note in (*comparison.notes, *(f"caution: {c}" for c in cautions)):
         say(console, f"  {note}", "yellow")
+
+
+def best_words(comparison: RunComparison) -> str:
+    """Which scored step is the best so far, and what the later ones are beside it."""
+    best, last = comparison.best, comparison.checkpoints[-1]
+    said = f"best: step {best.step} (loss {best.side.loss:.4f}, perplexity {perplexity(best.side.loss)})"
+    if best is last:
+        return f"{said}, the last one"
+    if comparison.worse_since is None:
+        return f"{said}; step {last.step}, the last, is not told apart from it"
+    return f"{said}; worse since step {comparison.worse_since}"
 
 
 def single_steps(comparison: RunComparison) -> list[str]:
@@ -209,23 +232,26 @@ def _run_wobble(comparison: RunComparison) -> list[str]:
 def print_leaderboard(board: Leaderboard, console: Console) -> None:
     """The models by loss, each against the best; then which are not told apart."""
     table = new_table()
-    for heading in ("", "", f"loss, {board.unit}", "behind the best, % (95 %)", "p, Holm", "win\nrate", "group"):
+    in_nats = board.unit == NATS
+    headings = ["", "", f"loss,\n{board.unit}", *(["perplexity"] if in_nats else []), "behind the best,\n% (95 %)"]
+    for heading in (*headings, "p, Holm", "win\nrate", "group"):
         table.add_column(heading, justify="left" if heading in ("", "group") else "right")
     best = board.entries[0].name
     versus = {pair.comparison.b.name: pair for pair in board.pairs if pair.comparison.a.name == best}
     for place, entry in enumerate(board.entries, start=1):
         loss, error = plus_minus(entry.loss, entry.se, signed=False, at_least=4)
-        row = [str(place), Text(entry.name), f"{loss} ± {error}", "", "", "", entry.group]
+        row = [str(place), Text(entry.name), f"{loss} ± {error}", *([perplexity(entry.loss)] if in_nats else [])]
+        against = ["", "", ""]
         if entry.name in versus:
             pair = versus[entry.name]
             comparison = pair.comparison
-            row[3:6] = [
+            against = [
                 "identical" if comparison.difference.identical else change_words(comparison, unit=""),
                 p_words(pair.p_holm).removeprefix("p ").removeprefix("= "),
                 f"{100 * comparison.difference.win_rate:.0f} %",
             ]
-        table.add_row(*row)  # type: ignore[arg-type]
-    print_table(table, console)
+        table.add_row(*row, *against, entry.group)  # type: ignore[arg-type]
+    print_table(table, console, spare=("win\nrate",))
     alike = [pair for pair in board.pairs if not pair.told_apart]
     count = len(board.pairs)
     say(

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from configs.console import columns_of
 from configs.devices import gpu_count
 from configs.memory.scoring import gib
 from configs.memory.training import RankMemory
@@ -17,6 +18,7 @@ from launcher.text import duration, new_table, print_table, say
 
 FLOPS_RULE = "6N + 12·L·H·Q·T (PaLM, appendix B)"
 WIDTH = 80
+ROOMY = 115  # columns from which on a cell has its memory and its time beside each other
 WHAT_IT_IS = {
     "weights": "",
     "gradients": "",
@@ -276,13 +278,15 @@ def _print_scaling(plan: Plan, console: Console) -> None:
         console,
         f"scaling   the same batch over more ranks, {links.ranks_a_node} a node: memory of a rank, and seconds a step",
     )
+    columns = columns_of(console.file)
+    gap = "\n" if columns is not None and columns < ROOMY else "  "
     table = new_table()
     for heading in ("         ranks", "nodes", "micro", *(f"ZeRO-{stage}" for stage in STAGES)):
         table.add_column(heading, justify="right")
     for ranks in dict.fromkeys(row.ranks for row in rows):
         line = [row for row in rows if row.ranks == ranks]
         micro = f"{line[0].micro} × {line[0].accumulation}"
-        table.add_row(f"{ranks:,}", f"{line[0].nodes:,}", micro, *(_cell(row, plan.device_bytes) for row in line))
+        table.add_row(f"{ranks:,}", f"{line[0].nodes:,}", micro, *(_cell(row, plan.device_bytes, gap) for row in line))
     print_table(table, console)
     if left_out:
         counts = ", ".join(f"{count:,}" for count in left_out)
@@ -297,9 +301,9 @@ def _print_scaling(plan: Plan, console: Console) -> None:
     )
 
 
-def _cell(row: Row, device: int | None) -> str:
+def _cell(row: Row, device: int | None, gap: str) -> str:
     mark = "! " if row.fits(device) is False else ""
-    seconds = "" if row.time is None else f"  {row.time.total_s:.3g} s"
+    seconds = "" if row.time is None else f"{gap}{row.time.total_s:.3g} s"
     return f"{mark}{gib(row.memory.total)}{seconds}"
 
 

@@ -20,7 +20,7 @@ from configs.errors import EXIT_DONE, ConfigError, DataError
 from configs.run.directory import RunDir
 from launcher.sweep.members import value_words
 from launcher.sweep.store import FILE, read_sweep
-from launcher.text import minus, new_table, p_words, plus_minus, print_table, say
+from launcher.text import minus, new_table, p_words, perplexity, plus_minus, print_table, say
 from launcher.watch.run_status import facts_of
 
 if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --help` must not wait for
@@ -228,6 +228,7 @@ def print_sweep(result: SweepTable, console: Console) -> None:
     for heading in (
         "seeds",
         "loss ± SE\n(documents)",
+        "perplexity",
         "SE of it\n(seeds)",
         "behind the best,\n% (95 %)",
         "SE, %\n(documents)",
@@ -240,11 +241,13 @@ def print_sweep(result: SweepTable, console: Console) -> None:
         loss, error = plus_minus(place.loss, place.se_documents, signed=False, at_least=4)
         values = result.values[place.name]
         row = [str(number), *(values[key] for key in result.keys), str(len(place.losses)), f"{loss} ± {error}"]
-        row += [_small(place.se_seeds), *_behind_row(place.behind)]
+        row += [perplexity(place.loss), _small(place.se_seeds), *_behind_row(place.behind)]
         if number > 1 and place.behind is not None:
             row.append("told apart" if place.behind.told_apart else "not told apart")
         table.add_row(*(Text(cell) for cell in row))
-    print_table(table, console)
+    print_table(
+        table, console, spare=("SE, %\n(documents)", "SE, %\n(seeds)", "SE of it\n(seeds)", "seeds", "perplexity")
+    )
     for line, style in (*_margin(result), *_what_is_covered(result)):
         say(console, f"  {line}", style)
     for one in result.left_out:

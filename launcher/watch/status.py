@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from configs.console import printable
+from configs.console import columns_of, printable
 from configs.errors import EXIT_DONE, DataError
 from configs.run.directory import RunDir
 from configs.scheduler import NoAnswer
 from launcher.jobs.status import UNKNOWN, SchedulerAnswer, ask_scheduler, described
-from launcher.text import duration, new_table, plus_minus, print_table, say
+from launcher.text import duration, new_table, perplexity, plus_minus, print_table, say
 from launcher.watch.events import SHOWN, event_rows, print_events
 from launcher.watch.run_index import find_all, known, remember
 from launcher.watch.run_status import RunFacts, all_runs, facts_of, finite, read_events
@@ -191,7 +191,7 @@ def _scored(facts: RunFacts) -> str:
     if facts.scored is not None:
         said = f"step {facts.scored:,}"
         if facts.reference_loss is not None:
-            said += f": reference loss {_reference_loss(facts)}"
+            said += f": reference loss {_reference_loss(facts)}, perplexity {perplexity(facts.reference_loss)}"
     if facts.waiting:
         said += f"; {facts.waiting:,} {'snapshot waits' if facts.waiting == 1 else 'snapshots wait'}"
     elif facts.waiting is None:
@@ -238,7 +238,9 @@ def _print_table(found: list[RunFacts], console: Console) -> None:
     remarks = [_remarks(facts, ambiguous=names.count(facts.name) > 1) for facts in found]
     headings = ["run", "state", "step", "%", "loss, last\n50 ± SE", "tokens/s", "left", "check-\npoint", "scored"]
     in_jobs = any(facts.jobs for facts in found)
-    headings += ["reference\nloss ± SE", "waiting", *(["jobs"] if in_jobs else []), *([""] if any(remarks) else [])]
+    beneath = columns_of(console.file) is not None  # on a terminal a remark has lines of its own, else the last column
+    in_table = any(remarks) and not beneath
+    headings += ["reference\nloss ± SE", "waiting", *(["jobs"] if in_jobs else []), *([""] if in_table else [])]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("run", "state", "jobs", "") else "right")
     for facts, remark in zip(found, remarks, strict=True):
@@ -258,9 +260,12 @@ def _print_table(found: list[RunFacts], console: Console) -> None:
             _reference_loss(facts),
             "" if facts.waiting is None else f"{facts.waiting:,}",
             *([Text(_short(facts))] if in_jobs else []),
-            *([Text(remark)] if any(remarks) else []),
+            *([Text(remark)] if in_table else []),
         )
-    print_table(table, console)
+    print_table(table, console, spare=("waiting", "%", "tokens/s", "scored", "check-\npoint", "loss, last\n50 ± SE"))
+    for facts, remark in zip(found, remarks, strict=True) if beneath else ():
+        if remark:
+            say(console, f"  {facts.name}: {remark}", _style(facts))
 
 
 def _short(facts: RunFacts) -> str:

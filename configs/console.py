@@ -13,8 +13,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -76,6 +76,41 @@ def columns_of(stream: Any) -> int | None:
         return None
 
 
+def is_live(stream: Any) -> bool:
+    """Whether lines on a stream can be drawn anew: a terminal that is not a dumb one."""
+    return columns_of(stream) is not None and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def waiting(words: str) -> Iterator[None]:
+    """Says on the terminal what is waited for, and takes it away again. Elsewhere it says nothing.
+
+    It has no thread, so that ranks may be forked meanwhile; what is told meanwhile takes its place.
+    """
+    stream = sys.stderr
+    if not is_live(stream):
+        yield
+        return
+    _no_longer_waiting()
+    stream.write(f"{printable(words)} …")
+    stream.flush()
+    _shown.append(stream)
+    try:
+        yield
+    finally:
+        _no_longer_waiting()
+
+
+_shown: list[Any] = []  # the stream that says what is waited for, if any does
+
+
+def _no_longer_waiting() -> None:
+    while _shown:
+        stream = _shown.pop()
+        stream.write("\r\x1b[2K")
+        stream.flush()
+
+
 def folded(line: str, columns: int) -> list[tuple[int, int, int]]:
     """(indent, start, stop) of each row that a line takes on a terminal, cut at spaces.
 
@@ -99,6 +134,7 @@ def folded(line: str, columns: int) -> list[tuple[int, int, int]]:
 
 def tell(text: str, file: TextIO | None = None) -> None:
     """Prints lines for people, as `printable` makes them; to stdout unless another stream is given."""
+    _no_longer_waiting()
     text, columns = _lines(text), columns_of(file or sys.stdout)
     if columns is not None:
         rows = ((line, row) for line in text.split("\n") for row in folded(line, columns))
@@ -119,6 +155,7 @@ def _console_class() -> Any:
 
     class People(Console):
         def print(self, *objects: Any, **options: Any) -> None:
+            _no_longer_waiting()
             line, columns = objects[0] if len(objects) == 1 else None, columns_of(self.file)
             if columns is not None and isinstance(line, str | Text):
                 if isinstance(line, str):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from configs.devices import gpu_count
 from configs.errors import ConfigError
 from configs.files.paths import path_problems
+from configs.other_names import answer
 from configs.schema import Config, section_of
 from configs.secret_names import holds_secret, names_secret, without_secrets
 from configs.yaml.overrides import apply_overrides, sections, settings_merged
@@ -128,7 +129,8 @@ def _problems(error: ValidationError) -> Iterator[str]:
         key = ".".join(str(part) for part in item["loc"])
         value = item.get("input")
         if item["type"] == "extra_forbidden":
-            yield f"{key}: unknown key{_nearest(key)}"
+            there = answer(key)
+            yield f"{key}: unknown key{f'; in Vernier: {there}' if there else _nearest(key)}"
         elif item["type"] == "missing":
             yield f"{key}: missing; it must be set"
         elif item["type"] == "string_type" and value is None:
@@ -211,6 +213,12 @@ def micro_batch(config: Config, world: int) -> int:
     """Windows a rank takes at once: the largest divisor of its share of the batch not above `batch.micro`."""
     share = config.batch.global_ // world
     return max(m for m in range(1, min(config.batch.micro, share) + 1) if share % m == 0)
+
+
+def pass_words(windows: int, config: Config) -> str:
+    """How many steps one pass over so many training windows is, and how many passes a run's steps are."""
+    a_pass = -(-windows // config.batch.global_)
+    return f"one pass is {a_pass:,} steps, {config.steps:,} steps are {config.steps / max(1, a_pass):.3g} passes"
 
 
 def resolve(config: Config, *, nproc: int | None = None, elsewhere: bool = False) -> Config:

@@ -21,6 +21,7 @@ from configs.files.atomic import write_atomic
 from configs.load import load_config, resolve, with_absolute_paths
 from configs.log_stream import log_to_file, stream_to_people
 from configs.process import die_with_parent, end_at_once
+from configs.progress import Phases
 from configs.run.directory import RunDir
 
 
@@ -169,8 +170,9 @@ def score_directories(asked: argparse.Namespace, console: Any) -> None:
     groups = [asked.models] if asked.ensemble else [[model] for model in asked.models]
     if len(groups) != len(asked.tables):
         raise ConfigError(f"--tables: {len(asked.tables)} were given for {len(groups)} sets of losses")
-    for models, table in zip(groups, asked.tables, strict=True):
-        score_models(models, table, reference, ranks, how, lambda line: tell(line, console))
+    with Phases(console, lambda name, done, of: f"{name}: {100 * done // of} % scored" if done else None) as phases:
+        for models, table in zip(groups, asked.tables, strict=True):
+            score_models(models, table, reference, ranks, how, phases.say, phases)
     leave()
 
 

@@ -11,6 +11,7 @@ import typer
 
 from configs.console import tell
 from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, ConfigError, VernierError
+from configs.other_names import answer
 
 
 def code_of(verb: Callable[[], Any]) -> int:
@@ -46,6 +47,9 @@ def _click_code(error: Exception) -> int:
     show = getattr(error, "show", None)
     if show is not None:
         show()
+        option = getattr(error, "option_name", "")
+        if here := answer(option):
+            tell(f"{option}: settings are given as KEY=VALUE, without dashes; in Vernier: {here}", sys.stderr)
         return int(getattr(error, "exit_code", EXIT_FAILED))
     if type(error).__name__ == "Abort":
         return EXIT_INTERRUPTED

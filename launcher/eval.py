@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from configs.console import tell
+from configs.console import tell, waiting
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
 from configs.files.atomic import read_json
@@ -84,7 +84,7 @@ def score(
     Raises:
         ConfigError, DataError: usage, or a model that cannot be scored on this set. Nothing is scored then.
     """
-    with one_thread():
+    with waiting("loading the libraries"), one_thread():
         from eval.reference.set import load_reference
         from eval.scoring.models import check_fits, check_model
 
@@ -94,10 +94,11 @@ def score(
         raise ConfigError(*problems)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is there and is no directory")
-    reference = load_reference(reference_dir)
-    for model in models:
-        check_model(model)
-        check_fits(model, reference)
+    with waiting("checking the reference set and the models"):
+        reference = load_reference(reference_dir)
+        for model in models:
+            check_model(model)
+            check_fits(model, reference)
     groups = [models] if asked.ensemble else [[model] for model in models]
     tables: list[Path] = []
     for group in groups:
@@ -138,7 +139,7 @@ def settled(asked: EvalOptions, reference_dir: Path) -> EvalOptions:
     Raises:
         ConfigError: which option has no such value.
     """
-    with one_thread():
+    with waiting("loading the libraries"), one_thread():
         from eval.reference.set import load_reference
 
     own = load_reference(reference_dir, check=False).objective
@@ -256,7 +257,8 @@ def _score(
     while True:
         for file in logs.glob("fault-*.json"):
             file.unlink()
-        process = _start(arguments, asked, logs / "ranks.log")
+        with waiting("starting the ranks: PyTorch and the model are loaded"):
+            process = _start(arguments, asked, logs / "ranks.log")
         try:
             code = process.wait()
         except KeyboardInterrupt:

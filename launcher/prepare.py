@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.console import console as people
-from configs.console import tell
+from configs.console import tell, waiting
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
 from configs.files.paths import path_problems
-from configs.load import load_config, resolve, with_absolute_paths
+from configs.load import load_config, pass_words, resolve, with_absolute_paths
+from configs.progress import Phases
 from configs.schema import Config
+from launcher.text import typed
 
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
@@ -30,7 +31,7 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
         json.dump(report, sys.stdout, indent=2)
         print()
     else:
-        for what, said in _report(report, config.data_dir):
+        for what, said in _report(report, config):
             tell(f"{what:<11}{said}")
     return EXIT_DONE
 
@@ -42,10 +43,11 @@ def prepare_data(config: Config, *, fresh: bool = False) -> dict[str, Any]:
         ConfigError: a setting or source is wrong, or what is there was prepared with other settings.
         DataError: the source holds too little, or what is there is damaged.
     """
-    from trainer.data.prepare import prepare
+    with waiting("loading the libraries"):
+        from trainer.data.prepare import prepare
 
-    console = people(sys.stderr)
-    return prepare(resolve(config), fresh=fresh, say=lambda text: console.print(text, markup=False, soft_wrap=True))
+    with Phases(sys.stderr, lambda name, done, to_do: None if done else f"{name} …") as phases:
+        return prepare(resolve(config), fresh=fresh, say=phases.say, progress=phases)
 
 
 def run_retokenize(
@@ -101,7 +103,7 @@ def run_verify(directory: Path, *, json_out: bool) -> int:
     return EXIT_VERDICT if found else EXIT_DONE
 
 
-def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
+def _report(facts: dict[str, Any], config: Config) -> Iterator[tuple[str, str]]:
     """(what, said) of each line of the data report."""
     from trainer.data.read_report import left_out
 
@@ -134,4 +136,5 @@ def _report(facts: dict[str, Any], data_dir: Path) -> Iterator[tuple[str, str]]:
         f"the largest document has {100 * reference['largest_document_share']:.2f} % of them",
     )
     yield from (("caution", unmet) for unmet in facts.get("unmet", ()))  # not in data of an earlier version
-    yield "data", str(data_dir)
+    yield "steps", f"with batch.global={config.batch.global_}, {pass_words(train['windows'], config)}"
+    yield "data", typed(config.data_dir)

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from configs.console import columns_of
 
+WORD = 20  # longest word that a column is kept wide enough for
+
 
 def duration(seconds: float) -> str:
     """A time in words, to two units: `2 h 13 min`."""
@@ -35,7 +37,7 @@ def typed(path: Path) -> str:
 def perplexity(loss: float) -> str:
     """exp(loss) of a loss in nats per token, to four digits."""
     value = math.exp(min(loss, 700.0))
-    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:#.4g}"
 
 
 def p_words(p: float) -> str:
@@ -100,6 +102,8 @@ def print_table(table: Table, console: Console, *, spare: Sequence[str] = ()) ->
                 table = _without(table, heading)
         for column in table.columns:
             column.no_wrap, column.overflow = column.justify == "right", "fold"
+            words = " ".join(map(str, (column.header, *column.cells))).split() if column.justify == "left" else []
+            column.min_width = min(WORD, max(map(len, words), default=0)) or None
     wide = _width(table, console)
     table.width = wide if columns is None else min(wide, columns)
     console.print(table, soft_wrap=columns is None)

@@ -9,7 +9,7 @@ from configs.console import console as people
 from configs.errors import EXIT_DONE
 from configs.fault_injection import reached
 from configs.files.atomic import write_atomic
-from configs.load import dump_config, micro_batch
+from configs.load import dump_config, micro_batch, pass_words
 from configs.memory.step_time import Work
 from configs.run.directory import RunDir
 from configs.schema import Config
@@ -216,6 +216,7 @@ class Training:
             f"{len(self.data):,} windows of {config.sequence_length} tokens, "
             f"{config.precision}, ZeRO-{config.zero.stage}"
         )
+        self.context.tell(f"data: {pass_words(len(self.data), config)}")
         self.context.tell(
             f"a step: {self.ranks.world} ranks × {self.micro} × {self.accumulation} = batch {config.batch.global_}, "
             f"× {config.sequence_length} = {config.batch.global_ * config.sequence_length:,} tokens"

@@ -19,21 +19,30 @@ from eval.scoring.placement import Scoring, open_scorer
 from eval.scoring.score import cpu_threads, ensemble_source, score_reference, table_meta
 from eval.tables import LossTable, parse_table_name, partial_path, read_table, write_table
 
-TOLD_EVERY_S = 5.0
-
 
 def score_models(
-    models: list[Path], table: Path, reference: ReferenceSet, ranks: Ranks, how: Scoring, say: Callable[[str], None]
+    models: list[Path],
+    table: Path,
+    reference: ReferenceSet,
+    ranks: Ranks,
+    how: Scoring,
+    say: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
 ) -> None:
     """Writes the loss table of a model, or of several as an ensemble (the mean of their probabilities).
 
     What an earlier attempt left (a partial table, a journal) is taken up. With `how.against`, a verdict before the
     end of the set leaves a partial table.
 
+    Args:
+        progress: told, on rank 0, the table's name, and its batches that are done and to do.
+
     Raises:
         DataError: a model cannot be scored so.
     """
     name = (parse_table_name(table.name) or (table.stem,))[0]
+    if ranks.is_rank_zero:
+        progress(name, 0, 0)
     if how.fresh and ranks.is_rank_zero:
         clear(table)
         partial_path(table).unlink(missing_ok=True)
@@ -53,14 +62,7 @@ def score_models(
     )
     look = UntilVerdict(reference, read_table(how.against), how.margin_percent) if how.against else None
     journal = Journal(table, meta, ranks.rank)
-    started = told = time.monotonic()
-
-    def progress(done: int, of: int) -> None:
-        nonlocal told
-        if ranks.is_rank_zero and time.monotonic() - told > TOLD_EVERY_S:
-            told = time.monotonic()
-            say(f"{name}: {100 * done // of} % scored")
-
+    started = time.monotonic()
     with cpu_threads(how.threads), _kept(journal):
         found = score_reference(
             scorer,
@@ -69,7 +71,7 @@ def score_models(
             meta,
             order_seed=how.order_seed,
             lockstep=sharded,
-            on_batch=progress,
+            on_batch=(lambda done, of: progress(name, done, of)) if ranks.is_rank_zero else None,
             journal=journal,
             begun=_begun(table, meta) if ranks.is_rank_zero else None,
             look=look,

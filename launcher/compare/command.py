@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from configs.console import tell
+from configs.console import tell, waiting
 from configs.errors import EXIT_DONE, EXIT_VERDICT
 from launcher.compare.options import Options, check_options
 from launcher.compare.results import Result, compare_pair, compare_targets
@@ -32,14 +32,16 @@ def run_compare(targets: list[str], *, json_out: bool, console: Console, options
     """
     gate, margin_percent = options.wanted_gate, options.margin_percent
     check_options(targets, options)
-    from launcher.sweep.table import compare_sweep
+    with waiting("reading the losses"):
+        from launcher.sweep.table import compare_sweep
 
-    swept = compare_sweep(targets, options.given(), json_out=json_out, console=console)
+        swept = compare_sweep(targets, options.given(), json_out=json_out, console=console)
     if swept is not None:
         return swept
     if options.advantage is not None:
         return _advantage(targets, json_out, options, console)
-    result = compare_targets(targets, options)
+    with waiting("comparing"):
+        result = compare_targets(targets, options)
     present(result, console, json_out=json_out, parquet=options.parquet, plots=options.plots)
     if gate is None or result.gated is None:
         return EXIT_DONE

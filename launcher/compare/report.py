@@ -171,7 +171,7 @@ def print_run_table(comparison: RunComparison, console: Console) -> None:
             row += [change_words(versus, unit=""), Text(versus.verdict, STYLES[versus.verdict])]  # type: ignore[list-item]
             row += [f"{100 * found.win_rate:.0f} %", signed(found.t, 2), signed(found.t_unpaired, 2)]
         table.add_row(*row, style="bold" if point is comparison.best else None)
-    print_table(table, console, spare=("tokens", "win\nrate"))
+    print_table(table, console, spare=("tokens", "win\nrate", "perplexity"))
     say(console, best_words(comparison))
     for line in (*single_steps(comparison), *_run_wobble(comparison)):
         say(console, line)

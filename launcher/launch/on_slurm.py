@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from configs.console import tell
+from configs.console import tell, waiting
 from configs.errors import EXIT_DONE, ConfigError, DataError, VernierError
 from configs.files.atomic import read_json, write_atomic
 from configs.load import dump_config
@@ -139,11 +139,12 @@ def _live(run: RunDir, component: str) -> str | None:
 
 def _check(plan: JobPlan, how: Launch) -> None:
     """Refuses here what the ranks would refuse later."""
-    from trainer.check import check_run
-    from trainer.faults.lock import check_free
+    with waiting("loading the libraries, and looking at the run and its data"):
+        from trainer.check import check_run
+        from trainer.faults.lock import check_free
 
-    check_free(plan.run, tell)
-    check_run(as_checked(plan.config), extend=how.extend, force=how.force, tell=print)
+        check_free(plan.run, tell)
+        check_run(as_checked(plan.config), extend=how.extend, force=how.force, tell=tell)
 
 
 def bad_nodes(run: RunDir) -> tuple[str, ...]:

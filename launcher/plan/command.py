@@ -7,6 +7,7 @@ import sys
 
 from rich.console import Console
 
+from configs.console import waiting
 from configs.errors import EXIT_DONE
 from configs.load import load_config, resolve
 from launcher.plan.estimate import Given, make_plan
@@ -21,10 +22,11 @@ def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Cons
     config = load_config(source, overrides)
     if config.precision is None and config.launch.gpus_per_node:  # as it will be where the ranks are
         config = config.model_copy(update={"precision": "bf16"})
-    from eval.scoring.models import quiet_libraries  # torch comes with it
+    with waiting("loading the libraries, and measuring what is not known"):
+        from eval.scoring.models import quiet_libraries  # torch comes with it
 
-    with quiet_libraries():
-        plan = make_plan(resolve(config), given or Given())
+        with quiet_libraries():
+            plan = make_plan(resolve(config), given or Given())
     if json_out:
         from launcher.plan.report import to_json
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 
+from configs.console import waiting
 from configs.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from configs.files.atomic import write_atomic
 from configs.load import dump_config
@@ -67,7 +68,8 @@ class Supervisor:
         Raises:
             ConfigError: what was found wrong before a rank started.
         """
-        check_start(self.config, self.run, self.how, self._tell)
+        with waiting("loading the libraries, and looking at the run and its data"):
+            check_start(self.config, self.run, self.how, self._tell)
         remember(self.run.path)
         with self.interrupts.heard():
             code = self._train_and_score(wait)
@@ -128,7 +130,8 @@ class Supervisor:
         with self._once_free():  # rank 0 of an earlier start may still be dying
             self.run.start_afresh("pending", steps=self.given.steps, job=current_job())
             write_atomic(given, dump_config(self.given))
-        return self.starter.train([*self.how.flags(), str(given)], self.run.logs)
+        with waiting("starting the ranks: PyTorch, the model and the data are loaded"):
+            return self.starter.train([*self.how.flags(), str(given)], self.run.logs)
 
     @contextmanager
     def _once_free(self) -> Iterator[None]:
@@ -182,7 +185,7 @@ class Supervisor:
         except OSError:  # a full disk; the ranks are handed the signal
             ask_to_stop(self.starter, ranks, interrupt=self.interrupts.by_ctrl_c)
         deadline.no_later_than(now + SAVE_PATIENCE_S, f"{SAVE_PATIENCE_S} s after they were asked to stop")
-        self._tell("stopping after this step, with a checkpoint (again: at once)")
+        self._tell("stopping once this step has ended and its checkpoint is written; asked again, at once")
 
     def _outcome(self, returncode: int, killed: str, before: dict[str, int]) -> int:
         """The exit code that the run's state has; where the ranks could not say it, writes why. Says either."""

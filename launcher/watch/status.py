@@ -33,6 +33,7 @@ STYLES = {
 }
 NAMED = 10  # positions passed over, quarantined checkpoints: so many by name
 LABEL = 15  # width of the column of labels
+MOST_REMARK = 100  # characters of a remark in a table
 
 
 def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bool, console: Console) -> int:
@@ -235,10 +236,11 @@ def clock(when: float) -> str:
 def _print_table(found: list[RunFacts], console: Console) -> None:
     table = new_table()
     names = [facts.name for facts in found]
-    remarks = [_remarks(facts, ambiguous=names.count(facts.name) > 1) for facts in found]
+    beneath = columns_of(console.file) is not None  # on a terminal a remark has lines of its own, else the last column
+    most = None if beneath else MOST_REMARK
+    remarks = [_remarks(facts, most, ambiguous=names.count(facts.name) > 1) for facts in found]
     headings = ["run", "state", "step", "%", "loss, last\n50 ± SE", "tokens/s", "left", "check-\npoint", "scored"]
     in_jobs = any(facts.jobs for facts in found)
-    beneath = columns_of(console.file) is not None  # on a terminal a remark has lines of its own, else the last column
     in_table = any(remarks) and not beneath
     headings += ["reference\nloss ± SE", "waiting", *(["jobs"] if in_jobs else []), *([""] if in_table else [])]
     for heading in headings:
@@ -275,7 +277,7 @@ def _short(facts: RunFacts) -> str:
     )
 
 
-def _remarks(facts: RunFacts, *, ambiguous: bool) -> str:
+def _remarks(facts: RunFacts, most: int | None, *, ambiguous: bool) -> str:
     """What is unusual about a run, short; where it lies, if another has its name."""
     said = [printable(facts.run)] if ambiguous else []
     said += [] if facts.why is None or facts.state == "stopped" else [printable(facts.why)]
@@ -285,4 +287,4 @@ def _remarks(facts: RunFacts, *, ambiguous: bool) -> str:
     said += ["adapted"] if facts.adapted else []
     said += [f"{len(facts.quarantined)} quarantined"] if facts.quarantined else []
     line = "; ".join([*said, *facts.notes])
-    return line if len(line) <= 100 else f"{line[:99]}…"
+    return line if most is None or len(line) <= most else f"{line[: most - 1]}…"

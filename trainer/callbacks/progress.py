@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
+from configs.console import is_live
 from configs.files.opening import open_to_read
+from configs.progress import progress_bar
 
 PLAIN_S = 10.0
 LIVE_S = 0.2
@@ -26,19 +28,9 @@ class ProgressLine:
         self.first_step, self.started = step, time.monotonic()
         self.events, self.offset = events, events.stat().st_size if events.is_file() else 0
         self.live: Progress | None = None
-        if console.is_terminal:
-            self.live = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} "),
-                TimeRemainingColumn(),
-                console=console,
-                refresh_per_second=4,
-                redirect_stdout=False,  # what libraries print belongs into the log
-                redirect_stderr=False,
-            )
-            self.task = self.live.add_task("", total=steps, completed=step, loss="–", speed="–")
+        if is_live(console.file):
+            self.live = progress_bar(console, "loss {task.fields[loss]}  {task.fields[speed]}")
+            self.task = self.live.add_task("step", total=steps, completed=step, loss="–", speed="–")
             self.live.start()
 
     def on_step_end(self, line: Mapping[str, Any]) -> None:
@@ -52,7 +44,7 @@ class ProgressLine:
         loss, speed = f"{line['loss']:.4f}", f"{line['tokens_per_s']:,.0f} tokens/s"
         speed += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
         if self.live is not None:
-            self.live.update(self.task, completed=line["step"], loss=loss, speed=speed)
+            self.live.update(self.task, completed=line["step"], loss=loss, speed=speed, refresh=True)
             return
         made = line["step"] - self.first_step
         left = (self.steps - line["step"]) * (now - self.started) / max(1, made)

@@ -33,6 +33,7 @@ from trainer.data.tokenizer import make_tokenizer
 from trainer.data.unmet import unmet_requests
 
 Progress = Callable[[str, int, int], None]
+COUNTED = 64  # documents between two steps of progress
 
 
 def prepare(
@@ -46,6 +47,7 @@ def prepare(
 
     Args:
         fresh: prepare anew; what is there moves to NAME.old-TIME once the new one is written.
+        say: what is found or done besides; and each phase, where no `progress` is told.
         progress: told the phase, what is done, and what is to do (0 where that is not known).
 
     Raises:
@@ -186,9 +188,11 @@ class _Phases:
         self._say, self._progress, self._name = say, progress, ""
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._say(f"{name} …")
+    def phase(self, name: str, to_do: int = 0) -> Iterator[None]:
         self._name = name
+        if self._progress is None:
+            self._say(f"{name} …")
+        self.step(0, to_do)
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 3)
@@ -196,6 +200,13 @@ class _Phases:
     def step(self, done: int, to_do: int = 0) -> None:
         if self._progress is not None:
             self._progress(self._name, done, to_do)
+
+    def counted(self, items: Sequence[int]) -> Iterator[int]:
+        """`items`, each a step."""
+        for done, item in enumerate(items, start=1):
+            yield item
+            if done % COUNTED == 0 or done == len(items):
+                self.step(done, len(items))
 
 
 def _build(
@@ -208,23 +219,24 @@ def _build(
     phases = _Phases(say, progress)
     with phases.phase("reading"):
         documents, read = read_sources(config.data, config.seed, phases.step)
-    with phases.phase("tokenizer"):
+        phases.step(len(documents), len(documents))
+    with phases.phase("tokenizer", len(documents)):
         tokenizer = make_tokenizer(
             part / "tokenizer",
             [text for d in documents for text in (d.prompt, d.text) if text],
             given=config.data.tokenizer,
             vocab_size=config.data.vocab_size,
         )
-    with phases.phase("tokenizing"):
+    with phases.phase("tokenizing", len(documents)):
         documents, encoded, masks = _encoded(tokenizer, documents, phases.step)
-    with phases.phase("splitting"):
+    with phases.phase("splitting", len(documents)):
         split = split_by_family(encoded, [d.sha256 for d in documents], config.reference, config.seed)
-    with phases.phase("reference set"):
+    with phases.phase("reference set", len(split.reference)):
         reference, training, decontamination = _reference(part, config, tokenizer, documents, encoded, split)
-    with phases.phase("shards"):
+    with phases.phase("shards", len(training)):
         shards = write_shards(
             part / FOLDER,
-            (encoded[i] for i in training),
+            (encoded[i] for i in phases.counted(training)),
             tokenizer.eos_id,
             tokenizer.vocab_size,
             scored=(masks[i] for i in training) if masks is not None else None,

@@ -90,7 +90,7 @@ def raises(function: ast.FunctionDef) -> bool:
 def test_public_functions_say_what_they_raise() -> None:
     silent = []
     for module, file in modules().items():
-        if module == "launcher.cli":  # their docstrings are what --help shows
+        if module.startswith("launcher.cli"):  # their docstrings are what --help shows
             continue
         tree = ast.parse(file.read_text())
         owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]

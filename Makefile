@@ -11,7 +11,7 @@ WORKERS ?= 3
 TORTURE ?= build/torture
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=30
 
-.PHONY: help setup demo test test-long gpu-test torture check format bench clean
+.PHONY: help setup demo test test-long gpu-test torture check format docs bench clean
 
 help:
 	@echo "make setup     .venv with pinned packages and the vernier command"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-long the long tests besides: clusters, rounds of kills, the demo in full"
 	@echo "make torture   trainings killed at random, ROUNDS=300 SEED=1, each held against one that was not; goes on if stopped"
 	@echo "make check     lint, format, types"
+	@echo "make docs      docs/cli.md, from the commands"
 	@echo "make bench     benchmarks"
 
 setup: $(VENV)/.ready
@@ -55,6 +56,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m typer launcher.cli utils docs --name vernier --output docs/cli.md
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from configs.devices import gpu_count
 from configs.errors import ConfigError
 from configs.files.paths import path_problems
-from configs.other_names import answer
 from configs.schema import Config, section_of
 from configs.secret_names import holds_secret, names_secret, without_secrets
+from configs.yaml.other_names import answer
 from configs.yaml.overrides import apply_overrides, sections, settings_merged
 from configs.yaml.scalars import as_declared
 from configs.yaml.text import as_written, dump_yaml, parse_mapping

@@ -21,8 +21,8 @@ from configs.files.atomic import write_atomic
 from configs.load import load_config, resolve, with_absolute_paths
 from configs.log_stream import log_to_file, stream_to_people
 from configs.process import die_with_parent, end_at_once
-from configs.progress import Phases
 from configs.run.directory import RunDir
+from eval.progress import Phases
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

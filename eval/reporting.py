@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from eval.tags import DESCRIPTIONS
 
 AGAIN_S = 60.0  # a disk that was full may have room by then
 
@@ -19,6 +22,7 @@ class Reporter:
         self.folder, self.tell, self.purge_step = folder, tell, purge_step
         self.writer: Any = None
         self.told, self.next_try = False, 0.0
+        self.described: set[str] = set()  # tags that this writer has written the description of
 
     def write(self, what: Callable[[Any], object]) -> None:
         """Has `what` done with the writer, if there is one."""
@@ -30,9 +34,25 @@ class Reporter:
 
                 self.writer = SummaryWriter(log_dir=str(self.folder), purge_step=self.purge_step)
                 self.purge_step = None
+                self.described = set()
             what(self.writer)
         except Exception as error:  # of the disk, or of TensorBoard itself, whose thread hands on what it met
             self._give_up(error)
+
+    def scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """Writes what is not None and finite under its tags, with what the tag shows the first time."""
+
+        def write(writer: Any) -> None:
+            for tag, value in values.items():
+                if value is None or not math.isfinite(value):
+                    continue
+                if tag in self.described:
+                    writer.add_scalar(tag, value, step)
+                    continue
+                self.described.add(tag)
+                writer.file_writer.add_summary(_described(tag, value), step)
+
+        self.write(write)
 
     def _give_up(self, error: Exception) -> None:
         left, self.writer = self.writer, None
@@ -53,3 +73,12 @@ class Reporter:
         """Writes what is left."""
         if self.writer is not None:
             self.write(lambda writer: writer.close())
+
+
+def _described(tag: str, value: float) -> Any:
+    """A scalar as `SummaryWriter` writes it, with what its tag shows."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.scalar.metadata import create_summary_metadata
+
+    about = create_summary_metadata(display_name=tag, description=DESCRIPTIONS.get(tag, ""))
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=about)])

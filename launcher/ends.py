@@ -11,7 +11,7 @@ import typer
 
 from configs.console import tell
 from configs.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, ConfigError, VernierError
-from configs.other_names import answer
+from configs.yaml.other_names import answer
 
 
 def code_of(verb: Callable[[], Any]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from configs.console import console as people
 from configs.console import tell, waiting
 from configs.devices import gpu_count
 from configs.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError, VernierError
@@ -22,7 +23,8 @@ from launcher.backends.mpi import mpirun
 from launcher.backends.process import Started, end, last_lines, start
 from launcher.compare.options import parse_margin
 from launcher.restarts import RestartPolicy
-from launcher.text import perplexity
+from launcher.text import perplexity, typed
+from launcher.watch.next_command import say_next
 
 if TYPE_CHECKING:
     from eval.reference.set import ReferenceSet
@@ -72,6 +74,8 @@ def run_eval(
         tell(f"{row['model']}: {size}  {row['table']}")
         if row.get("until_verdict"):
             tell(verdict_words(row["model"], row["until_verdict"]))
+    tables = [typed(Path(row["table"])) for row in rows]
+    say_next(people(), f"compare {' '.join(tables if len(tables) > 1 else ['OTHER', *tables])}")
     return EXIT_DONE
 
 

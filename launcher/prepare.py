@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.console import console as people
 from configs.console import tell, waiting
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
 from configs.files.paths import path_problems
 from configs.load import load_config, pass_words, resolve, with_absolute_paths
-from configs.progress import Phases
 from configs.schema import Config
+from eval.progress import Phases
 from launcher.text import typed
+from launcher.watch.next_command import say_next
 
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
@@ -33,6 +36,7 @@ def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_o
     else:
         for what, said in _report(report, config):
             tell(f"{what:<11}{said}")
+        say_next(people(), *(f"{verb} {shlex.join([source, *overrides])}" for verb in ("plan", "train")))
     return EXIT_DONE
 
 

@@ -1,11 +1,10 @@
-"""Plots of comparisons as PNG files: a pair, the checkpoints of a run, a leaderboard. Computes no verdicts of its own.
+"""Plots of comparisons: a pair, the checkpoints of a run, a leaderboard, a sweep. Computes no verdicts of its own.
 
 Colours are those of Okabe & Ito, which people with any colour vision tell apart.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from configs.files.atomic import write_atomic
+from eval.compare.figure import make_folder, new_figure, write_figure
 from eval.compare.pair import NATS, Comparison
 from eval.statistics import by_cluster, gaussian_fit, subset_error, subset_error_resampled
 from eval.tables import LossTable
@@ -23,9 +22,9 @@ from eval.tables import LossTable
 if TYPE_CHECKING:
     from eval.compare.along_run import RunComparison
     from eval.compare.leaderboard import Leaderboard
+    from eval.compare.sweep import Ranking
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
-DPI = 130
 MOST_MODELS = 10  # above it only the pairs with the best are drawn
 DRAWS = 400
 DRAWN_DOCUMENTS = 20_000_000  # in all draws together: some seconds
@@ -42,7 +41,7 @@ def plot_pair(a: LossTable, b: LossTable, comparison: Comparison, directory: Pat
     Raises:
         DataError: the directory cannot be made or written to.
     """
-    _make(directory)
+    make_folder(directory)
     by_document = comparison.paired_by == "document"
     loss_a, loss_b = (by_cluster(t.loss, t.document) / math.log(2) if by_document else t.loss for t in (a, b))
     weight = by_cluster(a.bytes, a.document) if by_document else a.tokens.astype(np.float64)
@@ -75,8 +74,8 @@ def plot_run(run: RunComparison, tables: dict[int, Path], directory: Path) -> li
     points = [point for point in run.checkpoints if point.step in tables]
     if not points:
         raise DataError(f"--plots: no scored step of {run.run} to draw")
-    _make(directory)
-    figure, (upper, lower) = _figure(9, 7.5, rows=2, sharex=True, height_ratios=(1, 1))
+    make_folder(directory)
+    figure, (upper, lower) = new_figure(9, 7.5, rows=2, sharex=True, height_ratios=(1, 1))
     steps = np.array([point.step for point in points], dtype=float)
     loss, error = (np.array([getattr(point.side, key) for point in points]) for key in ("loss", "se"))
     upper.fill_between(
@@ -93,7 +92,15 @@ def plot_run(run: RunComparison, tables: dict[int, Path], directory: Path) -> li
     bounds = [comparison.difference.ci95_percent for _, comparison in changes]
     told = [comparison.verdict in ("better", "worse") for _, comparison in changes]
     at = [step for step, _ in changes]
-    _intervals(lower, at, values, bounds, told, upright=True, marks=("told apart at this look", "no difference seen"))
+    _intervals(
+        lower,
+        at,
+        values,
+        bounds,
+        told,
+        upright=True,
+        marks=("better or worse", "no difference seen"),
+    )
     wobble = run.wobble_percent
     if wobble is not None and wobble > 0:
         reach = 2 * math.sqrt(2) * wobble  # as Comparison.below_wobble has it
@@ -105,7 +112,7 @@ def plot_run(run: RunComparison, tables: dict[int, Path], directory: Path) -> li
     lower.set_xlabel("optimizer step")
     if changes:
         lower.legend()
-    return [_write(figure, directory / "curve.png")]
+    return [write_figure(figure, directory / "curve.png")]
 
 
 def plot_leaderboard(leaderboard: Leaderboard, directory: Path) -> list[Path]:
@@ -114,7 +121,7 @@ def plot_leaderboard(leaderboard: Leaderboard, directory: Path) -> list[Path]:
     Raises:
         DataError: the directory cannot be made or written to.
     """
-    _make(directory)
+    make_folder(directory)
     pairs = list(leaderboard.pairs)
     best = leaderboard.entries[0].name
     few = len(leaderboard.entries) <= MOST_MODELS
@@ -122,7 +129,7 @@ def plot_leaderboard(leaderboard: Leaderboard, directory: Path) -> list[Path]:
         pairs = [pair for pair in pairs if pair.comparison.a.name == best]
     found = [pair.comparison for pair in pairs]
     labels = [f"{_short(c.b.name)}  against  {_short(c.a.name)}" if few else _short(c.b.name) for c in found]
-    figure, (axes,) = _figure(6.5 + 0.07 * max(map(len, labels)), 1.8 + 0.3 * len(pairs))
+    figure, (axes,) = new_figure(6.5 + 0.07 * max(map(len, labels)), 1.8 + 0.3 * len(pairs))
     values = [comparison.difference.percent for comparison in found]
     bounds = [comparison.difference.ci95_percent for comparison in found]
     told = [pair.p_holm < leaderboard.alpha for pair in pairs]
@@ -136,11 +143,41 @@ def plot_leaderboard(leaderboard: Leaderboard, directory: Path) -> list[Path]:
     axes.set_xlabel(f"paired change, % of the lower loss (95 % interval){note}")
     axes.set_title("all pairs" if few else f"each against the best, {_short(best)}")
     figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8.5)
-    return [_write(figure, directory / "forest.png")]
+    return [write_figure(figure, directory / "forest.png")]
+
+
+def plot_sweep(ranking: Ranking, directory: Path) -> list[Path]:
+    """sweep.png: how far each value lies behind the best, with its interval (documents, and seeds where several).
+
+    Raises:
+        DataError: there is one value only, or the directory cannot be made or written to.
+    """
+    behind = [(place.name, place.behind) for place in ranking.places if place.behind is not None]
+    if not behind:
+        raise DataError("--plots: a sweep with one value that is ranked has nothing to draw")
+    make_folder(directory)
+    values = [one.percent for _, one in behind]
+    bounds = [one.ci95 for _, one in behind]
+    labels = [_short(name) for name, _ in behind]
+    figure, (axes,) = new_figure(6.5 + 0.07 * max(map(len, labels)), 2.0 + 0.3 * len(behind))
+    told = [one.told_apart for _, one in behind]
+    rows = list(range(len(behind)))
+    _intervals(axes, rows, values, bounds, told, upright=False, marks=("told apart (Holm)", "not told apart"))
+    axes.axvline(0, color="black", linewidth=0.8)
+    note = _fit_scale(axes, values, bounds, 0.0, upright=False)
+    axes.set_yticks(rows, labels)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    seeds = max(len(place.losses) for place in ranking.places)
+    covers = "documents and seeds" if seeds > 1 else "documents alone, one seed each"
+    axes.set_xlabel(f"behind the best, % of its loss\n(95 % interval, of {covers}){note}")
+    axes.set_title(f"behind {_short(ranking.places[0].name)}, the best")
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8.5)
+    return [write_figure(figure, directory / "sweep.png")]
 
 
 def _losses(a_N: Floats, b_N: Floats, comparison: Comparison, path: Path) -> Path:
-    figure, (axes,) = _figure(9, 5.6)
+    figure, (axes,) = new_figure(9, 5.6)
     edges = np.linspace(*_central(np.concatenate([a_N, b_N]), 0.001), _bins(len(a_N), 60))
     errors = []
     for x_N, side, color in ((a_N, comparison.a, BLUE), (b_N, comparison.b, ORANGE)):
@@ -167,13 +204,13 @@ def _losses(a_N: Floats, b_N: Floats, comparison: Comparison, path: Path) -> Pat
     )
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
     axes.legend(loc="upper left")
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def _differences(d_N: Floats, comparison: Comparison, path: Path) -> Path:
     found = comparison.difference
     percent_N = 100 * d_N / comparison.a.loss
-    figure, (upper, lower) = _figure(9, 6, rows=2, height_ratios=(5, 1))
+    figure, (upper, lower) = new_figure(9, 6, rows=2, height_ratios=(5, 1))
     low, high = _central(np.append(percent_N, 0.0), 0.005)
     outside = int(np.sum((percent_N < low) | (percent_N > high)))
     upper.hist(percent_N, np.linspace(low, high, _bins(len(percent_N), 80)), color=BLUE, alpha=0.45)
@@ -196,11 +233,11 @@ def _differences(d_N: Floats, comparison: Comparison, path: Path) -> Path:
     lower.set_xlabel(
         f"the mean with its 95 % interval, clustered by document{'' if bounded else ' (too few for a bound)'}; %"
     )
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def _error_bar(a_C: Floats, b_C: Floats, m_C: Floats, comparison: Comparison, path: Path) -> Path:
-    figure, (axes,) = _figure(9, 5.6)
+    figure, (axes,) = new_figure(9, 5.6)
     count = len(m_C)
     sizes = np.unique(np.geomspace(2, count, 200).astype(np.int64))
     drawn = np.unique(np.geomspace(min(8, count - 1), max(0.8 * count, 1), 12).astype(np.int64))
@@ -242,7 +279,7 @@ def _error_bar(a_C: Floats, b_C: Floats, m_C: Floats, comparison: Comparison, pa
     axes.set_ylabel("standard error, % of A's loss")
     axes.set_title("what a smaller or larger reference set would tell")
     axes.legend()
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def _intervals(
@@ -338,43 +375,3 @@ def _short(name: str, most: int = 40) -> str:
     """A name that leaves room for the plot: the end tells more than the beginning. `$` would begin a formula."""
     name = name if len(name) <= most else f"…{name[1 - most :]}"
     return name.replace("$", r"\$")
-
-
-def _figure(width: float, height: float, rows: int = 1, **more: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A figure in inches with its axes, one below the other; the object interface, so no state is shared."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    ratios = more.pop("height_ratios", None)
-    found = figure.subplots(rows, 1, squeeze=False, gridspec_kw={"height_ratios": ratios} if ratios else None, **more)
-    for axes in found[:, 0]:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, alpha=0.2)
-        axes.set_axisbelow(True)
-    return figure, tuple(found[:, 0])
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--plots: {directory} cannot be made a directory ({error.strerror})") from None
-
-
-def _write(figure: Any, path: Path) -> Path:
-    """Writes a figure whole or not at all; equal figures give equal bytes."""
-    for axes in figure.axes:
-        axes.title.set_fontsize(10.5)
-        axes.tick_params(labelsize=9)
-        legend = axes.get_legend()
-        for text in legend.get_texts() if legend is not None else ():
-            text.set_fontsize(8.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    try:
-        write_atomic(path, buffer.getvalue())
-    except OSError as error:
-        raise DataError(f"--plots: {path} cannot be written ({error.strerror})") from None
-    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,19 @@ from numpy.typing import NDArray
 from eval.compare.pair import compare_tables
 from eval.reporting import Reporter
 from eval.tables import LossTable
+from eval.tags import ACCURACY, CHANGE, DIFFERENCES, HIGH, LOSS, LOW, PERPLEXITY, WIN_RATE
 
 BINS = 60
 # A histogram is drawn between its extremes: a few samples far out would leave one bar of all others.
 CUT = 0.005
-LAYOUT = {
-    "paired": {
-        title: ["Margin", [tag, f"{tag}_band/low", f"{tag}_band/high"]]
-        for title, tag in (
-            ("loss on the reference set, 95 %", "eval/loss"),
-            ("paired change from the checkpoint before, %, 95 %", "eval/change_percent"),
-        )
-    }
-}
 
 
 class EvalBoard:
-    """Scalars with their bands and histograms of the scored checkpoints of a run."""
+    """Scalars, their bands in folders beside, and histograms of the scored checkpoints of a run."""
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = print) -> None:
         self.reporter = Reporter(folder, tell)
-        self.reporter.write(lambda writer: writer.add_custom_scalars(LAYOUT))
+        self.bands = [Reporter(folder.with_name(f"{folder.name}{end}"), tell) for end in (LOW, HIGH)]
 
     def add(self, step: int, table: LossTable, before: LossTable | None, look: int) -> dict[str, Any]:
         """Writes a table's loss with its error band and its paired change; gives what it wrote."""
@@ -40,42 +33,40 @@ class EvalBoard:
         comparison = compare_tables(against, table, look=look).to_json()
         loss, error = comparison["b"]["loss"], comparison["b"]["se"]
         scalars = {
-            "eval/loss": loss,
-            "eval/loss_band/low": loss - 1.96 * error,
-            "eval/loss_band/high": loss + 1.96 * error,
-            "eval/accuracy": None if table.correct is None else float(table.correct.sum() / table.tokens.sum()),
+            LOSS: loss,
+            PERPLEXITY: math.exp(min(loss, 700.0)),
+            ACCURACY: None if table.correct is None else float(table.correct.sum() / table.tokens.sum()),
         }
+        bands: list[dict[str, float | None]] = [{LOSS: loss - 1.96 * error}, {LOSS: loss + 1.96 * error}]
         if before is not None:
             difference = comparison["difference"]
-            low, high = difference["ci95_percent"]
-            scalars |= {
-                "eval/change_percent": difference["percent"],
-                "eval/change_percent_band/low": low,
-                "eval/change_percent_band/high": high,
-                "eval/win_rate": difference["win_rate"],
-            }
+            scalars |= {CHANGE: difference["percent"], WIN_RATE: difference["win_rate"]}
+            for band, bound in zip(bands, difference["ci95_percent"], strict=True):
+                band[CHANGE] = bound
         paired = before is not None and comparison["paired_by"] == "sample"
         changes_N = differences_percent(before, table) if before is not None and paired else None
+        for reporter, band in zip(self.bands, bands, strict=True):  # first: by the loss itself a step counts as shown
+            reporter.scalars(band, step)
+            reporter.flush()
+        self.reporter.scalars(scalars, step)
 
         def write(writer: Any) -> None:
-            for name, value in scalars.items():
-                if value is not None:
-                    writer.add_scalar(name, value, step)
             if changes_N is not None:
-                writer.add_histogram("eval/differences_percent", changes_N, step, bins=BINS)
+                writer.add_histogram(DIFFERENCES, changes_N, step, bins=BINS)
             writer.flush()
 
         self.reporter.write(write)
         return comparison
 
     def close(self) -> None:
-        self.reporter.close()
+        for reporter in (self.reporter, *self.bands):
+            reporter.close()
 
 
 def last_shown(folder: Path) -> int:
     """The newest step that has its loss in a folder of TensorBoard's; -1 where none has.
 
-    A record that a kill has cut ends its file.
+    A record that a kill has cut ends its file. `eval/loss` is what earlier versions wrote.
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     from tensorboard.compat.tensorflow_stub.errors import DataLossError
@@ -84,7 +75,7 @@ def last_shown(folder: Path) -> int:
     for path in folder.glob("events.out.tfevents.*"):
         try:
             for event in LegacyEventFileLoader(str(path)).Load():
-                if any(value.tag == "eval/loss" for value in event.summary.value):
+                if any(value.tag in (LOSS, "eval/loss") for value in event.summary.value):
                     last = max(last, int(event.step))
         except DataLossError:
             pass

@@ -14,12 +14,16 @@ from launcher.cli.base import ConfigArgument, JsonOption, OverridesArgument, app
 
 @app.command(epilog=example("vernier init my-project"))
 def init(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to write it.")] = Path("."),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")] = Path("."),
 ) -> int:
     """Write a commented starter config, asking nothing."""
     from launcher.init import run_init
+    from launcher.text import typed
+    from launcher.watch.next_command import say_next
 
-    tell(f"wrote {run_init(directory)}")
+    path = run_init(directory)
+    tell(f"wrote {path}")
+    say_next(people(out=True), f"prepare {typed(path)}", f"plan {typed(path)}")
     return 0
 
 
@@ -104,7 +108,7 @@ def launch(
         bool, typer.Option("--force-resume", help="Go on with settings that may not change; says what that breaks.")
     ] = False,
 ) -> int:
-    """Train on a cluster: plan the jobs, submit them, go on with a run."""
+    """Train on a cluster: plan the jobs, submit them, resume a run."""
     from launcher.launch.command import run_launch
     from launcher.options import Launch, SweepAsked
 
@@ -147,7 +151,7 @@ def plan(
     latency: Annotated[float, typer.Option(help="Microseconds of a hop between ranks.")] = 5.0,
     json_out: JsonOption = False,
 ) -> int:
-    """Reckon what a training would take, before it starts: memory, time, host memory, disk."""
+    """Estimate what a training takes, before it starts: memory, time, disk."""
     from launcher.plan.command import run_plan
     from launcher.plan.estimate import Given
 

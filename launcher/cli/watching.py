@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from configs.errors import ConfigError
-from launcher.cli.base import JsonOption, app, example, people
+from launcher.cli.base import JsonOption, RunArgument, app, example, people
 
 
 @app.command(epilog=example("vernier board runs/demo"))
 def board(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories; default all.")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="Run directories; default all.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free one.")] = None,
 ) -> int:
     """Watch runs in TensorBoard, on loopback, with the ssh line to paste."""
@@ -24,7 +24,7 @@ def board(
 
 @app.command(epilog=example("vernier logs my-run", "vernier logs runs/demo --rank 3 --follow"))
 def logs(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's or sweep's folder, or a known run's name.")],
+    run: RunArgument,
     rank: Annotated[int | None, typer.Option(min=0, help="Default: the first that failed, else 0.")] = None,
     evaluator: Annotated[bool, typer.Option("--eval", help="Of the eval rank-group.")] = False,
     job: Annotated[bool, typer.Option("--job", help="Of the job's script (with --eval: of its own).")] = False,
@@ -42,7 +42,7 @@ def logs(
 
 @app.command(epilog=example("vernier stop my-run", "vernier stop runs/demo --now"))
 def stop(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's or sweep's folder, or a known run's name.")],
+    run: RunArgument,
     now: Annotated[bool, typer.Option("--now", help="With little patience for a checkpoint.")] = False,
 ) -> int:
     """Stop a run with a checkpoint, wherever it runs."""
@@ -53,7 +53,7 @@ def stop(
 
 @app.command(epilog=example("vernier doctor", "vernier doctor runs/demo"))
 def doctor(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run: its folder, its last preflight.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run: its folder, its last preflight.")] = None,
     json_out: JsonOption = False,
 ) -> int:
     """Try whether this machine can train and score, and say what to do where it cannot."""
@@ -64,7 +64,7 @@ def doctor(
 
 @app.command(epilog=example("vernier status", "vernier status runs/demo --events"))
 def status(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories; default all.")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN", help="Run directories; default all.")] = None,
     events: Annotated[bool, typer.Option("--events", help="What happened besides steps, oldest first.")] = False,
     all_events: Annotated[bool, typer.Option("--all", help="With --events: all, not the last 50.")] = False,
     json_out: JsonOption = False,

@@ -14,6 +14,7 @@ from configs.errors import EXIT_DONE, EXIT_VERDICT
 from launcher.compare.options import Options, check_options
 from launcher.compare.results import Result, compare_pair, compare_targets
 from launcher.text import say, signed
+from launcher.watch.next_command import say_next
 
 if TYPE_CHECKING:
     from eval.compare.pair import Comparison, Gate
@@ -35,7 +36,7 @@ def run_compare(targets: list[str], *, json_out: bool, console: Console, options
     with waiting("reading the losses"):
         from launcher.sweep.table import compare_sweep
 
-        swept = compare_sweep(targets, options.given(), json_out=json_out, console=console)
+        swept = compare_sweep(targets, options.given(), json_out=json_out, console=console, plots=options.plots)
     if swept is not None:
         return swept
     if options.advantage is not None:
@@ -44,6 +45,8 @@ def run_compare(targets: list[str], *, json_out: bool, console: Console, options
         result = compare_targets(targets, options)
     present(result, console, json_out=json_out, parquet=options.parquet, plots=options.plots)
     if gate is None or result.gated is None:
+        if not json_out:
+            say_next(console, *result.next_commands(targets))
         return EXIT_DONE
     return _hold(result.gated, gate, margin_percent, json_out, console)
 
@@ -70,7 +73,7 @@ def present(
         count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
         _tell(f"wrote {parquet}, {count}{', in the place of an older result' * replaced}", json_out, console)
     for path in result.plot(plots) if plots is not None else ():
-        _tell(f"wrote {path}", json_out, console)
+        _tell(f"wrote {path}, and as .pdf and .svg", json_out, console)
 
 
 def _advantage(targets: list[str], json_out: bool, options: Options, console: Console) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,9 @@ class Result(Protocol):
 
     def plot(self, folder: Path) -> list[Path]:
         """Draws it; gives the files. Raises DataError where they cannot be written."""
+
+    def next_commands(self, targets: list[str]) -> list[str]:
+        """What usually follows this comparison of `targets`, without the `vernier` before it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ class PairResult:
 
         return plot_pair(self.a, self.b, self.comparison, folder)
 
+    def next_commands(self, targets: list[str]) -> list[str]:
+        return [f"compare {shlex.join(targets)} --by source,length --changed 10"] if not self.breakdowns else []
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -125,6 +132,12 @@ class RunResult:
 
         return plot_run(self.comparison, self.comparison.tables, folder)
 
+    def next_commands(self, targets: list[str]) -> list[str]:
+        steps = [point.step for point in self.comparison.checkpoints]
+        best = self.comparison.best.step
+        pair = steps[-2:] if best == steps[-1] else [best, steps[-1]]
+        return [f"compare {shlex.join(f'{targets[0]}@{step}' for step in pair)}"] if len(steps) > 1 else []
+
 
 @dataclass(frozen=True)
 class LeaderboardResult:
@@ -149,6 +162,9 @@ class LeaderboardResult:
         from eval.compare.plots import plot_leaderboard
 
         return plot_leaderboard(self.board, folder)
+
+    def next_commands(self, targets: list[str]) -> list[str]:
+        return [f"compare {shlex.join(targets)} --plots leaderboard"]
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,9 @@ class TrainingResult:
 
         draw_training(self.found, folder / PLOT)
         return [folder / PLOT]
+
+    def next_commands(self, targets: list[str]) -> list[str]:
+        return [f"compare {shlex.join(targets)}"]
 
 
 def compare_targets(targets: list[str], options: Options) -> Result:

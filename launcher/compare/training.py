@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +9,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from configs.errors import DataError
-from configs.files.atomic import write_atomic
 from launcher.text import gain_words, minus, new_table, p_words, plus_minus, print_table, say
 
 if TYPE_CHECKING:  # what computes needs numpy and scipy, which a `vernier --help` must not wait for
@@ -101,15 +98,14 @@ def draw_training(found: TrainingComparison, path: Path) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from eval.compare.figure import make_folder, new_figure, write_figure
+    from eval.compare.plots import BLUE, GREEN, GREY, ORANGE
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    make_folder(path.parent)
+    figure, (upper, lower) = new_figure(9, 7, rows=2, sharex=True)
     step_C, band = found.last_step_C, found.band
-    upper.plot(step_C, found.loss_a_C, color="tab:blue", linewidth=1.2, label=found.a)
-    upper.plot(step_C, found.loss_b_C, color="tab:orange", linewidth=1.2, label=found.b)
+    upper.plot(step_C, found.loss_a_C, color=BLUE, linewidth=1.2, label=found.a)
+    upper.plot(step_C, found.loss_b_C, color=ORANGE, linewidth=1.2, label=found.b)
     upper.set_ylabel("training loss, nats per token")
     upper.set_title(f"means over blocks of {found.block_steps:.3g} steps", fontsize=10)
     upper.legend()
@@ -124,25 +120,19 @@ def draw_training(found: TrainingComparison, path: Path) -> None:
     bottom, top = min(ends) - room, max(ends) + room
     outside = sum(not bottom <= value <= top for value in ordered)
     label = "difference of each block" + (f" ({outside} of {len(ordered)} outside)" if outside else "")
-    lower.plot(step_C, difference_C, ".", color="grey", markersize=4, label=label)
+    lower.plot(step_C, difference_C, ".", color=GREY, markersize=4, label=label)
     for sign, label in ((1, "95 % band, had they met unlike windows"), (-1, "")):
         unpaired_K = band.mean_K + sign * band.half_unpaired_K
-        lower.plot(band.step_K, unpaired_K, "--", color="grey", linewidth=0.8, label=label)
-    lower.fill_between(band.step_K, low_K, high_K, color="tab:green", alpha=0.3, label="95 % at all steps together")
-    lower.plot(band.step_K, band.mean_K, color="tab:green", linewidth=1.5, label="mean so far")
+        lower.plot(band.step_K, unpaired_K, "--", color=GREY, linewidth=0.8, label=label)
+    lower.fill_between(band.step_K, low_K, high_K, color=GREEN, alpha=0.3, label="95 % at all steps together")
+    lower.plot(band.step_K, band.mean_K, color=GREEN, linewidth=1.5, label="mean so far")
     if found.paired_from_step is not None:
-        lower.axvline(found.paired_from_step, color="tab:green", linewidth=0.8, linestyle=":")
+        lower.axvline(found.paired_from_step, color=GREEN, linewidth=0.8, linestyle=":")
     lower.set_ylim(bottom, top)
     lower.set_xlabel("step")
     lower.set_ylabel(f"{found.b} − {found.a}, nats per token")
     lower.legend(fontsize=8, ncols=2)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, drawn.getvalue())
-    except OSError as error:
-        raise DataError(f"plots: {path} cannot be written: {error.strerror}") from None
+    write_figure(figure, path)
 
 
 def _steps(count: int) -> str:

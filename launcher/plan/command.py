@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from configs.console import waiting
 from configs.errors import EXIT_DONE
 from configs.load import load_config, resolve
 from launcher.plan.estimate import Given, make_plan
+from launcher.watch.next_command import say_next
 
 
 def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Console, given: Given | None = None) -> int:
@@ -36,4 +38,5 @@ def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Cons
         from launcher.plan.report import print_plan
 
         print_plan(plan, console)
+        say_next(console, f"{'launch' if config.launch.nodes > 1 else 'train'} {shlex.join([source, *overrides])}")
     return EXIT_DONE

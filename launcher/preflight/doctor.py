@@ -78,10 +78,14 @@ def run_doctor(run: Path | None, *, json_out: bool, console: Console) -> int:
         for step in steps:
             findings += step()
     worst = max((finding.state for finding in findings), key=ORDER.index)
+    from launcher.watch.next_command import say_next
+
     if json_out:
         print(json.dumps({"state": worst, "checks": [asdict(finding) for finding in findings]}, indent=2))
     else:
         print_findings(findings, console)
+        if worst != "bad" and run is None:
+            say_next(console, "prepare demo", "train demo")
     return EXIT_FAILED if worst == "bad" else EXIT_DONE
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from configs.console import tell
 from configs.errors import EXIT_DONE, ConfigError, DataError
 from configs.run.directory import RunDir
 from launcher.sweep.members import value_words
@@ -91,11 +93,14 @@ def find_sweep(text: str) -> Path | None:
     return None
 
 
-def compare_sweep(targets: list[str], options: list[str], *, json_out: bool, console: Console) -> int | None:
+def compare_sweep(
+    targets: list[str], options: list[str], *, json_out: bool, console: Console, plots: Path | None = None
+) -> int | None:
     """Shows the sweep that `vernier compare` was given; None where it was given none.
 
     Args:
-        options: what else was asked for, as it is typed.
+        options: what else was asked for, as it is typed; of these --plots goes with a sweep.
+        plots: where to draw it.
 
     Raises:
         ConfigError: a sweep beside other targets, or with options that are about pairs.
@@ -106,9 +111,10 @@ def compare_sweep(targets: list[str], options: list[str], *, json_out: bool, con
     text, path = found[0]
     if len(targets) > 1:
         raise ConfigError(f"compare: {text} is a sweep, which is shown by itself; give members of it: {text}/MEMBER")
-    if options:
-        raise ConfigError(f"{options[0]}: does not go with a sweep ({text}); give members of it: {text}/MEMBER")
-    return run_sweep_table(path, json_out, console)
+    wrong = [option for option in options if option != "--plots"]
+    if wrong:
+        raise ConfigError(f"{wrong[0]}: does not go with a sweep ({text}); give members of it: {text}/MEMBER")
+    return run_sweep_table(path, json_out, console, plots)
 
 
 def sweep_table(sweep_dir: Path) -> SweepTable:
@@ -204,7 +210,7 @@ def _slim(path: Path) -> LossTable:
     return replace(read_table(path), correct=None, position_loss=None, position_tokens=None)
 
 
-def run_sweep_table(sweep_dir: Path, json_out: bool, console: Console) -> int:
+def run_sweep_table(sweep_dir: Path, json_out: bool, console: Console, plots: Path | None = None) -> int:
     """Prints the result of a sweep; gives the exit code.
 
     Raises:
@@ -215,6 +221,11 @@ def run_sweep_table(sweep_dir: Path, json_out: bool, console: Console) -> int:
         print(json.dumps(table.to_json(), indent=2, allow_nan=False))
     else:
         print_sweep(table, console)
+    if plots is not None:
+        from eval.compare.plots import plot_sweep
+
+        for path in plot_sweep(table.ranking, plots):
+            tell(f"wrote {path}, and as .pdf and .svg", sys.stderr if json_out else None)
     return EXIT_DONE
 
 

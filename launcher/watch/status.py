@@ -19,6 +19,7 @@ from configs.scheduler import NoAnswer
 from launcher.jobs.status import UNKNOWN, SchedulerAnswer, ask_scheduler, described
 from launcher.text import duration, new_table, perplexity, plus_minus, print_table, say
 from launcher.watch.events import SHOWN, event_rows, print_events
+from launcher.watch.next_command import next_command, say_next
 from launcher.watch.run_index import find_all, known, remember
 from launcher.watch.run_status import RunFacts, all_runs, facts_of, finite, read_events
 
@@ -66,6 +67,8 @@ def run_status(runs: list[Path], *, events: bool, all_events: bool, json_out: bo
         _print_table([facts for facts, _ in found], console)
     else:
         _print_block(found[0][0], console)
+    if len(found) == 1 and not events:
+        say_next(console, next_command(found[0][0]))
     if isinstance(scheduler, NoAnswer):
         say(console, f"Slurm cannot be asked just now: {printable(scheduler.why)}", "yellow")
         say(console, "so this is what the runs' own files say", "yellow")
@@ -178,7 +181,11 @@ def _process(facts: RunFacts) -> str:
 
 def _checkpoint(facts: RunFacts) -> str:
     if facts.checkpoint is None:
-        return f"none yet; {facts.step:,} steps would be lost" if facts.step else "none yet"
+        return (
+            f"none yet; {facts.step:,} {'step' if facts.step == 1 else 'steps'} would be lost"
+            if facts.step
+            else "none yet"
+        )
     lost = facts.steps_to_lose or 0
     if not lost:
         return f"step {facts.checkpoint:,}"

@@ -60,7 +60,7 @@ def test_a_run_is_watched_over_a_requeue_and_stopped_with_both_its_jobs(
     port = board["port"]
     assert re.fullmatch(rf"ssh -J \S+ -N -L {port}:127\.0\.0\.1:{port} (\S+@)?{board['host']}", board["ssh"])
     assert board["ssh"] in told
-    curve = f"{board['url']}data/plugin/scalars/scalars?run=train&tag=train/loss"
+    curve = f"{board['url']}data/plugin/scalars/scalars?run=train&tag=1_loss/nats_per_token"
     cluster.wait(lambda: len(ask(curve) or []) > 3, 60)
     assert [step for _, step, _ in ask(curve)][:3] == [1, 2, 3]
 

@@ -22,6 +22,7 @@ from configs.files.opening import open_to_read
 from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.compare.curve_pairing import pairing_of, pairing_of_run, pairing_problems
+from eval.tags import BASELINE, BASELINE_MEAN, HIGH, LOW
 
 REREAD_S = 5.0  # a baseline may still be training
 TELL_STEPS = 10  # between points of the running mean
@@ -56,11 +57,12 @@ def check_baseline(config: Config, data: str) -> None:
 
 
 class Point(NamedTuple):
-    """A scalar for TensorBoard."""
+    """A scalar for TensorBoard. `band`: LOW or HIGH where it is an edge of one."""
 
     tag: str
     value: float
     step: int
+    band: str = ""
 
 
 class RunningDifference:
@@ -146,13 +148,13 @@ class Baseline:
         return out
 
     def _points(self, step: int, difference: float) -> list[Point]:
-        out = [Point("baseline_difference", difference, step)]
+        out = [Point(BASELINE, difference, step)]
         if self.paired % TELL_STEPS == 0:
             mean, half = self.running.mean(), self.running.half()
-            out.append(Point("baseline_difference_mean", mean, step))
+            out.append(Point(BASELINE_MEAN, mean, step))
             if half is not None:
-                out.append(Point("baseline_difference_low", mean - half, step))
-                out.append(Point("baseline_difference_high", mean + half, step))
+                out.append(Point(BASELINE_MEAN, mean - half, step, LOW))
+                out.append(Point(BASELINE_MEAN, mean + half, step, HIGH))
         return out
 
     def _read_on(self) -> None:

@@ -24,11 +24,10 @@ from configs.run.directory import RunDir
 from configs.schema import Config
 from configs.secret_names import shown_command
 from eval.reporting import Reporter
+from eval.tags import HIGH, LOSS, LOW, OF_STEP
 from trainer.callbacks.baseline import Baseline
 
 HEARTBEAT_S = 2.0
-# Of a step, on the board.
-SHOWN = ("loss", "auxiliary_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s", "memory_gib")
 
 
 def memory_gib() -> float:
@@ -76,7 +75,12 @@ class Metrics:
         appended = open_to_write(run.metrics, os.O_WRONLY | os.O_APPEND)
         self.file = os.fdopen(appended, "a", buffering=1, encoding="utf-8")  # lives as long as the run
         purge = step + 1 if run.train_board.is_dir() else None
-        self.board = Reporter(run.train_board, lambda told: run.add_event("not shown", told, rank=0), purge_step=purge)
+
+        def board(end: str = "") -> Reporter:
+            folder = run.train_board.with_name(f"{run.train_board.name}{end}")
+            return Reporter(folder, lambda told: run.add_event("not shown", told, rank=0), purge_step=purge)
+
+        self.board, self.bands = board(), {end: board(end) for end in (LOW, HIGH)}
         self._hparams(config, parameters)
         self.baseline = Baseline(config.baseline, config.steps) if config.baseline is not None else None
         if self.baseline is not None:
@@ -100,8 +104,10 @@ class Metrics:
             "model": str(config.model.path or config.model.type),
             "parameters": parameters,
         }
-        summaries = hparams(values, {"train/loss": 0.0})
-        self.board.write(lambda writer: [writer.file_writer.add_summary(one) for one in summaries])
+        experiment, session, ended = hparams(values, {LOSS: 0.0})
+        self.board.write(
+            lambda writer: [writer.file_writer.add_summary(one) for one in (_of_eval(experiment), session, ended)]
+        )
 
     def _beat(self) -> None:
         while not self.ended.wait(HEARTBEAT_S):
@@ -115,15 +121,9 @@ class Metrics:
         """
         with self._needed():
             self.file.write(sealed_line(dict(line)))
-        shown = [(key, line.get(key), line["step"]) for key in SHOWN]
-        shown += self.baseline.add(line) if self.baseline is not None else ()
-
-        def write(writer: Any) -> None:
-            for tag, value, step in shown:
-                if value is not None:
-                    writer.add_scalar(f"train/{tag}", value, step)
-
-        self.board.write(write)
+        self.board.scalars({tag: line.get(key) for key, tag in OF_STEP.items()}, line["step"])
+        for tag, value, step, band in self.baseline.add(line) if self.baseline is not None else ():
+            (self.bands[band] if band else self.board).scalars({tag: value}, step)
         if time.monotonic() - self.told > HEARTBEAT_S:
             self.told = time.monotonic()
             self.check_current()
@@ -133,7 +133,8 @@ class Metrics:
         """Hands what was written to the system."""
         with self._needed():
             self.file.flush()
-        self.board.flush()
+        for board in (self.board, *self.bands.values()):
+            board.flush()
 
     def sync(self) -> None:
         """Puts what was handed over on the disk, as it must be before a checkpoint commits."""
@@ -154,7 +155,21 @@ class Metrics:
         self.ended.set()
         with self._needed():
             self.file.close()
-        self.board.close()
+        for board in (self.board, *self.bands.values()):
+            board.close()
+
+
+def _of_eval(experiment: Any) -> Any:
+    """TensorBoard's list of hyperparameters and metrics, its metric being the reference loss: the evaluator writes it,
+    into the folder beside that of the training."""
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    (value,) = experiment.value
+    content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+    (metric,) = content.experiment.metric_infos
+    metric.name.group, metric.display_name = "../eval", "reference loss, nats per token"
+    value.metadata.CopyFrom(metadata.create_summary_metadata(content))
+    return experiment
 
 
 def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:

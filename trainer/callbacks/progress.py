@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from configs.console import is_live
 from configs.files.opening import open_to_read
-from configs.progress import progress_bar
+from eval.progress import progress_bar
 
 PLAIN_S = 10.0
 LIVE_S = 0.2

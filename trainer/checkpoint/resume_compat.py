@@ -124,7 +124,7 @@ def clear_unbegun(run: RunDir, config: Config, tell: Callable[[str], Any]) -> No
         keys = ["settings that cannot be read"]
     if not keys:
         return
-    for folder in (run.snapshots, run.ema, run.losses, run.train_board, run.eval_board):
+    for folder in (run.snapshots, run.ema, run.losses, *run.train_board.parent.glob("*")):
         for left in folder.iterdir() if folder.is_dir() else ():  # the folder itself may be a link to another disk
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)

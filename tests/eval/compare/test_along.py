@@ -48,7 +48,7 @@ def test_along_a_run_every_look_spends_its_share(tmp_path: Path) -> None:
     assert (third.versus_first.a.name, third.versus_previous.a.name) == ("step-00000000", "step-00000101")
 
     content = found.to_json()
-    assert set(content) == {"run", "reference", "wobble_percent", "sampling_percent", "checkpoints"}
+    assert set(content) == {"run", "reference", "wobble_percent", "sampling_percent", "best", "checkpoints"}
     assert content["reference"] == REFERENCE
     assert set(content["checkpoints"][1]) == {
         "step",

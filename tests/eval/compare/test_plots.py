@@ -33,7 +33,9 @@ def are_pictures(paths: list[Path], directory: Path) -> None:
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG\r\n")
         assert content.rstrip().endswith(b"IEND\xaeB`\x82")
-    assert sorted(directory.iterdir()) == sorted(paths)  # nothing half written beside them
+    each = [path.with_suffix(suffix) for path in paths for suffix in (".png", ".pdf", ".svg")]
+    assert sorted(directory.iterdir()) == sorted(each)  # nothing half written beside them
+    assert all(path.read_bytes().startswith((b"\x89PNG", b"%PDF", b"<?xml")) for path in each)
 
 
 @pytest.mark.filterwarnings("error")

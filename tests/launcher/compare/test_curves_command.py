@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, lines, losses, vernier
 
 from configs.errors import ConfigError
 from configs.load import load_config
+from eval.tags import BASELINE, BASELINE_MEAN
 from trainer.callbacks.baseline import check_baseline
 
 
@@ -70,14 +71,14 @@ def test_beside_a_baseline_tensorboard_has_the_paired_difference_also_after_goin
     settings = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=none", "nproc=1", "optimizer.lr=6e-3"]
     vernier("train", TINY, *settings, "steps=10", f"baseline={tiny_run}")
     own, base = losses(run), losses(tiny_run)[:10]
-    shown = scalars(run)["train/baseline_difference"]
+    shown = scalars(run)[BASELINE]
     assert [step for step, _ in shown] == list(range(1, 11))
     assert [value for _, value in shown] == pytest.approx(np.subtract(own, base).tolist(), abs=1e-6)
-    ((step, mean),) = scalars(run)["train/baseline_difference_mean"]
+    ((step, mean),) = scalars(run)[BASELINE_MEAN]
     assert (step, mean) == (10, pytest.approx(np.mean(np.subtract(own, base)), abs=1e-6))
 
     vernier("train", TINY, *settings, "steps=20", f"baseline={tiny_run}", "--extend")
-    means = scalars(run)["train/baseline_difference_mean"]
+    means = scalars(run)[BASELINE_MEAN]
     assert means[-1] == (20, pytest.approx(np.mean(np.subtract(losses(run), losses(tiny_run))), abs=1e-6))
     assert len(lines(run / "metrics.jsonl")) == 20
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, VERNIER, ask, losses, table_of
 
+from eval.tags import CHANGE, LOSS, PERPLEXITY
+
 pytestmark = pytest.mark.real
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "127.0.0.1:0"]
@@ -53,15 +55,17 @@ def test_the_board_serves_both_writers_on_loopback(by_hand: Path) -> None:
         api = address[0] + "data/plugin/scalars/"
         deadline = time.monotonic() + 60
         runs: dict = {}
-        while set(runs) != {"train", "eval"} and time.monotonic() < deadline:
+        while not {"train", "eval", "eval-high95"} <= set(runs) and time.monotonic() < deadline:
             time.sleep(0.5)
             runs = ask(api + "tags") or {}
-        assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s"} <= set(runs["train"])
-        assert {"eval/loss", "eval/loss_band/low", "eval/change_percent"} <= set(runs["eval"])
-        trained = ask(api + "scalars?run=train&tag=train/loss")
+        assert {LOSS, "4_health/lr", "4_health/grad_norm", "3_speed/tokens_per_s"} <= set(runs["train"])
+        assert {LOSS, PERPLEXITY, CHANGE} <= set(runs["eval"])
+        assert set(runs["eval-low95"]) == set(runs["eval-high95"]) == {LOSS, CHANGE}  # edges are no charts of their own
+        assert "95 % interval" in runs["eval"][CHANGE]["description"]
+        trained = ask(api + "scalars?run=train&tag=1_loss/nats_per_token")
         assert [step for _, step, _ in trained] == list(range(1, 21))
         assert [value for _, _, value in trained] == pytest.approx(losses(by_hand), rel=1e-6)
-        assert [step for _, step, _ in ask(api + "scalars?run=eval&tag=eval/loss")] == [0, 10, 20]
+        assert [step for _, step, _ in ask(api + "scalars?run=eval&tag=1_loss/nats_per_token")] == [0, 10, 20]
     finally:
         board.send_signal(signal.SIGINT)
         assert board.wait(20) == 0

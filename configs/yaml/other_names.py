@@ -61,7 +61,6 @@ HUGGING_FACE = {
     "logging_first_step": _ALWAYS_LOGGED,
     "logging_steps": _ALWAYS_LOGGED,
     "logging_strategy": _ALWAYS_LOGGED,
-    "lr": "optimizer.lr",
     "lr_scheduler_kwargs": "schedule.min_ratio: last learning rate ÷ peak",
     "lr_scheduler_type": "schedule.name: cosine, linear or constant",
     "max_grad_norm": "clip_grad_norm",

@@ -86,7 +86,9 @@ class ModelSettings(Settings):
 class BatchSettings(Settings):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    global_: Positive = Field(..., alias="global", description="windows an optimizer step, over all ranks")
+    global_: Positive = Field(
+        ..., alias="global", description="windows (sequences) of one optimizer step, over all ranks"
+    )
     micro: Positive = Field(8, description="most windows a rank takes at once; accumulation follows")
 
 
@@ -219,7 +221,9 @@ class Config(Settings):
     name: str = Field(..., description="of the run and its data set")
     seed: Count = 0
     steps: Positive = Field(..., description="optimizer steps")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="targets a window")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(
+        1024, description="tokens of a window (context length); each is predicted from those before it"
+    )
     precision: Precision | None = Field(None, description="default fp32 on CPU, bf16 on GPU")
     deterministic: bool | None = Field(None, description="default true on CPU, false on GPU")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")

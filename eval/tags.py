@@ -4,10 +4,10 @@ runs. A band is two runs more, beside the one whose line it is about, so that it
 
 from __future__ import annotations
 
-LOSS, PERPLEXITY, ACCURACY = "1_loss/nats_per_token", "1_loss/perplexity", "1_loss/accuracy"
-AUXILIARY = "1_loss/auxiliary"
-CHANGE, WIN_RATE, DIFFERENCES = "2_change/percent", "2_change/win_rate", "2_change/differences_percent"
-BASELINE, BASELINE_MEAN = "2_change/baseline_nats", "2_change/baseline_nats_mean"
+LOSS, PERPLEXITY, ACCURACY = "1_loss/nats_per_token", "1_loss/perplexity", "1_loss/token_accuracy"
+AUXILIARY = "1_loss/nats_per_token_added"
+CHANGE, WIN_RATE, DIFFERENCES = "2_change/percent", "2_change/win_rate", "2_change/percent_of_each_sample"
+BASELINE, BASELINE_MEAN = "2_change/vs_baseline_nats", "2_change/vs_baseline_nats_mean"
 LOW, HIGH = "-low95", "-high95"  # behind the name of a run's folder: those of its bands
 
 DESCRIPTIONS = {

@@ -33,6 +33,9 @@ WHAT_IT_IS = {
 }
 
 
+PEOPLE_SAY = {"gaps": "fragmentation", "saving": "save copies"}  # of the parts' names in the JSON
+
+
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON: counts, bytes, seconds."""
     config, state, saving, here = plan.config, plan.job.state, plan.saving, plan.here
@@ -220,13 +223,13 @@ def _print_memory(plan: Plan, console: Console) -> None:
     table.add_column("a rank", justify="right")
     table.add_column("")
     for name, size in memory.parts.items():
-        table.add_row("", name, gib(size), WHAT_IT_IS[name])
+        table.add_row("", PEOPLE_SAY.get(name, name), gib(size), WHAT_IT_IS[name])
     if memory.at_work:
-        table.add_row("", "at work", gib(memory.at_work), "libraries while they work")
+        table.add_row("", "libraries", gib(memory.at_work), "what they take while they compute")
     fixed = "CUDA and NCCL (taken, not measured)" if plan.on_gpu else "imports and the process group (measured)"
-    table.add_row("", "fixed", gib(memory.fixed), fixed)
+    table.add_row("", "process", gib(memory.fixed), fixed)
     has = "" if plan.device_bytes is None else f"of {gib(plan.device_bytes)} that it has"
-    table.add_row("", "together", gib(memory.total), has)
+    table.add_row("", "total", gib(memory.total), has)
     state = plan.job.state
     if state.on_host and plan.on_gpu:
         kept = state.gradients + state.optimizer + state.average

@@ -1,4 +1,4 @@
-"""What a new user sees: lines that fit the terminal, something at once, other tools' names answered, what comes next."""
+"""What a new user sees: lines that fit the terminal, something at once, answers to other names, what comes next."""
 
 from __future__ import annotations
 

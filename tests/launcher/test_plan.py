@@ -279,7 +279,7 @@ def test_a_rank_holds_its_parts_and_the_fixed_overhead_is_a_row_of_its_own(tiny_
     assert found["machine"]["needed"] == 2 * peak["total"]
     assert peak["fits"] is True
     told = told_of(f"data.dir={tiny_data}")
-    for part in ("weights", "activations", "logits", "fixed", "together"):
+    for part in ("weights", "activations", "logits", "process", "total"):
         assert sum(line.split()[:1] == [part] for line in told.splitlines()) == 1
 
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from eval.tags import DESCRIPTIONS
+from configs.schema import Config
+from eval.tags import DESCRIPTIONS, LOSS
 
 AGAIN_S = 60.0  # a disk that was full may have room by then
 
@@ -77,8 +78,28 @@ class Reporter:
 
 def _described(tag: str, value: float) -> Any:
     """A scalar as `SummaryWriter` writes it, with what its tag shows."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary
     from tensorboard.plugins.scalar.metadata import create_summary_metadata
 
     about = create_summary_metadata(display_name=tag, description=DESCRIPTIONS.get(tag, ""))
+    about.data_class = DATA_CLASS_SCALAR  # else TensorBoard's faster reader drops the description
     return Summary(value=[Summary.Value(tag=tag, simple_value=value, metadata=about)])
+
+
+def write_hparams(writer: Any, config: Config, parameters: int | None) -> None:
+    """Writes a run's settings for the tab HPARAMS, where the loss of the same folder stands beside them."""
+    from torch.utils.tensorboard.summary import hparams
+
+    values = {
+        "optimizer.lr": config.optimizer.lr,
+        "batch.global": config.batch.global_,
+        "sequence_length": config.sequence_length,
+        "steps": config.steps,
+        "seed": config.seed,
+        "precision": str(config.precision),
+        "zero.stage": config.zero.stage,
+        "model": str(config.model.path or config.model.type),
+        **({} if parameters is None else {"parameters": parameters}),
+    }
+    for summary in hparams(values, {LOSS: 0.0}):
+        writer.file_writer.add_summary(summary)

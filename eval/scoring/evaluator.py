@@ -155,7 +155,7 @@ class RunScores:
     def _tell(self, step: int, table: LossTable, seconds: float | None) -> None:
         before, look = self.before(step)
         if self.board is None:
-            self.board = EvalBoard(self.run.eval_board, lambda told: self.run.add_event("not shown", told))
+            self.board = EvalBoard(self.run.eval_board, lambda told: self.run.add_event("not shown", told), self.run)
         told = self.board.add(step, table, before, look)
         difference = told["difference"] if before is not None else None
         self.run.add_event(

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs.errors import VernierError
+from configs.files.atomic import read_json
+from configs.load import load_config
+from configs.run.directory import RunDir
 from eval.compare.pair import compare_tables
-from eval.reporting import Reporter
+from eval.reporting import Reporter, write_hparams
 from eval.tables import LossTable
 from eval.tags import ACCURACY, CHANGE, DIFFERENCES, HIGH, LOSS, LOW, PERPLEXITY, WIN_RATE
 
@@ -23,8 +27,11 @@ CUT = 0.005
 class EvalBoard:
     """Scalars, their bands in folders beside, and histograms of the scored checkpoints of a run."""
 
-    def __init__(self, folder: Path, tell: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], None] = print, run: RunDir | None = None) -> None:
+        """`run`: whose settings stand in the tab HPARAMS."""
         self.reporter = Reporter(folder, tell)
+        if run is not None:
+            self.reporter.write(lambda writer: _of_run(writer, run))
         self.bands = [Reporter(folder.with_name(f"{folder.name}{end}"), tell) for end in (LOW, HIGH)]
 
     def add(self, step: int, table: LossTable, before: LossTable | None, look: int) -> dict[str, Any]:
@@ -61,6 +68,16 @@ class EvalBoard:
     def close(self) -> None:
         for reporter in (self.reporter, *self.bands):
             reporter.close()
+
+
+def _of_run(writer: Any, run: RunDir) -> None:
+    """Writes the settings of a run as it was last started; nothing where they cannot be read."""
+    try:
+        config = load_config(run.config)
+        parameters = read_json(run.manifest).get("parameters") if run.manifest.is_file() else None
+    except VernierError:
+        return
+    write_hparams(writer, config, parameters)
 
 
 def last_shown(folder: Path) -> int:

@@ -23,8 +23,8 @@ from configs.files.opening import open_to_write
 from configs.run.directory import RunDir
 from configs.schema import Config
 from configs.secret_names import shown_command
-from eval.reporting import Reporter
-from eval.tags import HIGH, LOSS, LOW, OF_STEP
+from eval.reporting import Reporter, write_hparams
+from eval.tags import HIGH, LOW, OF_STEP
 from trainer.callbacks.baseline import Baseline
 
 HEARTBEAT_S = 2.0
@@ -81,7 +81,8 @@ class Metrics:
             return Reporter(folder, lambda told: run.add_event("not shown", told, rank=0), purge_step=purge)
 
         self.board, self.bands = board(), {end: board(end) for end in (LOW, HIGH)}
-        self._hparams(config, parameters)
+        if config.eval.placement == "none":  # else the evaluator writes them, beside the reference loss
+            self.board.write(lambda writer: write_hparams(writer, config, parameters))
         self.baseline = Baseline(config.baseline, config.steps) if config.baseline is not None else None
         if self.baseline is not None:
             self.baseline.catch_up(lines)
@@ -89,25 +90,6 @@ class Metrics:
         self.ended = threading.Event()
         # From a thread, since a save or a scoring may take longer than others are ready to wait for a sign of life.
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
-
-    def _hparams(self, config: Config, parameters: int) -> None:
-        from torch.utils.tensorboard.summary import hparams
-
-        values = {
-            "optimizer.lr": config.optimizer.lr,
-            "batch.global": config.batch.global_,
-            "sequence_length": config.sequence_length,
-            "steps": config.steps,
-            "seed": config.seed,
-            "precision": str(config.precision),
-            "zero.stage": config.zero.stage,
-            "model": str(config.model.path or config.model.type),
-            "parameters": parameters,
-        }
-        experiment, session, ended = hparams(values, {LOSS: 0.0})
-        self.board.write(
-            lambda writer: [writer.file_writer.add_summary(one) for one in (_of_eval(experiment), session, ended)]
-        )
 
     def _beat(self) -> None:
         while not self.ended.wait(HEARTBEAT_S):
@@ -157,19 +139,6 @@ class Metrics:
             self.file.close()
         for board in (self.board, *self.bands.values()):
             board.close()
-
-
-def _of_eval(experiment: Any) -> Any:
-    """TensorBoard's list of hyperparameters and metrics, its metric being the reference loss: the evaluator writes it,
-    into the folder beside that of the training."""
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-
-    (value,) = experiment.value
-    content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
-    (metric,) = content.experiment.metric_infos
-    metric.name.group, metric.display_name = "../eval", "reference loss, nats per token"
-    value.metadata.CopyFrom(metadata.create_summary_metadata(content))
-    return experiment
 
 
 def write_manifest(run: RunDir, config: Config, facts: dict[str, Any]) -> None:

@@ -1,15 +1,18 @@
 """torchrun by hand does the same as `vernier train`; TensorBoard serves what both writers wrote."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 from conftest import ROOT, TINY, VERNIER, ask, losses, table_of
 
+from eval.compare.along_run import compare_run
 from eval.tags import CHANGE, LOSS, PERPLEXITY
 
 pytestmark = pytest.mark.real
@@ -62,6 +65,14 @@ def test_the_board_serves_both_writers_on_loopback(by_hand: Path) -> None:
         assert {LOSS, PERPLEXITY, CHANGE} <= set(runs["eval"])
         assert set(runs["eval-low95"]) == set(runs["eval-high95"]) == {LOSS, CHANGE}  # edges are no charts of their own
         assert "95 % interval" in runs["eval"][CHANGE]["description"]
+        wanted = {"allowedStatuses": ["STATUS_SUCCESS"], "sliceSize": 10}
+        about = Request(address[0] + "data/plugin/hparams/session_groups", json.dumps(wanted).encode())
+        about.add_header("Content-Type", "application/json")
+        with urlopen(about, timeout=20) as answer:
+            (group,) = json.load(answer)["sessionGroups"]
+        assert group["hparams"]["optimizer.lr"] == 5e-3
+        (metric,) = group["metricValues"]  # the reference loss, not that of a batch
+        assert metric["value"] == pytest.approx(compare_run(by_hand).checkpoints[-1].side.loss, rel=1e-6)
         trained = ask(api + "scalars?run=train&tag=1_loss/nats_per_token")
         assert [step for _, step, _ in trained] == list(range(1, 21))
         assert [value for _, _, value in trained] == pytest.approx(losses(by_hand), rel=1e-6)

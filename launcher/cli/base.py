@@ -33,7 +33,9 @@ def complete_key(incomplete: str) -> list[str]:
     """The settings that a KEY=VALUE which is being typed may come to be."""
     from configs.load import known_keys
 
-    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)]
+    keys = list(known_keys())
+    sections = {key.rpartition(".")[0] for key in keys}
+    return [f"{key}=" for key in keys if key.startswith(incomplete) and key not in sections]
 
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe: demo, wsb.")]

@@ -15,6 +15,7 @@ from eval.compare.along_run import compare_run, with_wobble
 from eval.compare.pair import compare_tables
 from eval.compare.targets import find_tables
 from eval.tables import read_table
+from launcher.compare.report import best_words
 
 
 def test_along_a_run_every_look_spends_its_share(tmp_path: Path) -> None:
@@ -50,6 +51,8 @@ def test_along_a_run_every_look_spends_its_share(tmp_path: Path) -> None:
     content = found.to_json()
     assert set(content) == {"run", "reference", "wobble_percent", "sampling_percent", "best", "checkpoints"}
     assert content["reference"] == REFERENCE
+    assert content["best"] == {"step": 101, "loss": found.best.side.loss, "worse_since": 140}
+    assert best_words(found).endswith("; worse since step 140")
     assert set(content["checkpoints"][1]) == {
         "step",
         "tokens",

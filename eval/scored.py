@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.errors import DataError
+from configs.errors import DataError, VernierError
 from configs.facts import read_reference_facts
+from configs.load import load_config
 from configs.run.directory import RunDir, step_name, step_of, tables_folder
 from configs.schema import Config
 
@@ -53,6 +54,21 @@ def can_be_scored(run: RunDir, config: Config) -> bool:
         return unscored(run, config) > 0
     except DataError:
         return False
+
+
+def planned_comparisons(run: RunDir, scored: int) -> tuple[int, bool]:
+    """(how many scored steps a run will have been held against the one before, once all are; whether all are).
+
+    Args:
+        scored: steps that have their table.
+    """
+    try:
+        config = load_config(run.config)
+    except (VernierError, OSError):
+        return max(1, scored - 1), True
+    steps = {*range(0, config.steps + 1, config.snapshot.every), *config.snapshot.at, config.steps}
+    over = run.is_finished(config.steps) and scored >= len(run.whole_steps(run.snapshots))
+    return max(1, scored - 1, 0 if over else len(steps) - 1), over
 
 
 def _folder(reference: Path) -> str:

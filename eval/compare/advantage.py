@@ -118,7 +118,7 @@ def judge_advantage(
 def advantage_of(comparison: Comparison, advantage: str, half_life: str, age: str) -> Advantage:
     """As `judge_advantage`, of a comparison of a challenger (B) with an incumbent (A)."""
     found = comparison.difference
-    return judge_advantage(found.ci95_percent, found.percent, advantage, half_life, age)
+    return judge_advantage(comparison.ci95_percent, found.percent, advantage, half_life, age)
 
 
 def duration_words(seconds: float) -> str:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from configs.errors import DataError
 from configs.run.directory import RunDir, read_jsonl, step_name
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
+from eval.compare.provenance import ONE_RUN, provenance
 from eval.compare.targets import Found, most_scored, tables_of_run
-from eval.statistics import by_cluster, clustered_ratio, holm, wobble_percent
+from eval.scored import planned_comparisons
+from eval.statistics import by_cluster, clustered_ratio, holm, holm_shares, wobble_percent
 from eval.tables import LossTable, read_table
 
 
@@ -84,7 +86,10 @@ class RunComparison:
 
 
 def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
-    """Compares every scored step of a run with the one before and with the first; look k = 1, 2, … at each.
+    """Compares every scored step of a run with the one before and with the first.
+
+    Of a run that is over the rows are one family (Holm, for each of the two columns); while it trains α is shared by
+    all that are planned (Bonferroni), so that no verdict changes when more come.
 
     Where it was scored in several ways (references, objectives, dtypes), that with most tables is taken.
 
@@ -96,15 +101,16 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
     points: list[ScoredCheckpoint] = []
     wobble = _Wobble()
     first = previous = None
-    for look, (step, path) in enumerate(sorted(paths.items())):
+    looks, over = planned_comparisons(RunDir(run_dir), len(paths))
+    for at, (step, path) in enumerate(sorted(paths.items())):
         table = read_table(path)
         table = replace(table, meta={**table.meta, "label": step_name(step)})
         try:
             own = clustered_ratio(table.loss, table.tokens, table.document)
-            before = None if previous is None else compare_tables(previous, table, look=look, alpha=alpha)
+            before = None if previous is None else compare_tables(previous, table, looks=looks, alpha=alpha)
             start = before
-            if look > 1 and first is not None:
-                start = compare_tables(first, table, look=look, alpha=alpha)
+            if at > 1 and first is not None:
+                start = compare_tables(first, table, looks=looks, alpha=alpha)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         points.append(
@@ -122,7 +128,7 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
     return RunComparison(
         run=str(run_dir),
         reference=reference,
-        checkpoints=tuple(_with_wobble(points, found)),
+        checkpoints=tuple(_completed(points, found, over)),
         notes=tuple(notes),
         wobble_percent=found,
         tables=dict(sorted(paths.items())),
@@ -145,15 +151,24 @@ def _worse_since(best: ScoredCheckpoint, paths: dict[int, Path], alpha: float) -
     return since
 
 
-def _with_wobble(points: list[ScoredCheckpoint], wobble: float | None) -> Iterable[ScoredCheckpoint]:
+def _completed(points: list[ScoredCheckpoint], wobble: float | None, over: bool) -> Iterable[ScoredCheckpoint]:
+    """The points with what is known once all are there: the wobble and, of a run that is over, Holm's shares."""
+    before, start = ([getattr(p, key) for p in points] for key in ("versus_previous", "versus_first"))
+    if over:
+        before, start = _in_one_family(before), _in_one_family(start)
     for at, point in enumerate(points):
-        before, start = point.versus_previous, point.versus_first
         one_step = at > 0 and point.step == points[at - 1].step + 1
+        about = {"wobble_percent": wobble, "origin": ONE_RUN}
         yield replace(
             point,
-            versus_previous=before and replace(before, wobble_percent=wobble, one_step=one_step),
-            versus_first=start and replace(start, wobble_percent=wobble, one_step=one_step and at == 1),
+            versus_previous=before[at] and replace(before[at], **about, one_step=one_step),
+            versus_first=start[at] and replace(start[at], **about, one_step=one_step and at == 1),
         )
+
+
+def _in_one_family(found: list[Comparison | None]) -> list[Comparison | None]:
+    shares = iter(holm_shares([one.difference.p for one in found if one is not None]))
+    return [one and replace(one, shares=float(next(shares))) for one in found]
 
 
 class _Wobble:
@@ -196,7 +211,8 @@ def wobble_of(run_dir: Path, like: Path) -> float | None:
 
 
 def with_wobble(comparison: Comparison, a: Found, b: Found, known: dict[tuple[Path, str], float | None]) -> Comparison:
-    """The comparison with the larger wobble of the runs that its two tables are of, where they are of any.
+    """The comparison with the larger wobble of the runs that its two tables are of, where they are of any, and with
+    what the two have to do with each other.
 
     Args:
         known: wobbles by folder and way of scoring, filled as they are told, so that none is told twice.
@@ -213,7 +229,15 @@ def with_wobble(comparison: Comparison, a: Found, b: Found, known: dict[tuple[Pa
     told = [value for value in found if value is not None]
     same_run = a.run is not None and b.run is not None and a.run.resolve() == b.run.resolve()
     one_step = same_run and a.step is not None and b.step is not None and abs(a.step - b.step) == 1
-    return replace(comparison, wobble_percent=max(told, default=None), one_step=one_step)
+    origin = provenance(a, b)
+    caution = None if comparison.verdict in ("identical", "same weights") else origin.caution()
+    return replace(
+        comparison,
+        wobble_percent=max(told, default=None),
+        one_step=one_step,
+        origin=origin,
+        cautions=(*comparison.cautions, *([caution] if caution else [])),
+    )
 
 
 def _tokens_by_step(run: RunDir) -> tuple[list[int], list[int]]:

@@ -147,10 +147,13 @@ def read_curve(run: Path) -> Curve:
 
 def settings_changed(a: Config, b: Config) -> list[str]:
     """Settings of the experiment that differ, as `key: A's → B's`."""
+    found = differences(a, b)
+    other_start = "model.path" in found  # the fields of a model that comes from a directory are no settings
     return [
         f"{key}: {as_written(before, quoted=False)} → {as_written(after, quoted=False)}"
-        for key, (before, after) in differences(a, b).items()
+        for key, (before, after) in found.items()
         if not is_named(key, NOT_THE_EXPERIMENT)
+        and not (other_start and key.startswith("model.") and key != "model.path")
     ]
 
 

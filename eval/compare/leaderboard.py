@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.errors import DataError
 from eval.compare.pair import ALPHA, Comparison, compare_tables, finite
-from eval.statistics import benjamini_hochberg, holm
+from eval.statistics import benjamini_hochberg, holm, holm_shares
 from eval.tables import LossTable
 
 
@@ -53,7 +53,7 @@ class Pair:
 
     @property
     def told_apart(self) -> bool:
-        return self.p_holm < self.comparison.alpha and not self.comparison.difference.identical
+        return self.comparison.verdict in ("better", "worse")
 
     def to_json(self) -> dict[str, Any]:
         content = self.comparison.to_json()
@@ -127,8 +127,10 @@ def leaderboard(
     ]
     p = [comparison.difference.p for comparison in comparisons]
     pairs = tuple(
-        Pair(replace(comparison, p_holm=float(strict)), float(strict), float(loose))
-        for comparison, strict, loose in zip(comparisons, holm(p), benjamini_hochberg(p), strict=True)
+        Pair(replace(comparison, shares=float(share)), float(strict), float(loose))
+        for comparison, share, strict, loose in zip(
+            comparisons, holm_shares(p), holm(p), benjamini_hochberg(p), strict=True
+        )
     )
     apart = {frozenset((pair.comparison.a.name, pair.comparison.b.name)): pair.told_apart for pair in pairs}
     ordered = [names[i] for i in order]

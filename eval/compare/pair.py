@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
+from eval.compare.cautions import BITS, cautions_of, check_parts, same
+from eval.compare.provenance import UNKNOWN, Provenance
 from eval.statistics import (
     Estimate,
     PairedDifference,
     Power,
-    adjusted_p,
     by_cluster,
-    detectable,
     power_for,
-    spent_alpha,
 )
-from eval.statistics.paired import FEW_DOCUMENTS, paired_difference
+from eval.statistics.paired import FEW_DOCUMENTS, paired_difference, t_quantile
 from eval.tables import LossTable
 
-Verdict = Literal["better", "worse", "no difference seen", "identical"]
-Limit = Literal["samples", "training noise"]
+Verdict = Literal["better", "worse", "no difference seen", "identical", "same weights"]
+Limit = Literal["samples", "training noise", "seeds unknown", "unknown"]
 Gate = Literal["better", "not-worse"]
+Question = Literal["weights", "run", "recipe"]
 PairedBy = Literal["sample", "document"]
 ALPHA = 0.05
-NATS, BITS = "nats per token", "bits per byte"
+NATS = "nats per token"
+# In percent of the loss: by so much two scorings of the same weights may differ, by rounding alone.
+ROUNDING_PERCENT = {"fp32": 1e-4, "bf16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,24 @@ class Side:
     tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "loss": self.loss,
-            "se": self.se,
-            "samples": self.samples,
-            "documents": self.documents,
-            "tokens": self.tokens,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """B − A on the same reference set. Better: B's loss is lower.
+    """B − A on the same reference set. Better: B's loss is lower. The question is about *weights*: whether B's are
+    better than A's on texts like these; documents are the error.
 
     `wobble_percent`: checkpoint-to-checkpoint noise of the runs that the two are of, the larger; None where it cannot
     be told. `one_step`: the two are one optimizer step of one run apart. `same_weights`: one model scored twice, in two
-    dtypes say. `pairs`: how many comparisons share α, and `p_holm` the p adjusted for them.
+    dtypes say; `rounding_percent`: by how much that may change a loss. `shares`: of how many comparisons this one bears
+    the error: p, interval, verdict and gate go by α over it. `pairs`: for how many p by flipped signs can be small
+    enough. `origin`: what the two have to do with each other.
     """
 
     a: Side
     b: Side
     difference: PairedDifference
-    look: int | None
     alpha: float
     unit: str
     paired_by: PairedBy
@@ -74,17 +71,35 @@ class Comparison:
     wobble_percent: float | None = None
     one_step: bool = False
     same_weights: bool = False
+    rounding_percent: float = 0.0
     pairs: int = 1
-    p_holm: float | None = None
+    shares: float = 1.0
+    origin: Provenance = UNKNOWN
 
     @property
     def p_adjusted(self) -> float:
-        return adjusted_p(self.difference.p, self.look) if self.p_holm is None else self.p_holm
+        return min(1.0, self.difference.p * self.shares)
+
+    @property
+    def ci95_percent(self) -> tuple[float, float]:
+        """The 95 % interval of the change that holds together with those of the comparisons it shares α with."""
+        found = self.difference
+        low, high = found.ci95_percent
+        if self.shares <= 1 or found.identical:
+            return low, high
+        wider = t_quantile(1 - self.alpha / self.shares, found.clusters - 1) / t_quantile(0.95, found.clusters - 1)
+        low, high = (found.percent + wider * (bound - found.percent) for bound in (low, high))
+        if found.method == "t":
+            return low, high
+        # By flipped signs only the bounds of .95 are known: which side of zero the corrected ones lie on, p tells.
+        if self.p_adjusted >= self.alpha:
+            return min(low, 0.0), max(high, 0.0)
+        return (low, min(high, math.nextafter(0, -1))) if found.percent < 0 else (max(low, math.nextafter(0, 1)), high)
 
     @property
     def can_show(self) -> bool:
         """Whether any change could be significant: signs of few documents can be flipped in few ways."""
-        return self.pairs * adjusted_p(self.difference.smallest_p, self.look) < self.alpha
+        return max(self.pairs, self.shares) * self.difference.smallest_p < self.alpha
 
     @property
     def detectable_percent(self) -> float:
@@ -94,18 +109,21 @@ class Comparison:
         """
         if not self.can_show:
             return math.inf
-        return detectable(self.difference.se_percent, spent_alpha(self.alpha, self.look))
+        df = self.difference.clusters - 1
+        # As `statistics.detectable` has it, with Student's t for the error that is itself estimated.
+        return self.difference.se_percent * (t_quantile(1 - self.alpha / self.shares, df) + t_quantile(0.6, df))
 
     @property
     def half_width_percent(self) -> float:
         """Half the 95 % interval of the change."""
-        low, high = self.difference.ci95_percent
-        return (high - low) / 2
+        return (self.ci95_percent[1] - self.ci95_percent[0]) / 2
 
     @property
     def verdict(self) -> Verdict:
         if self.difference.identical:
             return "identical"
+        if self.same_weights and abs(self.difference.percent) <= self.rounding_percent:
+            return "same weights"
         if self.p_adjusted < self.alpha:
             return "better" if self.difference.value < 0 else "worse"
         return "no difference seen"
@@ -125,23 +143,27 @@ class Comparison:
 
     @property
     def limited_by(self) -> Limit | None:
-        """What keeps a verdict from saying more.
+        """What keeps a verdict from saying more; None where nothing does.
 
         A clear difference below the wobble is limited by training noise, save between weights one optimizer step
-        apart: there no more is asked than which of two given sets of weights is better. Where no difference is seen,
-        the larger counts of the wobble of a difference, √2·wobble, and its standard error; the samples do
-        where they could not show any change.
+        apart: there no more is asked than which of two given sets of weights is better. One between two runs is limited
+        by what is not known of other seeds; one within a run whose wobble cannot be told, or of weights of which no run
+        is known, by something unknown. Where no difference is seen, the larger counts of the wobble of a difference,
+        √2·wobble, and its standard error; the samples do where they could not show any change.
         """
-        verdict = self.verdict
-        if verdict == "identical":
+        verdict, given = self.verdict, self.one_step or self.same_weights
+        if verdict in ("identical", "same weights"):
             return None
-        if verdict != "no difference seen":
-            return "training noise" if self.below_wobble and not self.one_step else None
-        if not self.can_show:
-            return "samples"
-        noise = math.sqrt(2) * (self.wobble_percent or 0.0)
-        given = self.one_step or self.same_weights
-        return "training noise" if noise > self.difference.se_percent and not given else "samples"
+        if verdict == "no difference seen":
+            noise = 0.0 if given else math.sqrt(2) * (self.wobble_percent or 0.0)
+            return "training noise" if self.can_show and noise > self.difference.se_percent else "samples"
+        if given:
+            return None
+        if self.below_wobble:
+            return "training noise"
+        if self.origin.of == "two runs":
+            return "seeds unknown"
+        return "unknown" if self.wobble_percent is None else None
 
     def power(self, wanted_percent: float) -> Power | None:
         """What seeing a change of `wanted_percent` (above zero) needs; None for a pair without any spread."""
@@ -154,7 +176,7 @@ class Comparison:
             documents=self.a.documents,
             samples=self.a.samples,
             tokens=self.a.tokens,
-            alpha=spent_alpha(self.alpha, self.look),
+            alpha=self.alpha / self.shares,
             least_documents=math.ceil(FEW_DOCUMENTS * self.a.documents / self.difference.effective_clusters - 1e-9),
         )
         return replace(power, detectable_percent=self.detectable_percent)
@@ -174,7 +196,7 @@ class Comparison:
                 **({} if in_nats else {"bits_per_byte": finite(found.value)}),
                 "percent": finite(found.percent),
                 "se_percent": finite(found.se_percent),
-                "ci95_percent": [finite(bound) for bound in found.ci95_percent],
+                "ci95_percent": [finite(bound) for bound in self.ci95_percent],
                 "p": finite(found.p),
                 "p_adjusted": finite(self.p_adjusted),
                 "alpha": self.alpha,
@@ -185,7 +207,9 @@ class Comparison:
                 "t_unpaired": finite(found.t_unpaired),
                 "method": found.method,
             },
+            "question": "weights",
             "verdict": self.verdict,
+            "origin": self.origin.to_json(),
             "limited_by": self.limited_by,
             "wobble_percent": finite(self.wobble_percent),
             "unit": self.unit,
@@ -204,7 +228,7 @@ def compare_tables(
     a: LossTable,
     b: LossTable,
     *,
-    look: int | None = None,
+    looks: int = 1,
     alpha: float = ALPHA,
     names: tuple[str, str] | None = None,
     in_bits: bool = False,
@@ -216,7 +240,7 @@ def compare_tables(
     under two tokenizers are paired by document, in bits per byte.
 
     Args:
-        look: None for a comparison that stands by itself; 1, 2, … along a run, where α·6/(π²k²) may be spent.
+        looks: comparisons that share α from the start, such as those that are planned along a run.
         names: what to call the two; default their labels.
         in_bits: bits per byte by document also where the tokens are the same ones.
         pairs: how many comparisons share α, so that a p by flipped signs can be small enough.
@@ -225,15 +249,15 @@ def compare_tables(
         DataError: they have nothing in common to pair by, other objectives, other parts of the set, or fewer than
             two documents.
     """
-    level = spent_alpha(alpha, look) / pairs
+    level = alpha / (looks * pairs)
     objectives = a.meta.get("objective"), b.meta.get("objective")
     if objectives[0] != objectives[1]:
         raise DataError(f"compare: the objectives differ ({objectives[0]} and {objectives[1]}); nothing can be paired")
-    _check_parts(a, b)
-    if _same(a, b, "reference") and not (in_bits and _same(a, b, "reference_text")):
+    check_parts(a, b)
+    if same(a, b, "reference") and not (in_bits and same(a, b, "reference_text")):
         reference, paired_by, unit = str(a.meta["reference"]), "sample", NATS
         found = _by_sample(a, b, level)
-    elif _same(a, b, "reference_text"):
+    elif same(a, b, "reference_text"):
         reference, paired_by, unit = str(a.meta["reference_text"]), "document", BITS
         found = _by_document(a, b, level)
     else:
@@ -246,20 +270,17 @@ def compare_tables(
         a=side_of(a, labels[0], found.a),
         b=side_of(b, labels[1], found.b),
         difference=found,
-        look=look,
         alpha=alpha,
         unit=unit,
         paired_by="sample" if paired_by == "sample" else "document",
         reference=reference,
-        cautions=tuple(_cautions(a, b, found, unit)),
-        same_weights=_same(a, b, "source"),
+        cautions=tuple(cautions_of(a, b, found, unit)),
+        same_weights=same(a, b, "source"),
+        rounding_percent=max(ROUNDING_PERCENT.get(str(t.meta.get("dtype")), 0.1) for t in (a, b)),
         pairs=pairs,
+        shares=float(looks),
     )
     return replace(comparison, cautions=(*_nothing_can_be_shown(comparison), *comparison.cautions))
-
-
-def _same(a: LossTable, b: LossTable, key: str) -> bool:
-    return a.meta.get(key) is not None and a.meta.get(key) == b.meta.get(key)
 
 
 def _reference_words(table: LossTable) -> str:
@@ -270,33 +291,6 @@ def _reference_words(table: LossTable) -> str:
 def side_of(table: LossTable, name: str, loss: Estimate) -> Side:
     """What a table amounts to, its loss told already."""
     return Side(name, loss.value, loss.se, len(table), loss.clusters, int(np.sum(table.tokens, dtype=np.int64)))
-
-
-def part_of(table: LossTable) -> dict[str, Any] | None:
-    """{"blocks": k, "of": K, "samples": n} where a table has the first blocks of its set only; None for a whole one."""
-    part = table.meta.get("partial")
-    return part if isinstance(part, dict) and part.get("blocks") != part.get("of") else None
-
-
-def _check_parts(a: LossTable, b: LossTable) -> None:
-    """Refuses to set a part of a reference set against more of it."""
-    parts = part_of(a), part_of(b)
-    if parts == (None, None):
-        return
-    counts = [
-        None if part is None else (part.get("blocks"), len(table)) for part, table in zip(parts, (a, b), strict=True)
-    ]
-    if counts[0] == counts[1]:
-        return
-    words = [
-        f"{table.meta.get('label') or name} "
-        + ("on all" if part is None else f"on {part.get('blocks')} of {part.get('of')}")
-        for name, part, table in zip("AB", parts, (a, b), strict=True)
-    ]
-    raise DataError(
-        f"compare: scored on other parts of the reference set ({words[0]} blocks, {words[1]}); "
-        "complete the shorter with: vernier eval MODEL --reference REF"
-    )
 
 
 def _by_sample(a: LossTable, b: LossTable, level: float) -> PairedDifference:
@@ -343,54 +337,63 @@ def _nothing_can_be_shown(comparison: Comparison) -> list[str]:
     where = f"at {100 * comparison.alpha:g} %"
     if comparison.pairs > 1:
         where = f"among {comparison.pairs} pairs"
-    elif comparison.look is not None:  # the look from which on it is so: the same words at all later ones
-        first = math.sqrt(comparison.alpha / adjusted_p(found.smallest_p, 1))
-        where = f"from look {max(1, math.ceil(first - 1e-9))} along a run on"
+    elif comparison.shares > 1:
+        where = f"among {comparison.shares:.0f} comparisons along a run"
     return [f"with {found.clusters} documents no change, however large, can be significant {where}"]
 
 
-def _cautions(a: LossTable, b: LossTable, found: PairedDifference, unit: str) -> list[str]:
-    out = []
-    if unit == BITS and not _same(a, b, "reference"):
-        out.append("other tokens of the same texts: compared in bits per byte, paired by document")
-    dtypes = a.meta.get("dtype"), b.meta.get("dtype")
-    if dtypes[0] != dtypes[1]:
-        out.append(f"unequal dtype: one was scored in {dtypes[0]}, the other in {dtypes[1]}; part may be rounding")
-        if _same(a, b, "source"):
-            out.append("the same weights scored in two dtypes: this difference is rounding, not training")
-    hardware = a.meta.get("hardware"), b.meta.get("hardware")
-    if hardware[0] != hardware[1] and None not in hardware:
-        out.append(f"scored on other hardware ({hardware[0]} and {hardware[1]}): last digits differ by that alone")
-    if found.method == "sign flips":
-        out.append(
-            f"{found.clusters} documents, worth {found.effective_clusters:.1f} of equal size: "
-            f"below {FEW_DOCUMENTS} the p-value and interval are by flipping signs"
+class Gated(Protocol):
+    """What a gate can be held against."""
+
+    @property
+    def ci95_percent(self) -> tuple[float, float]: ...
+
+    @property
+    def verdict(self) -> Verdict: ...
+
+
+def upper_bound(comparison: Comparison, question: Question) -> float:
+    """Upper bound of the 95 % interval of B − A, in percent, as an answer to a question.
+
+    `weights`: that of the verdict. `run`, whether checkpoints nearby would say the same: the interval with the
+    wobble of both put to it, hypot(half, 1.96·√2·wobble).
+
+    Raises:
+        ConfigError: that question cannot be answered from these two.
+    """
+    found = comparison
+    if question == "recipe":
+        raise ConfigError(
+            "--of recipe: one run of each cannot tell whether a recipe is better; name several seeds of each: "
+            "vernier compare A… --against B… --gate better"
         )
-    part = part_of(a)
-    if part is not None:
-        out.append(
-            f"partial: only the first {part.get('blocks')} of {part.get('of')} blocks of the reference set "
-            f"({len(a):,} samples) were scored in both"
+    upper = found.ci95_percent[1]
+    if question == "weights" or found.one_step or found.same_weights:
+        return upper
+    if found.wobble_percent is None:
+        raise ConfigError(
+            "--of run: needs the wobble of the runs' checkpoints, which is not known (12 scored checkpoints tell it); "
+            "--of weights asks about these weights alone"
         )
-    if any(table.meta.get("until_verdict") and part_of(table) for table in (a, b)):
-        out.append("stopped early: the estimate is inflated, read the interval of the stop")
-    for table in (a, b):
-        if table.undigested:
-            out.append(f"{table.meta.get('label')}: its table has no digest, so damage to it would not be seen")
-    return out
+    centre = found.difference.percent
+    return centre + math.hypot(upper - centre, t_quantile(0.95, 1e9) * math.sqrt(2) * found.wobble_percent)
 
 
-def gate_holds(comparison: Comparison, gate: Gate, margin_percent: float = 0.0) -> bool:
-    """Whether the upper 95 % bound of B − A is below −margin (better) or below margin (not-worse).
+def gate_holds(
+    comparison: Gated, gate: Gate, margin_percent: float = 0.0, *, upper_percent: float | None = None
+) -> bool:
+    """Whether the upper bound of B − A is below −margin (better) or below margin (not-worse): that of the 95 % interval
+    which the verdict goes by, so that the two never contradict each other; or `upper_percent`.
 
-    Identical tables are not worse at any margin, zero included.
+    Identical tables, and the same weights, are not worse at any margin, zero included, and never better.
 
     Raises:
         ConfigError: there is no such gate.
     """
-    upper = comparison.difference.ci95_percent[1]
+    upper = comparison.ci95_percent[1] if upper_percent is None else upper_percent
+    alike = comparison.verdict in ("identical", "same weights")
     if gate == "better":
-        return upper < -margin_percent
+        return upper < -margin_percent and not alike
     if gate == "not-worse":
-        return upper < margin_percent or comparison.verdict == "identical"
+        return upper < margin_percent or alike
     raise ConfigError(f"--gate: {gate!r} is not a verdict; use better or not-worse")

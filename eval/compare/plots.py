@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from eval.compare.figure import make_folder, new_figure, write_figure
 from eval.compare.pair import NATS, Comparison
+from eval.figure import make_folder, new_figure, write_figure
 from eval.statistics import by_cluster, gaussian_fit, subset_error, subset_error_resampled
 from eval.tables import LossTable
 
@@ -89,7 +89,7 @@ def plot_run(run: RunComparison, tables: dict[int, Path], directory: Path) -> li
 
     changes = [(point.step, point.versus_previous) for point in points if point.versus_previous is not None]
     values = [comparison.difference.percent for _, comparison in changes]
-    bounds = [comparison.difference.ci95_percent for _, comparison in changes]
+    bounds = [comparison.ci95_percent for _, comparison in changes]
     told = [comparison.verdict in ("better", "worse") for _, comparison in changes]
     at = [step for step, _ in changes]
     _intervals(
@@ -131,8 +131,8 @@ def plot_leaderboard(leaderboard: Leaderboard, directory: Path) -> list[Path]:
     labels = [f"{_short(c.b.name)}  against  {_short(c.a.name)}" if few else _short(c.b.name) for c in found]
     figure, (axes,) = new_figure(6.5 + 0.07 * max(map(len, labels)), 1.8 + 0.3 * len(pairs))
     values = [comparison.difference.percent for comparison in found]
-    bounds = [comparison.difference.ci95_percent for comparison in found]
-    told = [pair.p_holm < leaderboard.alpha for pair in pairs]
+    bounds = [comparison.ci95_percent for comparison in found]
+    told = [pair.told_apart for pair in pairs]
     rows = list(range(len(pairs)))
     _intervals(axes, rows, values, bounds, told, upright=False, marks=("told apart (Holm)", "not told apart"))
     axes.axvline(0, color="black", linewidth=0.8)
@@ -160,7 +160,7 @@ def plot_sweep(ranking: Ranking, directory: Path) -> list[Path]:
     bounds = [one.ci95 for _, one in behind]
     labels = [_short(name) for name, _ in behind]
     figure, (axes,) = new_figure(6.5 + 0.07 * max(map(len, labels)), 2.0 + 0.3 * len(behind))
-    told = [one.told_apart for _, one in behind]
+    told = [one.weights_apart for _, one in behind]
     rows = list(range(len(behind)))
     _intervals(axes, rows, values, bounds, told, upright=False, marks=("told apart (Holm)", "not told apart"))
     axes.axvline(0, color="black", linewidth=0.8)

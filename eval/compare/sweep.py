@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configs.errors import DataError
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
@@ -18,13 +19,16 @@ from eval.statistics import clustered_ratio, holm
 from eval.statistics.paired import t_quantile, two_sided_p
 from eval.tables import LossTable
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Behind:
     """How far a value lies behind the best one, over the seeds that both have; all in percent of the best's loss.
 
     `comparison`: of the means over those seeds, with the error of the documents alone. `se_seeds`: the standard error
-    between seeds of the difference, None with one seed. `p_holm`: adjusted for the search for the best.
+    between seeds of the difference, its variance pooled over all values, None with one seed. `p_holm`: adjusted for the
+    search for the best.
     """
 
     comparison: Comparison
@@ -43,7 +47,13 @@ class Behind:
         return self.comparison.difference.se_percent
 
     @property
-    def told_apart(self) -> bool:
+    def told_apart(self) -> bool | None:
+        """Whether the settings are; None with one seed, where only these weights can be."""
+        return None if self.se_seeds is None else self.weights_apart
+
+    @property
+    def weights_apart(self) -> bool:
+        """Whether the weights are, whatever another seed would give."""
         return self.p_holm < self.comparison.alpha and not self.comparison.difference.identical
 
     def to_json(self) -> dict[str, Any]:
@@ -58,7 +68,9 @@ class Behind:
             "method": found.method,
             "p": finite(self.p),
             "p_holm": finite(self.p_holm),
+            "question": "weights" if self.se_seeds is None else "recipe",
             "told_apart": self.told_apart,
+            "weights_told_apart": self.weights_apart,
             "identical": found.identical,
         }
 
@@ -107,16 +119,16 @@ def rank(scored: Mapping[str, Mapping[int, LossTable]], *, alpha: float = ALPHA)
     if not scored:
         raise DataError("sweep: nothing is scored, so nothing can be ranked")
     _check_same(scored)
-    level = _levels({name: {s: _mean(t) for s, t in tables.items()} for name, tables in scored.items()})
+    losses = {name: {s: mean_loss(t) for s, t in tables.items()} for name, tables in scored.items()}
+    level, noise = _levels(losses), seed_noise(losses)
     order = sorted(scored, key=lambda name: (level[name], name))
     best, pairs = order[0], len(order) * (len(order) - 1) // 2
-    found = {name: _behind(best, name, scored, alpha, pairs) for name in order[1:]}
+    found = {name: _behind(best, name, scored, noise, alpha, pairs) for name in order[1:]}
     compared = {name: behind for name, behind in found.items() if behind is not None}
     adjusted = _holm_among([behind.p for behind in compared.values()], pairs)
     for name, p_holm in zip(compared, adjusted, strict=True):
         behind = compared[name]
-        comparison = replace(behind.comparison, p_holm=p_holm)
-        compared[name] = replace(behind, p_holm=p_holm, comparison=comparison)
+        compared[name] = replace(behind, p_holm=p_holm)
     first = next(iter(scored[best].values()))
     return Ranking(
         places=tuple(_place(name, scored[name], level[name], compared.get(name)) for name in order),
@@ -127,7 +139,8 @@ def rank(scored: Mapping[str, Mapping[int, LossTable]], *, alpha: float = ALPHA)
     )
 
 
-def _mean(table: LossTable) -> float:
+def mean_loss(table: LossTable) -> float:
+    """Nats per token of a table."""
     return float(table.loss.sum()) / float(table.tokens.sum(dtype=np.int64))
 
 
@@ -146,26 +159,46 @@ def _check_same(scored: Mapping[str, Mapping[int, LossTable]]) -> None:
             raise DataError(f"sweep: {name} has other samples than {first_name}, though of one reference set")
 
 
+def _design(losses: Mapping[str, Mapping[int, float]]) -> tuple[Floats, Floats]:
+    """(a row [V + S] for each value and seed that is there, with a one for each of the two; the losses)."""
+    names, seeds = list(losses), sorted({seed for by_seed in losses.values() for seed in by_seed})
+    cells = [(at, seeds.index(seed), loss) for at, name in enumerate(names) for seed, loss in losses[name].items()]
+    rows = np.zeros((len(cells), len(names) + len(seeds)))
+    for row, (at, seed, _) in zip(rows, cells, strict=True):
+        row[at] = row[len(names) + seed] = 1.0
+    return rows, np.array([loss for *_, loss in cells])
+
+
 def _levels(losses: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     """The mean loss of each value over all seeds: loss = value + seed by least squares, at the mean seed.
 
     With no member missing these are the plain means. A value that lacks the seed all do badly on gains nothing by it.
     """
-    names, seeds = list(losses), sorted({seed for by_seed in losses.values() for seed in by_seed})
-    rows, right = [], []
-    for at, name in enumerate(names):
-        for seed, loss in losses[name].items():
-            row = np.zeros(len(names) + len(seeds))
-            row[at] = row[len(names) + seeds.index(seed)] = 1.0
-            rows.append(row)
-            right.append(loss)
-    if len(rows) == len(names) * len(seeds):  # exact where it can be
-        return {name: math.fsum(by_seed.values()) / len(seeds) for name, by_seed in losses.items()}
-    found = np.linalg.lstsq(np.array(rows), np.array(right), rcond=None)[0]
-    return {name: float(found[at] + found[len(names) :].mean()) for at, name in enumerate(names)}
+    rows, loss = _design(losses)
+    seeds = rows.shape[1] - len(losses)
+    if len(rows) == len(losses) * seeds:  # exact where it can be
+        return {name: math.fsum(by_seed.values()) / seeds for name, by_seed in losses.items()}
+    found = np.linalg.lstsq(rows, loss, rcond=None)[0]
+    return {name: float(found[at] + found[len(losses) :].mean()) for at, name in enumerate(losses)}
 
 
-def _mean_table(tables: Mapping[int, LossTable], seeds: Sequence[int]) -> LossTable:
+def seed_noise(losses: Mapping[str, Mapping[int, float]]) -> tuple[float, int] | None:
+    """(standard deviation of a run's loss around value + seed, its degrees of freedom), over all values together.
+
+    The residual of a two-way layout, with (V − 1)(S − 1) degrees of freedom where no member is missing (Scheffé, The
+    Analysis of Variance, 1959, section 4.1): one pair of values alone has but S − 1. It takes the noise for equal at
+    all values. None where nothing is left to tell it from, as with one seed.
+    """
+    rows, loss = _design(losses)
+    freedom = len(rows) - int(np.linalg.matrix_rank(rows))
+    if freedom < 1:
+        return None
+    left = loss - rows @ np.linalg.lstsq(rows, loss, rcond=None)[0]
+    sd = math.sqrt(float(left @ left) / freedom)
+    return (sd if sd > 1e-12 * float(np.abs(loss).max()) else 0.0), freedom  # below it is rounding
+
+
+def mean_table(tables: Mapping[int, LossTable], seeds: Sequence[int]) -> LossTable:
     """Each sample's mean loss over seeds; of one seed, the table as it is."""
     first = tables[seeds[0]]
     if len(seeds) == 1:
@@ -176,30 +209,35 @@ def _mean_table(tables: Mapping[int, LossTable], seeds: Sequence[int]) -> LossTa
 
 
 def _behind(
-    best: str, other: str, scored: Mapping[str, Mapping[int, LossTable]], alpha: float, pairs: int
+    best: str,
+    other: str,
+    scored: Mapping[str, Mapping[int, LossTable]],
+    noise: tuple[float, int] | None,
+    alpha: float,
+    pairs: int,
 ) -> Behind | None:
     seeds = sorted(scored[best].keys() & scored[other].keys())
     if not seeds:
         return None
-    a, b = _mean_table(scored[best], seeds), _mean_table(scored[other], seeds)
+    a, b = mean_table(scored[best], seeds), mean_table(scored[other], seeds)
     comparison = compare_tables(a, b, alpha=alpha, names=(best, other), pairs=pairs)
     found, scale = comparison.difference, 100 / comparison.a.loss
-    by_seed = {seed: scale * (_mean(scored[other][seed]) - _mean(scored[best][seed])) for seed in seeds}
-    se_seeds = _standard_error(list(by_seed.values()))
-    ci95, p = found.ci95_percent, found.p
-    if se_seeds is not None:
-        half = t_quantile(0.95, len(seeds) - 1) * se_seeds
+    by_seed = {seed: scale * (mean_loss(scored[other][seed]) - mean_loss(scored[best][seed])) for seed in seeds}
+    se_seeds, ci95, p = None, found.ci95_percent, found.p
+    if noise is not None:
+        se_seeds, freedom = scale * noise[0] * math.sqrt(2 / len(seeds)), noise[1]
+        half = t_quantile(0.95, freedom) * se_seeds
         low, high = found.ci95_percent
         ci95 = (
             found.percent - math.hypot(found.percent - low, half),
             found.percent + math.hypot(high - found.percent, half),
         )
-        both = p_of_both(found.percent, (found.se_percent, found.clusters - 1), (se_seeds, len(seeds) - 1))
+        both = p_of_both(found.percent, (found.se_percent, found.clusters - 1), (se_seeds, freedom))
         p = max(p, both)  # by flipped signs, p may be the larger one
     return Behind(comparison, by_seed, se_seeds, ci95, p, p)
 
 
-def p_of_both(value: float, first: tuple[float, int], second: tuple[float, int]) -> float:
+def p_of_both(value: float, first: tuple[float, float], second: tuple[float, float]) -> float:
     """The p at which the interval of a value with two independent errors, each (standard error, df), just has zero.
 
     Howe, "Approximate confidence limits on the mean of X + Y where X and Y are two tabled independent random
@@ -221,7 +259,7 @@ def p_of_both(value: float, first: tuple[float, int], second: tuple[float, int])
     return math.exp(high)
 
 
-def _t_of(p: float, df: int) -> float:
+def _t_of(p: float, df: float) -> float:
     """The |t| that both tails together leave p beyond; from the lower tail, which keeps digits that 1 − p loses."""
     from scipy.special import stdtrit
 
@@ -241,9 +279,9 @@ def _holm_among(p: Sequence[float], pairs: int) -> list[float]:
 
 def _place(name: str, tables: Mapping[int, LossTable], level: float, behind: Behind | None) -> Place:
     seeds = sorted(tables)
-    table = _mean_table(tables, seeds)
+    table = mean_table(tables, seeds)
     own = clustered_ratio(table.loss, table.tokens, table.document)
-    losses = {seed: _mean(tables[seed]) for seed in seeds}
+    losses = {seed: mean_loss(tables[seed]) for seed in seeds}
     return Place(
         name=name,
         loss=level,

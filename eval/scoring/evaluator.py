@@ -14,6 +14,7 @@ from configs.scheduler import Life, current_job, life
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
 from eval.reference.set import ReferenceSet, load_reference
+from eval.scored import planned_comparisons
 from eval.scoring.journal import Journal, clear
 from eval.scoring.models import check_fits, check_model, weights_fingerprint
 from eval.scoring.placement import Scoring, open_scorer
@@ -111,21 +112,20 @@ class RunScores:
         self.refused[step] = self._written(step)
         self.run.add_event("not scored", why, step=step)
 
-    def before(self, step: int) -> tuple[LossTable | None, int]:
-        """The table scored before `step` (or none), and how many looks the run has had with this one.
+    def before(self, step: int) -> LossTable | None:
+        """The table scored before `step`; None where there is none.
 
         One that is damaged is told of, and that before it is taken.
         """
         earlier = [s for s in self.scored() if s < step]
-        looks = max(1, len(earlier))
         for one in reversed(earlier):
             try:
-                return read_table(self._path(one)), looks
+                return read_table(self._path(one))
             except DataError as error:
                 if one not in self.damaged:
                     self.damaged.add(one)
                     self.run.add_event("damaged", str(error), step=one)
-        return None, looks
+        return None
 
     def add_or_refuse(self, step: int, table: LossTable, seconds: float) -> None:
         """`add`, but a table that cannot be (a loss that is not finite, say) is its snapshot's fault, nobody else's."""
@@ -153,10 +153,10 @@ class RunScores:
                     self.run.add_event("not told", str(error), step=step)
 
     def _tell(self, step: int, table: LossTable, seconds: float | None) -> None:
-        before, look = self.before(step)
+        before = self.before(step)
         if self.board is None:
             self.board = EvalBoard(self.run.eval_board, lambda told: self.run.add_event("not shown", told), self.run)
-        told = self.board.add(step, table, before, look)
+        told = self.board.add(step, table, before, planned_comparisons(self.run, len(self.scored()))[0])
         difference = told["difference"] if before is not None else None
         self.run.add_event(
             "scored",

@@ -34,10 +34,14 @@ class EvalBoard:
             self.reporter.write(lambda writer: _of_run(writer, run))
         self.bands = [Reporter(folder.with_name(f"{folder.name}{end}"), tell) for end in (LOW, HIGH)]
 
-    def add(self, step: int, table: LossTable, before: LossTable | None, look: int) -> dict[str, Any]:
-        """Writes a table's loss with its error band and its paired change; gives what it wrote."""
+    def add(self, step: int, table: LossTable, before: LossTable | None, looks: int) -> dict[str, Any]:
+        """Writes a table's loss with its error band and its paired change; gives what it wrote.
+
+        Args:
+            looks: comparisons of the run that share α.
+        """
         against = table if before is None else before
-        comparison = compare_tables(against, table, look=look).to_json()
+        comparison = compare_tables(against, table, looks=looks).to_json()
         loss, error = comparison["b"]["loss"], comparison["b"]["se"]
         scalars = {
             LOSS: loss,

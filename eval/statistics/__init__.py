@@ -19,9 +19,9 @@ from eval.statistics.blocks import (
 )
 from eval.statistics.clustered import Estimate, by_cluster, clustered_mean, clustered_ratio, effective_number
 from eval.statistics.distribution import GaussianFit, gaussian_fit, subset_error, subset_error_resampled
-from eval.statistics.multiple import benjamini_hochberg, holm
+from eval.statistics.multiple import benjamini_hochberg, holm, holm_shares
 from eval.statistics.paired import PairedDifference, paired_difference
-from eval.statistics.power import Power, adjusted_p, detectable, power_for, samples_needed, spent_alpha
+from eval.statistics.power import Power, detectable, power_for, samples_needed
 from eval.statistics.resampling import SignFlip, sign_flip
 from eval.statistics.sequential import (
     ConfidenceSequence,
@@ -42,7 +42,6 @@ __all__ = [
     "PairedDifference",
     "Power",
     "SignFlip",
-    "adjusted_p",
     "allowed_looks",
     "autocorrelation_time",
     "benjamini_hochberg",
@@ -61,6 +60,7 @@ __all__ = [
     "first_look",
     "gaussian_fit",
     "holm",
+    "holm_shares",
     "mean_over_blocks",
     "mixture_rho",
     "mixture_width",
@@ -69,7 +69,6 @@ __all__ = [
     "samples_needed",
     "sign_flip",
     "sign_flip_blocks",
-    "spent_alpha",
     "subset_error",
     "subset_error_resampled",
     "wobble_percent",

@@ -11,6 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 
+def holm_shares(p: ArrayLike) -> Floats:
+    """By what each of `p` [K] is multiplied to be Holm's, before it is cut at 1: of how many comparisons it bears the
+    error. An interval at α over that leaves out zero just where Holm's p is below α."""
+    p_K = _checked(p)
+    order_K = np.argsort(p_K, kind="stable")
+    factor_K, sorted_K = np.arange(len(p_K), 0, -1, dtype=np.float64), p_K[order_K]
+    raised_K = np.maximum.accumulate(factor_K * sorted_K)
+    return _put_back(np.divide(raised_K, sorted_K, out=factor_K, where=sorted_K > 0), order_K)
+
+
 def holm(p: ArrayLike) -> Floats:
     """Holm's step-down p-values, in the order of `p` [K]: p̃_(j) = max_{i≤j} min(1, (K − i + 1)·p_(i)).
 

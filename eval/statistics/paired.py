@@ -27,7 +27,8 @@ MOST_FLIPPED = 100  # documents that are flipped one by one; more only make the 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """B − A, in the unit of the losses and in percent of A. `t` and `p` are of the former.
+    """B − A, in the unit of the losses and in percent of A. `t`, `p` and the interval are of the change in percent, so
+    that they never contradict each other; `se` is that of `value`.
 
     `method`: what `p` and the interval come from. By sign flips a bound may be infinite, and no
     change, however large, gets a p below `smallest_p`.
@@ -52,7 +53,7 @@ class PairedDifference:
     smallest_p: float = 0.0
 
 
-def two_sided_p(t: float, df: int) -> float:
+def two_sided_p(t: float, df: float) -> float:
     """P(|T| ≥ |t|) under Student's t with `df` degrees of freedom; 0.0 below the smallest double.
 
     The lower tail is taken, 2·F(−|t|): 1 − F would lose everything below 1e-16.
@@ -60,7 +61,7 @@ def two_sided_p(t: float, df: int) -> float:
     return float(2.0 * stdtr(df, -abs(t)))
 
 
-def t_quantile(level: float, df: int) -> float:
+def t_quantile(level: float, df: float) -> float:
     """The |t| that is exceeded with probability 1 − `level`, both sides together."""
     return float(stdtrit(df, 0.5 + level / 2))
 
@@ -71,7 +72,8 @@ def paired_difference(
     """Token-weighted difference D = Σ(b − a)/Σm, and 100·Σ(b − a)/Σa in percent.
 
     Errors are clustered and by the delta method, on residuals d_c − D·m_c and d_c − (Σd/Σa)·a_c (Miller,
-    arXiv 2411.00640, paired differences and app. A). t has C − 1 degrees of freedom. Unpaired:
+    arXiv 2411.00640, paired differences and app. A). t is the change in percent over its error, with C − 1 degrees of
+    freedom: p and the interval are of one test. Unpaired:
     sqrt(SE_a² + SE_b²), as if the two had been scored on different documents.
 
     Where the documents are worth fewer than `flip_below` of equal size, (Σm)²/Σm², p and the interval come from
@@ -108,7 +110,7 @@ def paired_difference(
     effective = effective_number(m_C)
     method: Method = "sign flips" if effective < flip_below else "t"
     unpaired = math.hypot(first.se, second.se)
-    t = _t(value, se)
+    t = _t(relative, se_relative)
     p, smallest = two_sided_p(t, df), 0.0
     if method == "sign flips" and not identical:
         found = _flipped(difference_C, a_C, level)

@@ -103,17 +103,3 @@ def power_for(
         documents_needed_unpaired=unpaired,
         least_documents=least_documents,
     )
-
-
-def spent_alpha(alpha: float, look: int | None) -> float:
-    """Error rate given to the k-th look along a run: α·6/(π²k²), so that all looks together spend α.
-
-    Σ 1/k² = π²/6 (Bonferroni over an endless series; no number of looks has to be planned). `look` None: one
-    comparison that stands by itself, which gets all of α.
-    """
-    return alpha if look is None else alpha * 6 / (math.pi**2 * look**2)
-
-
-def adjusted_p(p: float, look: int | None) -> float:
-    """p to hold against α itself at the k-th look: min(1, p·π²k²/6); `look` None leaves p as it is."""
-    return p if look is None else min(1.0, p * math.pi**2 * look**2 / 6)

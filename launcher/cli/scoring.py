@@ -82,6 +82,7 @@ def evaluate(
         "vernier compare runs/demo@200 runs/demo@240 --json",
         "vernier compare runs/a runs/b --gate better --margin 0.05%",
         "vernier compare runs/a runs/b runs/c --parquet board.parquet",
+        "vernier compare 'runs/a-*' --against 'runs/b-*' --gate better",
     )
 )
 def compare(
@@ -93,6 +94,14 @@ def compare(
     ],
     gate: Annotated[str | None, typer.Option(help="better or not-worse: exit 3 where it does not hold.")] = None,
     margin: Annotated[str | None, typer.Option(help="Of --gate: by how much, such as 0.05%; default 0.")] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(help="What --gate asks of: weights (default), run (with its wobble), or recipe."),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="B", help="Compare recipes over seeds: the runs of B, as a pattern or several times."),
+    ] = None,
     power: Annotated[
         str | None, typer.Option(metavar="CHANGE", help="How many documents seeing a change of, say, 0.001% needs.")
     ] = None,
@@ -120,6 +129,8 @@ def compare(
     options = Options(
         gate=gate,
         margin=margin,
+        of=of,
+        against=tuple(against or ()),
         power=power,
         by=by,
         changed=changed,

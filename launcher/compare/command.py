@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from configs.console import tell, waiting
-from configs.errors import EXIT_DONE, EXIT_VERDICT
+from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
 from launcher.compare.options import Options, check_options
 from launcher.compare.results import Result, compare_pair, compare_targets
 from launcher.text import say, signed
 from launcher.watch.next_command import say_next
 
 if TYPE_CHECKING:
-    from eval.compare.pair import Comparison, Gate
+    from eval.compare.pair import Comparison, Gate, Question
+    from eval.compare.recipes import RecipeComparison
 
 NOTHING = Options()
+OF = {"weights": "these weights", "run": "runs, with their wobble", "recipe": "recipes"}
 
 
 def run_compare(targets: list[str], *, json_out: bool, console: Console, options: Options = NOTHING) -> int:
@@ -31,7 +33,9 @@ def run_compare(targets: list[str], *, json_out: bool, console: Console, options
     Raises:
         ConfigError, DataError: usage, or nothing that can be compared.
     """
-    gate, margin_percent = options.wanted_gate, options.margin_percent
+    gate, _, question = options.wanted_gate, options.margin_percent, options.question  # what is wrong is said first
+    if question != "recipe" and options.against:
+        raise ConfigError(f"--of {question}: --against compares recipes; use --of recipe, or leave it out")
     check_options(targets, options)
     with waiting("reading the losses"):
         from launcher.sweep.table import compare_sweep
@@ -43,12 +47,13 @@ def run_compare(targets: list[str], *, json_out: bool, console: Console, options
         return _advantage(targets, json_out, options, console)
     with waiting("comparing"):
         result = compare_targets(targets, options)
+    upper = None if gate is None or result.gated is None else upper_percent(result.gated, question)
     present(result, console, json_out=json_out, parquet=options.parquet, plots=options.plots)
-    if gate is None or result.gated is None:
+    if gate is None or result.gated is None or upper is None:
         if not json_out:
             say_next(console, *result.next_commands(targets))
         return EXIT_DONE
-    return _hold(result.gated, gate, margin_percent, json_out, console)
+    return _hold(result.gated, upper, gate, options, json_out, console)
 
 
 def present(
@@ -94,18 +99,32 @@ def _tell(line: str, json_out: bool, console: Console) -> None:
         say(console, line)
 
 
-def _hold(comparison: Comparison, gate: Gate, margin_percent: float, json_out: bool, console: Console) -> int:
+def upper_percent(gated: Comparison | RecipeComparison, question: Question) -> float:
+    """The upper bound of a change that a gate is held against.
+
+    Raises:
+        ConfigError: that question cannot be answered.
+    """
+    from eval.compare.pair import upper_bound
+    from eval.compare.recipes import RecipeComparison
+
+    return gated.ci95_percent[1] if isinstance(gated, RecipeComparison) else upper_bound(gated, question)
+
+
+def _hold(
+    gated: Comparison | RecipeComparison, upper: float, gate: Gate, options: Options, json_out: bool, console: Console
+) -> int:
     from eval.compare.pair import gate_holds
 
-    holds = gate_holds(comparison, gate, margin_percent)
-    upper = comparison.difference.ci95_percent[1]
+    question, margin_percent = options.question, options.margin_percent
+    holds = gate_holds(gated, gate, margin_percent, upper_percent=upper)
     limit = -margin_percent if gate == "better" else margin_percent
     line = (
-        f"gate {gate}, {comparison.a.name} → {comparison.b.name}: {'holds' if holds else 'does not hold'}; "
+        f"gate {gate}, of {OF[question]}, {gated.a.name} → {gated.b.name}: {'holds' if holds else 'does not hold'}; "
         f"the upper 95 % bound of the change is {signed(upper, 3)} %, to be below {limit + 0.0:g} %"
     )
-    if comparison.verdict == "identical":
-        line = f"{line.partition(';')[0]}; the two are identical"
+    if gated.verdict in ("identical", "same weights"):
+        line = f"{line.partition(';')[0]}; the two are {gated.verdict.replace('same', 'the same')}"
     if json_out:
         tell(line, sys.stderr)
     else:

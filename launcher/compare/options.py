@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from configs.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eval.compare.pair import Gate
+    from eval.compare.pair import Gate, Question
 
 BY = ("source", "length", "position")
 
@@ -22,6 +22,8 @@ class Options:
 
     gate: str | None = None
     margin: str | None = None
+    of: str | None = None
+    against: tuple[str, ...] = ()
     power: str | None = None
     by: str | None = None
     changed: int | None = None
@@ -64,6 +66,15 @@ class Options:
         raise ConfigError(f"--gate: {self.gate!r} is not a verdict; use better or not-worse")
 
     @property
+    def question(self) -> Question:
+        """Of what a gate asks. Raises ConfigError where there is no such question."""
+        if self.of is None or self.of == "weights":
+            return "recipe" if self.of is None and self.against else "weights"
+        if self.of == "run" or self.of == "recipe":
+            return self.of  # type: ignore[return-value]
+        raise ConfigError(f"--of: {self.of!r} is no question; use weights, run or recipe")
+
+    @property
     def parts(self) -> list[str]:
         """What `--by` names. Raises ConfigError where it names something else."""
         wanted = [] if self.by is None else list(dict.fromkeys(word.strip() for word in self.by.split(",")))
@@ -79,6 +90,11 @@ _OF_ADVANTAGE = frozenset(("--advantage", "--half-life", "--age"))
 Rule = tuple[frozenset[str], Callable[[frozenset[str], int], bool], str]
 # (options, where they may stand: by what else is given and how many targets there are, what is said elsewhere).
 RULES: tuple[Rule, ...] = (
+    (
+        _ALL - frozenset(("--against", "--gate", "--margin", "--of")),
+        lambda given, count: "--against" not in given,
+        "--against: compares groups of runs; it does not go with {option}",
+    ),
     (
         frozenset(("--by", "--changed", "--advantage")),
         lambda given, count: count == 2,
@@ -115,13 +131,18 @@ RULES: tuple[Rule, ...] = (
         "--advantage: does not go with {option}; ask for the two one after the other",
     ),
     (
+        frozenset(("--of",)),
+        lambda given, count: "--gate" in given,
+        "--of: says what a gate asks of; give --gate better or --gate not-worse too",
+    ),
+    (
         frozenset(("--margin",)),
         lambda given, count: "--gate" in given,
         "--margin: is how much a gate allows; give --gate better or --gate not-worse too",
     ),
     (
         frozenset(("--gate",)),
-        lambda given, count: count <= 2,
+        lambda given, count: count <= 2 or "--against" in given,
         "--gate: holds one comparison; {count} targets given, expected A B or one run",
     ),
     (

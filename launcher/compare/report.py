@@ -30,7 +30,13 @@ if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --h
 
 NATS = "nats per token"
 MOST_ALIKE = 10  # pairs of a leaderboard that are spelt out
-STYLES = {"better": "green", "worse": "red", "no difference seen": "dim", "identical": "dim"}
+STYLES = {
+    "better": "green",
+    "worse": "red",
+    "no difference seen": "dim",
+    "identical": "dim",
+    "same weights": "dim",
+}
 
 
 def sentence(comparison: Comparison) -> str:
@@ -40,6 +46,8 @@ def sentence(comparison: Comparison) -> str:
     verdict = comparison.verdict
     if verdict == "identical":
         return f"{b} and {a} are identical: the difference is exactly 0 on every one of the {items}"
+    if verdict == "same weights":
+        return f"{b} and {a} are the same weights, scored twice: {change_words(comparison)} apart, which is rounding"
     p = p_words(found.p)
     tail = f"smallest change this set could show at 80 % power: {_digits(comparison.detectable_percent)} %"
     if not math.isfinite(comparison.detectable_percent):
@@ -56,6 +64,7 @@ def sentence(comparison: Comparison) -> str:
     size = f"{change.lstrip('+-')} % ± {half} % (95 %)"
     if found.method == "sign flips":  # not symmetric: the bounds, which have signs, are those of the change
         size = f"{_sized(comparison)[0].lstrip('+−')} %, change within {_interval(comparison)} % (95 %)"
+    b = f"these weights: {b}" if comparison.origin.of == "two runs" else b  # not the recipes that made them
     return f"{b} is {verdict} than {a} by {size}, {p}; on {100 * share:.0f} % of {items}; {tail}"
 
 
@@ -80,7 +89,7 @@ def _interval(comparison: Comparison) -> str:
     decimals = len(_sized(comparison)[0].partition(".")[2])
     bounds = (
         f"{bound:+.{decimals}f}" if math.isfinite(bound) else ("∞" if bound > 0 else "-∞")
-        for bound in comparison.difference.ci95_percent
+        for bound in comparison.ci95_percent
     )
     return f"[{minus(', '.join(bounds))}]"
 
@@ -91,6 +100,8 @@ def wobble_words(comparison: Comparison) -> str | None:
     if wobble is None or comparison.verdict == "identical" or comparison.same_weights:
         return None
     size = f"the run's own wobble from checkpoint to checkpoint: {_digits(wobble)} %"
+    if comparison.origin.of == "two runs":
+        size = f"the wobble between a run's checkpoints, {_digits(wobble)} %, which holds nothing of what seeds do"
     if comparison.one_step:
         return f"one optimizer step apart: the verdict is about these two sets of weights; {size}"
     clear = comparison.verdict != "no difference seen"
@@ -158,7 +169,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 def print_run_table(comparison: RunComparison, console: Console) -> None:
     """The scored checkpoints of a run, a row each, then what single optimizer steps did."""
     table = new_table()
-    headings = ["step", "tokens", "loss ± SE", "perplexity", "change, %\n(95 %)", "verdict"]
+    headings = [
+        "step",
+        "tokens",
+        "loss ± SE",
+        "perplexity",
+        "change, %\n(95 %)",
+        "verdict",
+    ]
     for heading in (*headings, "win\nrate", "paired\nt", "unpaired\nt"):
         table.add_column(heading, justify="left" if heading == "verdict" else "right")
     for point in comparison.checkpoints:
@@ -209,7 +227,9 @@ def single_steps(comparison: RunComparison) -> list[str]:
 
 def _run_wobble(comparison: RunComparison) -> list[str]:
     wobble, error = comparison.wobble_percent, comparison.sampling_percent
-    if wobble is None or error is None:
+    if wobble is None:
+        return ["wobble: not known; with fewer than 12 checkpoints noise cannot be told from the bend of the curve"]
+    if error is None:
         return []
     lines = [
         f"wobble: {_digits(wobble)} % between checkpoints (training noise); "

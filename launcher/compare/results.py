@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --h
     from eval.compare.breakdown import Breakdown
     from eval.compare.leaderboard import Leaderboard
     from eval.compare.pair import Comparison
+    from eval.compare.recipes import RecipeComparison
     from eval.compare.targets import Found
     from eval.compare.training_curves import TrainingComparison
     from eval.tables import LossTable
@@ -29,7 +30,7 @@ class Result(Protocol):
     """A comparison that is made."""
 
     @property
-    def gated(self) -> Comparison | None:
+    def gated(self) -> Comparison | RecipeComparison | None:
         """What a gate is held against; None where there is no one pair."""
 
     @property
@@ -197,6 +198,37 @@ class TrainingResult:
         return [f"compare {shlex.join(targets)}"]
 
 
+@dataclass(frozen=True)
+class RecipeResult:
+    """Two groups of runs."""
+
+    comparison: RecipeComparison
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gated(self) -> RecipeComparison:
+        return self.comparison
+
+    def to_json(self) -> dict[str, Any]:
+        return self.comparison.to_json()
+
+    def show(self, console: Console) -> None:
+        from launcher.compare.recipes import print_recipes
+
+        print_recipes(self.comparison, console)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Raises ConfigError: groups have no rows of their own."""
+        raise ConfigError("--parquet: groups of runs have no rows")
+
+    def plot(self, folder: Path) -> list[Path]:
+        """Raises ConfigError: groups are not drawn."""
+        raise ConfigError("--plots: groups of runs are not drawn")
+
+    def next_commands(self, targets: list[str]) -> list[str]:
+        return []
+
+
 def compare_targets(targets: list[str], options: Options) -> Result:
     """Compares what `vernier compare` was given, but for a sweep.
 
@@ -204,6 +236,10 @@ def compare_targets(targets: list[str], options: Options) -> Result:
         ConfigError, DataError: usage, or nothing that can be compared.
     """
     _ = options.power_percent, options.parts  # what is wrong with them is said before anything is read
+    if options.against:
+        from eval.compare.recipes import compare_groups
+
+        return RecipeResult(compare_groups(targets, options.against))
     if options.training:
         return _training(targets, options)
     if len(targets) > 2:

@@ -98,8 +98,8 @@ def draw_training(found: TrainingComparison, path: Path) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    from eval.compare.figure import make_folder, new_figure, write_figure
     from eval.compare.plots import BLUE, GREEN, GREY, ORANGE
+    from eval.figure import make_folder, new_figure, write_figure
 
     make_folder(path.parent)
     figure, (upper, lower) = new_figure(9, 7, rows=2, sharex=True)

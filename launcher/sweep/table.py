@@ -254,7 +254,7 @@ def print_sweep(result: SweepTable, console: Console) -> None:
         row = [str(number), *(values[key] for key in result.keys), str(len(place.losses)), f"{loss} ± {error}"]
         row += [perplexity(place.loss), _small(place.se_seeds), *_behind_row(place.behind)]
         if number > 1 and place.behind is not None:
-            row.append("told apart" if place.behind.told_apart else "not told apart")
+            row.append(_apart(place.behind))
         table.add_row(*(Text(cell) for cell in row))
     print_table(
         table, console, spare=("SE, %\n(documents)", "SE, %\n(seeds)", "SE of it\n(seeds)", "seeds", "perplexity")
@@ -265,6 +265,11 @@ def print_sweep(result: SweepTable, console: Console) -> None:
         say(console, f"  not ranked: {one['member']}: {one['why']}", "yellow")
     for caution in result.ranking.cautions:
         say(console, f"  caution: {caution}", "yellow")
+
+
+def _apart(behind: Behind) -> str:
+    words = "told apart" if behind.weights_apart else "not told apart"
+    return f"weights {words}" if behind.told_apart is None else words
 
 
 def _small(value: float | None) -> str:
@@ -310,8 +315,12 @@ def _margin(result: SweepTable) -> list[tuple[str, str]]:
         f"{behind_words(behind)} (95 %; standard error by documents {_small(behind.se_documents)} %, "
         f"by seeds {seeds}), {p} (Holm)"
     )
-    rest = [p.name for p in places[2:] if p.behind is not None and not p.behind.told_apart]
-    if behind.told_apart:
+    rest = [p.name for p in places[2:] if p.behind is not None and not p.behind.weights_apart]
+    if behind.told_apart is None:
+        apart = "are better than" if behind.weights_apart else "are first, but not told apart from"
+        said = f"these weights only, one seed: {best.name}'s {apart} those of {second.name}: {size}"
+        lines = [(f"{said}; whether the setting is better needs more seeds", "none")]
+    elif behind.told_apart:
         lines = [(f"{best.name} wins; its margin to the runner-up, {second.name}: {size}", "green")]
     else:
         lines = [(f"{best.name} is first, but not told apart from the runner-up, {second.name}: {size}", "none")]

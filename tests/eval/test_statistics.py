@@ -11,15 +11,15 @@ from scipy import stats
 
 from configs.errors import DataError
 from eval.statistics import (
-    adjusted_p,
     by_cluster,
     clustered_mean,
     clustered_ratio,
     detectable,
     effective_number,
+    holm,
+    holm_shares,
     paired_difference,
     samples_needed,
-    spent_alpha,
 )
 
 Floats = NDArray[np.float64]
@@ -179,13 +179,14 @@ def test_samples_needed_is_the_inverse_of_what_is_detectable() -> None:
     assert detectable(0.00306 / math.sqrt(n)) == pytest.approx(6e-5, rel=1e-3)
 
 
-def test_all_looks_along_a_run_together_spend_alpha() -> None:
-    assert sum(spent_alpha(0.05, k) for k in range(1, 20001)) == pytest.approx(0.05, rel=1e-4)
-    assert spent_alpha(0.05, None) == 0.05
-    for k in (1, 2, 7):
-        assert adjusted_p(spent_alpha(0.05, k), k) == pytest.approx(0.05)
-    assert adjusted_p(0.3, 5) == 1.0
-    assert adjusted_p(0.3, None) == 0.3
+def test_shares_are_what_holm_multiplies_by() -> None:
+    rng = np.random.default_rng(3)
+    for count in (1, 2, 7, 50):
+        p = rng.uniform(0, 1, count) ** 4
+        shares = holm_shares(p)
+        assert np.minimum(1, shares * p) == pytest.approx(holm(p))
+        assert shares.max() <= max(count, (shares * p).max() / p.min())
+    assert holm_shares([0.0, 0.5, 0.0]).tolist() == [3, 1, 2]
 
 
 def test_effective_number_of_documents() -> None:

@@ -24,7 +24,7 @@ def comparison(change: float) -> Comparison:
     a = rng.normal(2.2, 0.3, 400)
     found = paired_difference(a, a * (1 + change + rng.normal(0, 0.005, 400)), np.ones(400), np.arange(400))
     sides = [Side(name, e.value, e.se, 400, 400, 400) for name, e in (("old", found.a), ("new", found.b))]
-    return Comparison(sides[0], sides[1], found, None, 0.05, "nats per token", "sample", "r" * 64)
+    return Comparison(sides[0], sides[1], found, 0.05, "nats per token", "sample", "r" * 64)
 
 
 def said(change: float, *rule: str, json_out: bool = False) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from eval.tables import read_table
 from launcher.compare.report import best_words
 
 
-def test_along_a_run_every_look_spends_its_share(tmp_path: Path) -> None:
+def test_along_a_run_that_is_over_the_rows_are_one_family(tmp_path: Path) -> None:
     tables = {
         0: a_table(seed=1),
         100: a_table(-0.1, seed=2),
@@ -45,7 +45,7 @@ def test_along_a_run_every_look_spends_its_share(tmp_path: Path) -> None:
     assert third.versus_previous is not None
     assert third.versus_first is not None
     for versus in (third.versus_previous, third.versus_first):
-        assert versus.p_adjusted == pytest.approx(min(1, versus.difference.p * math.pi**2 * 9 / 6))
+        assert versus.difference.p <= versus.p_adjusted <= 3 * versus.difference.p  # Holm, of three
     assert (third.versus_first.a.name, third.versus_previous.a.name) == ("step-00000000", "step-00000101")
 
     content = found.to_json()

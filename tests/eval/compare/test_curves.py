@@ -208,7 +208,7 @@ def test_it_is_drawn(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     draw_training(compare_training(*pair), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot be made a directory"):
         draw_training(compare_training(*pair), tmp_path / "file" / "training-curve.png")
 
 

@@ -69,7 +69,8 @@ def test_seed_noise_of_its_own_keeps_a_clear_difference_of_weights_from_being_on
     tables = some({"a": 0.0, "b": 0.004}, 3, seed_noise=0.01, start=1)
     alone = rank({name: {0: by_seed[0]} for name, by_seed in tables.items()}).places[1].behind
     assert alone is not None
-    assert alone.told_apart  # on these weights
+    assert alone.told_apart is None  # of the settings nothing is known
+    assert alone.weights_apart
     assert alone.se_seeds is None
     behind = rank(tables).places[1].behind
     assert behind is not None

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from eval.compare.pair import ALPHA, compare_tables, finite
-from eval.statistics import by_cluster, holm
-from eval.statistics.paired import FEW_DOCUMENTS, paired_difference
+from eval.compare.pair import ALPHA, JUDGED, compare_tables, finite
+from eval.statistics import by_cluster, holm, holm_shares
+from eval.statistics.paired import paired_difference
 from eval.tables import POSITION_BINS, LossTable
 
 KINDS = ("source", "length", "position")
@@ -33,7 +33,8 @@ OTHERS = "others"
 class Row:
     """The difference B − A on a part of the set: losses in nats per token, the change in percent of A's loss there.
 
-    `ci95` in percent; a bound may be infinite (few documents). `p_holm`: adjusted for all rows.
+    `ci95` in percent, all rows together; a bound may be infinite (few documents, whose bounds are each row's own).
+    `p_holm`: adjusted for all rows.
     """
 
     label: str
@@ -117,7 +118,8 @@ def breakdown(
         raise DataError(f"--by {by}: no part of the set has 2 documents and a loss above zero")
     if len(found) < len(parts):
         notes.append(f"{len(parts) - len(found)} of {len(parts)} parts left out: fewer than 2 documents, or no loss")
-    adjusted = holm([paired.p for _, paired in found])
+    p = [paired.p for _, paired in found]
+    adjusted, shares = holm(p), holm_shares(p)
     # Holm never gives less for a larger p, so this is the best that each row could get.
     best = holm([paired.smallest_p for _, paired in found])
     mute = [part.label for (part, _), p in zip(found, best, strict=True) if p >= ALPHA]
@@ -133,12 +135,12 @@ def breakdown(
             loss_b=paired.b.value,
             percent=paired.percent,
             se_percent=paired.se_percent,
-            ci95=paired.ci95_percent,
+            ci95=paired.ci95_percent if paired.method == "sign flips" else paired.interval_percent(1 - ALPHA / share),
             p=paired.p,
             p_holm=float(p_holm),
             win_rate=paired.win_rate,
         )
-        for (part, paired), p_holm in zip(found, adjusted, strict=True)
+        for (part, paired), p_holm, share in zip(found, adjusted, shares, strict=True)
     )
     names = [str(table.meta.get("label") or name) for table, name in ((a, "A"), (b, "B"))]
     return Breakdown(by, names[0], names[1], rows, tuple(notes))
@@ -153,7 +155,7 @@ def _paired(part: _Part, table: LossTable, parts: int) -> Any:
         part.loss_b_N,
         part.tokens_N,
         documents_N,
-        flip_below=FEW_DOCUMENTS,
+        **JUDGED,
         level=ALPHA / parts,
     )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from configs.errors import DataError
 from eval.statistics import PairedDifference
 from eval.statistics.paired import FEW_DOCUMENTS
 from eval.tables import LossTable
 
 BITS = "bits per byte"
+DOMINATES = 0.25  # of the variance of a difference, in one document
 
 
 def same(a: LossTable, b: LossTable, key: str) -> bool:
@@ -61,6 +64,11 @@ def cautions_of(a: LossTable, b: LossTable, found: PairedDifference, unit: str) 
     hardware = a.meta.get("hardware"), b.meta.get("hardware")
     if hardware[0] != hardware[1] and None not in hardware:
         out.append(f"scored on other hardware ({hardware[0]} and {hardware[1]}): last digits differ by that alone")
+    if found.largest_share > max(DOMINATES, 10 / found.clusters):  # of few documents one has as much by chance
+        document = np.unique(a.document)[found.largest]
+        out.append(f"document {document} has {100 * found.largest_share:.0f} % of the variance of this difference")
+    if found.skew:
+        out.append("the documents' differences are skewed: p and the interval are the wider of Student's and Hall's")
     if found.method == "sign flips":
         out.append(
             f"{found.clusters} documents, worth {found.effective_clusters:.1f} of equal size: "

@@ -19,7 +19,7 @@ from eval.statistics import (
     by_cluster,
     power_for,
 )
-from eval.statistics.paired import FEW_DOCUMENTS, paired_difference, t_quantile
+from eval.statistics.paired import FEW_DOCUMENTS, SKEWED, paired_difference, t_quantile
 from eval.tables import LossTable
 
 Verdict = Literal["better", "worse", "no difference seen", "identical", "same weights"]
@@ -29,6 +29,7 @@ Question = Literal["weights", "run", "recipe"]
 PairedBy = Literal["sample", "document"]
 ALPHA = 0.05
 NATS = "nats per token"
+JUDGED = {"flip_below": FEW_DOCUMENTS, "skew_above": SKEWED}  # how differences are tested where a verdict is given
 # In percent of the loss: by so much two scorings of the same weights may differ, by rounding alone.
 ROUNDING_PERCENT = {"fp32": 1e-4, "bf16": 0.1}
 
@@ -87,10 +88,11 @@ class Comparison:
         low, high = found.ci95_percent
         if self.shares <= 1 or found.identical:
             return low, high
-        wider = t_quantile(1 - self.alpha / self.shares, found.clusters - 1) / t_quantile(0.95, found.clusters - 1)
+        level, df = 1 - self.alpha / self.shares, found.clusters - 1
+        if found.method != "sign flips":
+            return found.interval_percent(level)
+        wider = t_quantile(level, df) / t_quantile(0.95, df)
         low, high = (found.percent + wider * (bound - found.percent) for bound in (low, high))
-        if found.method == "t":
-            return low, high
         # By flipped signs only the bounds of .95 are known: which side of zero the corrected ones lie on, p tells.
         if self.p_adjusted >= self.alpha:
             return min(low, 0.0), max(high, 0.0)
@@ -103,14 +105,13 @@ class Comparison:
 
     @property
     def detectable_percent(self) -> float:
-        """Smallest change seen with probability .8, at the error rate that this look may spend.
+        """Smallest change seen with probability .8: `detectable`, by Student's t, at its share of α.
 
         Infinite where no change could be.
         """
         if not self.can_show:
             return math.inf
         df = self.difference.clusters - 1
-        # As `statistics.detectable` has it, with Student's t for the error that is itself estimated.
         return self.difference.se_percent * (t_quantile(1 - self.alpha / self.shares, df) + t_quantile(0.6, df))
 
     @property
@@ -302,7 +303,7 @@ def _by_sample(a: LossTable, b: LossTable, level: float) -> PairedDifference:
         if not np.array_equal(getattr(a, column), getattr(b, column)):
             first = int(np.argmax(getattr(a, column) != getattr(b, column)))
             raise DataError(f"compare: the same reference set, but column {column} differs from sample {first} on")
-    return paired_difference(a.loss, b.loss, a.tokens, a.document, flip_below=FEW_DOCUMENTS, level=level)
+    return paired_difference(a.loss, b.loss, a.tokens, a.document, **JUDGED, level=level)
 
 
 def _by_document(a: LossTable, b: LossTable, level: float) -> PairedDifference:
@@ -321,7 +322,7 @@ def _by_document(a: LossTable, b: LossTable, level: float) -> PairedDifference:
         )
     if not bytes_a_C.sum() > 0:
         raise DataError("compare: the tables count no bytes, so bits per byte cannot be told")
-    return paired_difference(bits_a_C, bits_b_C, bytes_a_C, documents_C, flip_below=FEW_DOCUMENTS, level=level)
+    return paired_difference(bits_a_C, bits_b_C, bytes_a_C, documents_C, **JUDGED, level=level)
 
 
 def _bits(table: LossTable) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:

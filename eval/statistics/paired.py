@@ -6,7 +6,7 @@ Legend: `_N` one entry an item (sample), `_C` one a cluster (document).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,9 +17,10 @@ from configs.errors import DataError
 from eval.statistics.clustered import Estimate, by_cluster, effective_number, ratio_of_sums, residual_se
 from eval.statistics.resampling import SignFlip, sign_flip
 
-Method = Literal["t", "sign flips"]
+Method = Literal["t", "t for skew", "sign flips"]
 # Worth fewer documents of equal size than this, Student's t on a clustered error claims too much: .067 at 5 % with 20.
 FEW_DOCUMENTS = 40
+SKEWED = 0.1  # of |skewness|/√documents: from here on p and the interval are also asked of Hall's transformation
 FLIPS = 9_999
 MOST_FLIPS = 99_999  # half a second
 MOST_FLIPPED = 100  # documents that are flipped one by one; more only make the table of flips large
@@ -31,7 +32,8 @@ class PairedDifference:
     that they never contradict each other; `se` is that of `value`.
 
     `method`: what `p` and the interval come from. By sign flips a bound may be infinite, and no
-    change, however large, gets a p below `smallest_p`.
+    change, however large, gets a p below `smallest_p`. `skew`: of the documents' residuals, over √documents.
+    `largest`, `largest_share`: the place, among the documents in order, of that with most of the variance; its part.
     """
 
     a: Estimate
@@ -51,6 +53,19 @@ class PairedDifference:
     identical: bool
     method: Method = "t"
     smallest_p: float = 0.0
+    skew: float = 0.0
+    largest: int = 0
+    largest_share: float = 0.0
+
+    def interval_percent(self, level: float) -> tuple[float, float]:
+        """The interval of the change by Student's t at confidence `level`, and for skewed residuals (`method`) the
+        hull of that and Hall's; whatever the method, without sign flips."""
+        t = t_quantile(level, self.clusters - 1)
+        low, high = self.percent - t * self.se_percent, self.percent + t * self.se_percent
+        if self.method == "t":
+            return low, high
+        hall = [self.percent - self.se_percent * untransformed(x, self.skew) for x in (t, -t)]
+        return min(low, hall[0]), max(high, hall[1])
 
 
 def two_sided_p(t: float, df: float) -> float:
@@ -66,8 +81,29 @@ def t_quantile(level: float, df: float) -> float:
     return float(stdtrit(df, 0.5 + level / 2))
 
 
+def transformed(t: float, skew: float) -> float:
+    """t of a mean whose terms have this skewness over √n, made nearly symmetric: ((1 + a·t/3)³ − 1)/a + a/6.
+
+    Hall, "On the removal of skewness by transformation", J. R. Statist. Soc. B 54, 1992, eq. (2.3): monotone, so that
+    it can be turned round for an interval.
+    """
+    return t if skew == 0 else ((1 + skew * t / 3) ** 3 - 1) / skew + skew / 6
+
+
+def untransformed(x: float, skew: float) -> float:
+    """The t that `transformed` takes to x."""
+    return x if skew == 0 else 3 / skew * (float(np.cbrt(1 + skew * (x - skew / 6))) - 1)
+
+
 def paired_difference(
-    a: ArrayLike, b: ArrayLike, m: ArrayLike, clusters: ArrayLike, *, flip_below: float = 0, level: float = 0.05
+    a: ArrayLike,
+    b: ArrayLike,
+    m: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    flip_below: float = 0,
+    skew_above: float = math.inf,
+    level: float = 0.05,
 ) -> PairedDifference:
     """Token-weighted difference D = Σ(b − a)/Σm, and 100·Σ(b − a)/Σa in percent.
 
@@ -84,6 +120,9 @@ def paired_difference(
         m: [N] what they are sums over (targets, or bytes).
         clusters: [N] document ids.
         flip_below: 0 for Student's t always; verdicts take `FEW_DOCUMENTS`.
+        skew_above: of |skewness of the residuals|/√C; above it p is the larger of Student's and Hall's
+            (`transformed`), and the interval the hull of both: t alone claims 14 % for 5 % with 137 lognormal documents
+            (σ = 1.5), Hall's alone 7 % where tails are heavy on both sides. Verdicts take `SKEWED`.
         level: what p will be held against: so many flips are drawn that p can fall below half of it.
 
     Raises:
@@ -101,40 +140,63 @@ def paired_difference(
     value = total_difference / weight
     se = residual_se(difference_C - value * m_C, weight)
     relative = total_difference / total_a
-    se_relative = residual_se(difference_C - relative * a_C, total_a)
+    residual_C = difference_C - relative * a_C
+    se_relative = residual_se(residual_C, total_a)
 
     df = len(m_C) - 1
-    half = t_quantile(0.95, df) * se_relative
-    low, high = 100 * (relative - half), 100 * (relative + half)
     identical = not np.any(difference_N)
     effective = effective_number(m_C)
     method: Method = "sign flips" if effective < flip_below else "t"
     unpaired = math.hypot(first.se, second.se)
     t = _t(relative, se_relative)
-    p, smallest = two_sided_p(t, df), 0.0
-    if method == "sign flips" and not identical:
-        found = _flipped(difference_C, a_C, level)
-        p, smallest = found.p, found.smallest_p
-        low, high = (100 * bound for bound in found.interval)
-    return PairedDifference(
+    skew, largest, share = _shape(residual_C)
+    skewed = abs(skew) > skew_above and math.isfinite(t)
+    if skewed and method == "t":
+        method = "t for skew"
+    made = PairedDifference(
         a=first,
         b=second,
         value=value,
         se=se,
         percent=100 * relative,
         se_percent=100 * se_relative,
-        ci95_percent=(low, high),
+        ci95_percent=(0.0, 0.0),
         t=t,
         t_unpaired=_t(value, unpaired),
-        p=p,
+        p=two_sided_p(t, df),
         win_rate=float(np.mean(np.where(difference_N == 0, 0.5, difference_N < 0))),
         pairing_gain=unpaired / se if se > 0 else None,
         clusters=len(m_C),
         effective_clusters=effective,
         identical=identical,
         method=method,
-        smallest_p=smallest,
+        skew=skew if skewed else 0.0,
+        largest=largest,
+        largest_share=share,
     )
+    made = replace(made, ci95_percent=made.interval_percent(0.95))
+    if skewed:
+        made = replace(made, p=max(made.p, two_sided_p(transformed(t, skew), df)))
+    if method != "sign flips" or identical:
+        return made
+    found = _flipped(difference_C, a_C, level)
+    low, high = (100 * bound for bound in found.interval)
+    if skewed:
+        low, high = min(low, made.ci95_percent[0]), max(high, made.ci95_percent[1])
+    p = max(found.p, made.p) if skewed else found.p
+    return replace(made, p=p, smallest_p=found.smallest_p, ci95_percent=(low, high))
+
+
+def _shape(residual_C: NDArray[np.float64]) -> tuple[float, int, float]:
+    """(skewness/√C, the largest residual's place, its part of the sum of squares); zeros where there is no spread."""
+    square_C = residual_C**2
+    total = float(square_C.sum())
+    if not total > 0:
+        return 0.0, 0, 0.0
+    count = len(residual_C)
+    skewness = float(np.mean(residual_C**3)) / (total / count) ** 1.5
+    largest = int(square_C.argmax())
+    return skewness / math.sqrt(count), largest, float(square_C[largest]) / total
 
 
 def _flipped(difference_C: NDArray[np.float64], a_C: NDArray[np.float64], level: float) -> SignFlip:

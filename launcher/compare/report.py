@@ -62,7 +62,7 @@ def sentence(comparison: Comparison) -> str:
     share = found.win_rate if verdict == "better" else 1 - found.win_rate
     change, half = plus_minus(found.percent, comparison.half_width_percent)
     size = f"{change.lstrip('+-')} % ± {half} % (95 %)"
-    if found.method == "sign flips":  # not symmetric: the bounds, which have signs, are those of the change
+    if found.method != "t":  # not symmetric: the bounds, which have signs, are those of the change
         size = f"{_sized(comparison)[0].lstrip('+−')} %, change within {_interval(comparison)} % (95 %)"
     b = f"these weights: {b}" if comparison.origin.of == "two runs" else b  # not the recipes that made them
     return f"{b} is {verdict} than {a} by {size}, {p}; on {100 * share:.0f} % of {items}; {tail}"
@@ -71,7 +71,7 @@ def sentence(comparison: Comparison) -> str:
 def change_words(comparison: Comparison, unit: str = " %") -> str:
     """The change in percent and its 95 % interval: symmetric as ±, by flipped signs as its two bounds."""
     change, half = _sized(comparison)
-    if comparison.difference.method == "sign flips":
+    if comparison.difference.method != "t":
         return f"{change}{unit} {_interval(comparison)}{unit}"
     return f"{change}{unit} ± {half}{unit}"
 

@@ -291,7 +291,7 @@ def behind_words(behind: Behind, unit: str = " %") -> str:
     low, high = behind.ci95
     half = (high - low) / 2
     change, error = plus_minus(behind.percent, half if math.isfinite(half) else behind.se_documents)
-    if behind.comparison.difference.method == "sign flips":
+    if behind.comparison.difference.method != "t":
         decimals = len(change.partition(".")[2])
         bounds = [f"{b:+.{decimals}f}" if math.isfinite(b) else ("∞" if b > 0 else "-∞") for b in (low, high)]
         return f"{minus(change)}{unit} [{minus(', '.join(bounds))}]{unit}"

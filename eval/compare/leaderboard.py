@@ -155,8 +155,22 @@ def leaderboard(
         unit=comparisons[0].unit,
         reference=comparisons[0].reference,
         alpha=alpha,
-        cautions=tuple(dict.fromkeys(caution for c in comparisons for caution in c.cautions)),
+        cautions=tuple(_cautions(comparisons)),
     )
+
+
+def _cautions(comparisons: Sequence[Comparison]) -> list[str]:
+    """Those of the pairs; of what one run of each does not say, one for all."""
+    said = dict.fromkeys(caution for c in comparisons for caution in c.cautions if caution != c.origin.caution())
+    between = [c.origin for c in comparisons if c.origin.of == "two runs"]
+    if not between:
+        return list(said)
+    what = (
+        "they are of one recipe, so this is what chance in training does"
+        if all(o.seed_alone for o in between)
+        else ("whether a recipe is better cannot be told from one run of each: compare A… --against B…")
+    )
+    return [*said, f"these weights are ranked; {what}"]
 
 
 def _level(table: LossTable, in_bits: bool) -> float:

@@ -189,6 +189,10 @@ def compare_training(
             )
     config_a, config_b = load_config(RunDir(run_a).config), load_config(RunDir(run_b).config)
     cautions = pairing_cautions(labels, (run_a, run_b), (config_a, config_b), (curve_a, curve_b))
+    cautions.append(
+        "this is about these two runs on other windows, not about their settings: another seed, or the last bit of one "
+        "weight, can move a curve as far"
+    )
     return _compared(labels, curve_a, curve_b, tuple(settings_changed(config_a, config_b)), tuple(cautions))
 
 

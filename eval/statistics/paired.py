@@ -174,17 +174,24 @@ def paired_difference(
         largest=largest,
         largest_share=share,
     )
-    made = replace(made, ci95_percent=made.interval_percent(0.95))
-    if skewed:
-        made = replace(made, p=max(made.p, two_sided_p(transformed(t, skew), df)))
-    if method != "sign flips" or identical:
-        return made
+    return _judged(made, difference_C, a_C, level)
+
+
+def _judged(
+    made: PairedDifference, difference_C: NDArray[np.float64], a_C: NDArray[np.float64], level: float
+) -> PairedDifference:
+    """The difference with the p and the interval of its method; where it is skewed, with the wider of Hall's too."""
+    p, (low, high) = made.p, made.interval_percent(0.95)
+    if made.skew:
+        p = max(p, two_sided_p(transformed(made.t, made.skew), made.clusters - 1))
+    if made.method != "sign flips" or made.identical:
+        return replace(made, p=p, ci95_percent=(low, high))
     found = _flipped(difference_C, a_C, level)
-    low, high = (100 * bound for bound in found.interval)
-    if skewed:
-        low, high = min(low, made.ci95_percent[0]), max(high, made.ci95_percent[1])
-    p = max(found.p, made.p) if skewed else found.p
-    return replace(made, p=p, smallest_p=found.smallest_p, ci95_percent=(low, high))
+    lower, upper = (100 * bound for bound in found.interval)
+    if not made.skew:
+        return replace(made, p=found.p, smallest_p=found.smallest_p, ci95_percent=(lower, upper))
+    ends = min(low, lower), max(high, upper)
+    return replace(made, p=max(p, found.p), smallest_p=found.smallest_p, ci95_percent=ends)
 
 
 def _shape(residual_C: NDArray[np.float64]) -> tuple[float, int, float]:

@@ -24,7 +24,7 @@ from launcher.text import (
 
 if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --help` must not wait for
     from eval.compare.along_run import RunComparison
-    from eval.compare.leaderboard import Leaderboard
+    from eval.compare.leaderboard import Leaderboard, Pair
     from eval.compare.pair import Comparison
     from eval.statistics import Power
 
@@ -261,17 +261,26 @@ def print_leaderboard(board: Leaderboard, console: Console) -> None:
     for place, entry in enumerate(board.entries, start=1):
         loss, error = plus_minus(entry.loss, entry.se, signed=False, at_least=4)
         row = [str(place), Text(entry.name), f"{loss} ± {error}", *([perplexity(entry.loss)] if in_nats else [])]
-        against = ["", "", ""]
-        if entry.name in versus:
-            pair = versus[entry.name]
-            comparison = pair.comparison
-            against = [
-                "identical" if comparison.difference.identical else change_words(comparison, unit=""),
-                p_words(pair.p_holm).removeprefix("p ").removeprefix("= "),
-                f"{100 * comparison.difference.win_rate:.0f} %",
-            ]
-        table.add_row(*row, *against, entry.group)  # type: ignore[arg-type]
+        table.add_row(*row, *_against_best(versus.get(entry.name)), entry.group)  # type: ignore[arg-type]
     print_table(table, console, spare=("win\nrate",))
+    _print_alike(board, console)
+    for caution in board.cautions:
+        say(console, f"  caution: {caution}", "yellow")
+
+
+def _against_best(pair: Pair | None) -> list[str]:
+    if pair is None:
+        return ["", "", ""]
+    found = pair.comparison
+    return [
+        "identical" if found.difference.identical else change_words(found, unit=""),
+        p_words(pair.p_holm).removeprefix("p ").removeprefix("= "),
+        f"{100 * found.difference.win_rate:.0f} %",
+    ]
+
+
+def _print_alike(board: Leaderboard, console: Console) -> None:
+    """How many pairs are told apart, and which are not, or only within the wobble."""
     alike = [pair for pair in board.pairs if not pair.told_apart]
     count = len(board.pairs)
     say(
@@ -292,5 +301,3 @@ def print_leaderboard(board: Leaderboard, console: Console) -> None:
     ]
     if below:
         say(console, f"  told apart, but within 2·√2 × the wobble: {'; '.join(below)}", "yellow")
-    for caution in board.cautions:
-        say(console, f"  caution: {caution}", "yellow")

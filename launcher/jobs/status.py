@@ -5,6 +5,7 @@ It needs no accounting: what Slurm has forgotten is called gone, and a Slurm tha
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -81,10 +82,6 @@ def jobs_of(lines: list[dict[str, Any]], told: SchedulerAnswer) -> RunJobs:
     training = [line for line in lines if _trains(line)]
     count = Counter(line.get("kind") for line in training)
     by_slurm = max((job["restarts"] or 0 for job in jobs if "train" in job["component"]), default=0)
-    # A node that was lost has its job started again without a word in the record, until that has started.
-    ours = {job["job"] for job in jobs}
-    started = [line for line in training if line.get("kind") == "started" and str(line.get("job")) in ours]
-    begun = [int(line.get("restart") or 0) for line in started]
     return RunJobs(
         jobs=jobs,
         # A turn that a successor takes has a line of each kind: it is counted by the one that every turn has.
@@ -92,8 +89,18 @@ def jobs_of(lines: list[dict[str, Any]], told: SchedulerAnswer) -> RunJobs:
         submitted=max((float(line.get("time") or 0) for line in newest if _trains(line)), default=0.0),
         stop_asked=bool(newest) and _is_stop_asked(lines),
         login=next((str(line["login"]) for line in reversed(lines) if line.get("login")), None),
-        restarted=bool(begun) and by_slurm > max(begun),
+        restarted=by_slurm > _begun(training, jobs),
     )
+
+
+def _begun(training: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> float:
+    """How often Slurm had started these jobs when their script last said so; ∞ where it has not yet.
+
+    A node that was lost has its job started again without a word in the record, until that has started.
+    """
+    ours = {job["job"] for job in jobs}
+    started = [line for line in training if line.get("kind") == "started" and str(line.get("job")) in ours]
+    return max((float(line.get("restart") or 0) for line in started), default=math.inf)
 
 
 def _is_stop_asked(lines: list[dict[str, Any]]) -> bool:

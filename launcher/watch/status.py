@@ -253,28 +253,32 @@ def _print_table(found: list[RunFacts], console: Console) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("run", "state", "jobs", "") else "right")
     for facts, remark in zip(found, remarks, strict=True):
-        band = ""
-        if facts.loss_mean is not None and facts.loss_se is not None:
-            band = " ± ".join(plus_minus(facts.loss_mean, facts.loss_se, signed=False))
-        table.add_row(
-            Text(facts.name),
-            Text(printable(facts.words), _style(facts)),
-            f"{facts.step:,}" if facts.steps is None else f"{facts.step:,}/{facts.steps:,}",
-            "" if facts.percent is None else f"{facts.percent:.1f}",
-            band,
-            "" if facts.tokens_per_s is None else f"{facts.tokens_per_s:,.0f}",
-            "" if facts.seconds_left is None else duration(facts.seconds_left),
-            "–" if facts.checkpoint is None else f"{facts.checkpoint:,}",
-            "–" if facts.scored is None else f"{facts.scored:,}",
-            _reference_loss(facts),
-            "" if facts.waiting is None else f"{facts.waiting:,}",
-            *([Text(_short(facts))] if in_jobs else []),
-            *([Text(remark)] if in_table else []),
-        )
+        more = [*([Text(_short(facts))] if in_jobs else []), *([Text(remark)] if in_table else [])]
+        table.add_row(*_cells(facts), *more)
     print_table(table, console, spare=("waiting", "%", "tokens/s", "scored", "check-\npoint", "loss, last\n50 ± SE"))
     for facts, remark in zip(found, remarks, strict=True) if beneath else ():
         if remark:
             say(console, f"  {facts.name}: {remark}", _style(facts))
+
+
+def _cells(facts: RunFacts) -> Iterator[str | Text]:
+    """A run's row, as far as all runs have one."""
+
+    def number(value: float | None, form: str, unknown: str = "") -> str:
+        return unknown if value is None else f"{value:{form}}"
+
+    yield Text(facts.name)
+    yield Text(printable(facts.words), _style(facts))
+    yield f"{facts.step:,}" if facts.steps is None else f"{facts.step:,}/{facts.steps:,}"
+    yield number(facts.percent, ".1f")
+    known = facts.loss_mean is not None and facts.loss_se is not None
+    yield " ± ".join(plus_minus(facts.loss_mean or 0.0, facts.loss_se or 0.0, signed=False)) if known else ""
+    yield number(facts.tokens_per_s, ",.0f")
+    yield "" if facts.seconds_left is None else duration(facts.seconds_left)
+    yield number(facts.checkpoint, ",", "–")
+    yield number(facts.scored, ",", "–")
+    yield _reference_loss(facts)
+    yield number(facts.waiting, ",")
 
 
 def _short(facts: RunFacts) -> str:

@@ -72,7 +72,8 @@ def test_a_small_gain_is_found_with_its_size_and_from_which_step(pair: tuple[Pat
     assert found.unpaired_steps > STEPS
     assert 100 < found.gain < 500  # (.15² + .01²)/.01² = 226 by construction
     assert found.changed == ("optimizer.lr: 0.005 → 0.006",)
-    assert found.cautions == ()
+    assert len(found.cautions) == 1  # what it is about
+    assert found.cautions[0].startswith("this is about these two runs on other windows")
     said = training_sentence(found)
     assert said.startswith("TRAINING loss: b is lower by 0.4")
     for part in ("over steps 1–480", f"ahead from step {found.paired_from_step}", "in variance"):

@@ -102,6 +102,8 @@ def waiting(words: str) -> Iterator[None]:
 
 
 _shown: list[Any] = []  # the stream that says what is waited for, if any does
+if hasattr(os, "register_at_fork"):  # a rank's own stream is its log
+    os.register_at_fork(after_in_child=_shown.clear)
 
 
 def _no_longer_waiting() -> None:

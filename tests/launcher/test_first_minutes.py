@@ -117,6 +117,16 @@ def test_long_work_says_what_it_does_from_its_first_second(tmp_path: Path) -> No
     assert "loading the libraries" not in last  # it is taken away again
 
 
+def test_training_on_a_terminal_leaves_no_controls_in_the_logs(tiny_data: Path, tmp_path: Path) -> None:
+    code, said = on_terminal("train", TINY, "steps=4", f"data.dir={tiny_data}", f"run.dir={tmp_path / 'run'}")
+    assert code == 0
+    assert "loading the libraries" in said
+    assert re.search(r"step 4/4 .* loss", CONTROLS.sub("", said))
+    logs = {path.name: path.read_bytes() for path in (tmp_path / "run/logs").iterdir()}
+    assert len(logs) > 2
+    assert [name for name, content in logs.items() if b"\x1b" in content or b"\r" in content] == []
+
+
 def test_scoring_has_a_bar(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     model = tiny_run / "snapshots" / "step-00000010"
     code, said = on_terminal("eval", model, "--reference", tiny_data / "reference", "--out", tmp_path)

@@ -18,7 +18,7 @@ AGAIN_S = 60.0  # a disk that was full may have room by then
 class Reporter:
     """A `SummaryWriter` that may fail, and is opened anew a while later."""
 
-    def __init__(self, folder: Path, tell: Callable[[str], None], *, purge_step: int | None = None) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], object], *, purge_step: int | None = None) -> None:
         """`tell`: told once what went wrong. `purge_step`: what was written from this step on is not to be shown."""
         self.folder, self.tell, self.purge_step = folder, tell, purge_step
         self.writer: Any = None

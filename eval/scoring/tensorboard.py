@@ -32,7 +32,8 @@ class EvalBoard:
         self.reporter = Reporter(folder, tell)
         if run is not None:
             self.reporter.write(lambda writer: _of_run(writer, run))
-        self.bands = [Reporter(folder.with_name(f"{folder.name}{end}"), tell) for end in (LOW, HIGH)]
+        # What goes wrong with a folder beside is said of this one, since they lie on one disk.
+        self.bands = [Reporter(folder.with_name(f"{folder.name}{end}"), lambda _: None) for end in (LOW, HIGH)]
 
     def add(self, step: int, table: LossTable, before: LossTable | None, looks: int) -> dict[str, Any]:
         """Writes a table's loss with its error band and its paired change; gives what it wrote.

@@ -76,11 +76,12 @@ class Metrics:
         self.file = os.fdopen(appended, "a", buffering=1, encoding="utf-8")  # lives as long as the run
         purge = step + 1 if run.train_board.is_dir() else None
 
-        def board(end: str = "") -> Reporter:
+        def board(end: str, tell: Callable[[str], object]) -> Reporter:
             folder = run.train_board.with_name(f"{run.train_board.name}{end}")
-            return Reporter(folder, lambda told: run.add_event("not shown", told, rank=0), purge_step=purge)
+            return Reporter(folder, tell, purge_step=purge)
 
-        self.board, self.bands = board(), {end: board(end) for end in (LOW, HIGH)}
+        self.board = board("", lambda told: run.add_event("not shown", told, rank=0))
+        self.bands = {end: board(end, lambda _: None) for end in (LOW, HIGH)}  # on the same disk
         if config.eval.placement == "none":  # else the evaluator writes them, beside the reference loss
             self.board.write(lambda writer: write_hparams(writer, config, parameters))
         self.baseline = Baseline(config.baseline, config.steps) if config.baseline is not None else None

@@ -20,7 +20,7 @@ from launcher.cli.base import JsonOption, app, example, people
     ),
 )
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Hugging Face model directories.")],
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Hugging Face model directories.")],
     reference: Annotated[Path, typer.Option(help="Directory of a reference set.")],
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to score with.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads a rank; tables agree to the bit at equal ones.")] = 1,
@@ -89,7 +89,7 @@ def compare(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="A [B...]", help="Loss tables, snapshots, RUN@STEP or RUN; one RUN: along it; three: all pairs."
+            metavar="TARGET", help="Loss tables, snapshots, RUN@STEP or RUN; one RUN: along it; three: all pairs."
         ),
     ],
     gate: Annotated[str | None, typer.Option(help="better or not-worse: exit 3 where it does not hold.")] = None,

@@ -184,3 +184,8 @@ def test_ranks_exchange_nothing_that_is_unpickled() -> None:
                 assert not pickles, f"{file}:{node.lineno}: {owner}.{named}"
             named_imports = node.names if isinstance(node, ast.Import | ast.ImportFrom) else ()
             assert not any(alias.name == "pickle" or objects.match(alias.name) for alias in named_imports), file
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))  # pytest imports them by it
+    assert [name for name, times in names.items() if times > 1] == []

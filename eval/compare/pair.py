@@ -17,6 +17,7 @@ from eval.statistics import (
     PairedDifference,
     Power,
     by_cluster,
+    detectable,
     power_for,
 )
 from eval.statistics.paired import FEW_DOCUMENTS, SKEWED, paired_difference, t_quantile
@@ -111,8 +112,7 @@ class Comparison:
         """
         if not self.can_show:
             return math.inf
-        df = self.difference.clusters - 1
-        return self.difference.se_percent * (t_quantile(1 - self.alpha / self.shares, df) + t_quantile(0.6, df))
+        return detectable(self.difference.se_percent, self.alpha / self.shares, df=self.difference.clusters - 1)
 
     @property
     def half_width_percent(self) -> float:

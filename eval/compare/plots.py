@@ -92,15 +92,7 @@ def plot_run(run: RunComparison, tables: dict[int, Path], directory: Path) -> li
     bounds = [comparison.ci95_percent for _, comparison in changes]
     told = [comparison.verdict in ("better", "worse") for _, comparison in changes]
     at = [step for step, _ in changes]
-    _intervals(
-        lower,
-        at,
-        values,
-        bounds,
-        told,
-        upright=True,
-        marks=("better or worse", "no difference seen"),
-    )
+    _intervals(lower, at, values, bounds, told, upright=True, marks=("better or worse", "no difference seen"))
     wobble = run.wobble_percent
     if wobble is not None and wobble > 0:
         reach = 2 * math.sqrt(2) * wobble  # as Comparison.below_wobble has it
@@ -129,20 +121,11 @@ def plot_leaderboard(leaderboard: Leaderboard, directory: Path) -> list[Path]:
         pairs = [pair for pair in pairs if pair.comparison.a.name == best]
     found = [pair.comparison for pair in pairs]
     labels = [f"{_short(c.b.name)}  against  {_short(c.a.name)}" if few else _short(c.b.name) for c in found]
-    figure, (axes,) = new_figure(6.5 + 0.07 * max(map(len, labels)), 1.8 + 0.3 * len(pairs))
     values = [comparison.difference.percent for comparison in found]
     bounds = [comparison.ci95_percent for comparison in found]
-    told = [pair.told_apart for pair in pairs]
-    rows = list(range(len(pairs)))
-    _intervals(axes, rows, values, bounds, told, upright=False, marks=("told apart (Holm)", "not told apart"))
-    axes.axvline(0, color="black", linewidth=0.8)
-    note = _fit_scale(axes, values, bounds, 0.0, upright=False)
-    axes.set_yticks(rows, labels)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(False, axis="y")
+    figure, axes, note = _forest(labels, values, bounds, [pair.told_apart for pair in pairs], 1.8)
     axes.set_xlabel(f"paired change, % of the lower loss (95 % interval){note}")
     axes.set_title("all pairs" if few else f"each against the best, {_short(best)}")
-    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8.5)
     return [write_figure(figure, directory / "forest.png")]
 
 
@@ -159,21 +142,28 @@ def plot_sweep(ranking: Ranking, directory: Path) -> list[Path]:
     values = [one.percent for _, one in behind]
     bounds = [one.ci95 for _, one in behind]
     labels = [_short(name) for name, _ in behind]
-    figure, (axes,) = new_figure(6.5 + 0.07 * max(map(len, labels)), 2.0 + 0.3 * len(behind))
-    told = [one.weights_apart for _, one in behind]
-    rows = list(range(len(behind)))
+    figure, axes, note = _forest(labels, values, bounds, [one.weights_apart for _, one in behind], 2.0)
+    seeds = max(len(place.losses) for place in ranking.places)
+    covers = "documents and seeds" if seeds > 1 else "documents alone, one seed each"
+    axes.set_xlabel(f"behind the best, % of its loss\n(95 % interval, of {covers}){note}")
+    axes.set_title(f"behind {_short(ranking.places[0].name)}, the best")
+    return [write_figure(figure, directory / "sweep.png")]
+
+
+def _forest(
+    labels: list[str], values: list[float], bounds: list[tuple[float, float]], told: list[bool], room: float
+) -> tuple[Any, Any, str]:
+    """(figure, its axes, what to say of the scale) of intervals one below the other; `room`: inches beside rows."""
+    figure, (axes,) = new_figure(6.5 + 0.07 * max(map(len, labels)), room + 0.3 * len(labels))
+    rows = list(range(len(labels)))
     _intervals(axes, rows, values, bounds, told, upright=False, marks=("told apart (Holm)", "not told apart"))
     axes.axvline(0, color="black", linewidth=0.8)
     note = _fit_scale(axes, values, bounds, 0.0, upright=False)
     axes.set_yticks(rows, labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(False, axis="y")
-    seeds = max(len(place.losses) for place in ranking.places)
-    covers = "documents and seeds" if seeds > 1 else "documents alone, one seed each"
-    axes.set_xlabel(f"behind the best, % of its loss\n(95 % interval, of {covers}){note}")
-    axes.set_title(f"behind {_short(ranking.places[0].name)}, the best")
     figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8.5)
-    return [write_figure(figure, directory / "sweep.png")]
+    return figure, axes, note
 
 
 def _losses(a_N: Floats, b_N: Floats, comparison: Comparison, path: Path) -> Path:

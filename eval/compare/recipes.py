@@ -20,12 +20,11 @@ from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.compare.curve_pairing import settings_changed
 from eval.compare.pair import ALPHA, Comparison, Verdict, compare_tables, finite
-from eval.compare.sweep import mean_loss, mean_table, p_of_both
+from eval.compare.sweep import mean_loss, mean_table, with_seeds
 from eval.compare.targets import Scale, find_run, tables_of_run
-from eval.statistics.paired import t_quantile
+from eval.statistics import samples_needed
 from eval.tables import LossTable, read_table
 
-_Z = 1.959963984540054 + 0.8416212335729143  # of 5 % on both sides and a power of 80 %
 MOST_SEEDS = 10_000
 
 
@@ -85,7 +84,7 @@ class RecipeComparison:
         error: n = ((z₁₋α/₂ + z.₈)·sd/δ)². None above ten thousand."""
         if self.percent == 0:
             return None
-        wanted = math.ceil((_Z * self.sd_seeds / self.percent) ** 2)
+        wanted = samples_needed(self.sd_seeds, self.percent)
         return max(2, wanted) if wanted <= MOST_SEEDS else None
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def compare_seeds(
     """The comparison of two groups whose tables are read: paired by the seeds that both have, where these are two and
     more, else of unlike seeds (Welch, "The generalization of Student's problem", Biometrika 34, 1947).
 
-    The two errors are put together as in a sweep (`p_of_both`).
+    The two errors are put together as in a sweep (`with_seeds`).
 
     Raises:
         ConfigError: fewer than two runs in a group.
@@ -175,10 +174,7 @@ def compare_seeds(
         parts = [float(np.var(x, ddof=1)) / len(x) for x in own]
         se, sd = math.sqrt(sum(parts)), math.sqrt(sum(float(np.var(x, ddof=1)) for x in own))
         df = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, own, strict=True)) if se else 1.0
-    half = t_quantile(0.95, df) * se
-    low, high = found.ci95_percent
-    ci95 = found.percent - math.hypot(found.percent - low, half), found.percent + math.hypot(high - found.percent, half)
-    p = max(found.p, p_of_both(found.percent, (found.se_percent, found.clusters - 1), (se, df)))
+    ci95, p = with_seeds(found, se, df)
     left = sorted((tables_a.keys() | tables_b.keys()) - set(shared)) if paired else []
     cautions = [f"seeds of one group alone are left out: {', '.join(map(str, left))}"] if left else []
     if not paired:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
-from eval.statistics import clustered_ratio, holm
+from eval.statistics import PairedDifference, clustered_ratio, holm
 from eval.statistics.paired import t_quantile, two_sided_p
 from eval.tables import LossTable
 
@@ -223,18 +223,23 @@ def _behind(
     comparison = compare_tables(a, b, alpha=alpha, names=(best, other), pairs=pairs)
     found, scale = comparison.difference, 100 / comparison.a.loss
     by_seed = {seed: scale * (mean_loss(scored[other][seed]) - mean_loss(scored[best][seed])) for seed in seeds}
-    se_seeds, ci95, p = None, found.ci95_percent, found.p
-    if noise is not None:
-        se_seeds, freedom = scale * noise[0] * math.sqrt(2 / len(seeds)), noise[1]
-        half = t_quantile(0.95, freedom) * se_seeds
-        low, high = found.ci95_percent
-        ci95 = (
-            found.percent - math.hypot(found.percent - low, half),
-            found.percent + math.hypot(high - found.percent, half),
-        )
-        both = p_of_both(found.percent, (found.se_percent, found.clusters - 1), (se_seeds, freedom))
-        p = max(p, both)  # by flipped signs, p may be the larger one
+    if noise is None:
+        return Behind(comparison, by_seed, None, found.ci95_percent, found.p, found.p)
+    se_seeds = scale * noise[0] * math.sqrt(2 / len(seeds))
+    ci95, p = with_seeds(found, se_seeds, noise[1])
     return Behind(comparison, by_seed, se_seeds, ci95, p, p)
+
+
+def with_seeds(found: PairedDifference, se_seeds: float, df: float) -> tuple[tuple[float, float], float]:
+    """(95 % interval of a change in percent, its p) with the error between seeds put to that of the documents.
+
+    The half-widths' squares are added; p is as `p_of_both` has it, or the documents' own where that is the larger, as
+    it may be by flipped signs.
+    """
+    half, centre = t_quantile(0.95, df) * se_seeds, found.percent
+    low, high = found.ci95_percent
+    both = p_of_both(centre, (found.se_percent, found.clusters - 1), (se_seeds, df))
+    return (centre - math.hypot(centre - low, half), centre + math.hypot(high - centre, half)), max(found.p, both)
 
 
 def p_of_both(value: float, first: tuple[float, float], second: tuple[float, float]) -> float:

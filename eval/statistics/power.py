@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
-from scipy.special import ndtri
-
-
-def _quantiles(alpha: float, power: float) -> float:
-    return float(ndtri(1 - alpha / 2) + ndtri(power))
+from scipy.special import ndtri, stdtrit
 
 
-def detectable(se: float, alpha: float = 0.05, power: float = 0.8) -> float:
+def _quantiles(alpha: float, power: float, df: float | None = None) -> float:
+    below = ndtri if df is None else partial(stdtrit, df)
+    return float(below(1 - alpha / 2) + below(power))
+
+
+def detectable(se: float, alpha: float = 0.05, power: float = 0.8, df: float | None = None) -> float:
     """Smallest true difference seen with probability `power`: (z_{1−α/2} + z_power)·SE, in the unit of `se`.
 
-    Miller, arXiv 2411.00640, on power analysis.
+    Miller, arXiv 2411.00640, on power analysis. With `df` Student's t stands for z, as an error that is itself
+    estimated asks for.
     """
-    return _quantiles(alpha, power) * se
+    return _quantiles(alpha, power, df) * se
 
 
 def samples_needed(sd: float, delta: float, alpha: float = 0.05, power: float = 0.8) -> int:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from launcher.compare.report import STYLES
 from launcher.text import minus, new_table, p_words, perplexity, plus_minus, print_table, say
 
 if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --help` must not wait for
     from eval.compare.recipes import RecipeComparison
-
-STYLES = {"better": "green", "worse": "red"}
 
 
 def recipe_sentence(found: RecipeComparison) -> str:
@@ -48,7 +47,7 @@ def _small(value: float) -> str:
 
 def print_recipes(found: RecipeComparison, console: Console) -> None:
     """The sentence, the losses by seed, what limits it, what differs, and cautions."""
-    say(console, recipe_sentence(found), STYLES.get(found.verdict, "none"))
+    say(console, recipe_sentence(found), STYLES[found.verdict].replace("dim", "none"))
     table = new_table()
     for heading in ("", "mean loss,\nnats per token", "perplexity", "seeds", "least and\nlargest"):
         table.add_column(heading, justify="right" if heading else "left")

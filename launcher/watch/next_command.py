@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from configs.console import columns_of
 from configs.run.directory import RunDir
 from launcher.text import say, typed
-from launcher.watch.run_status import RunFacts
+
+if TYPE_CHECKING:  # most who say what follows need no run's facts
+    from launcher.watch.run_status import RunFacts
 
 
 def say_next(console: Console, *commands: str) -> None:

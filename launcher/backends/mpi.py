@@ -16,6 +16,10 @@ from configs.schema import Config
 from launcher.backends.hosts import divided
 from launcher.backends.process import OWN_RANK, Started, carried, rank_environment, start
 
+# For hwloc, which would look for GPUs by way of X displays, and wait for an answer for ever from display 6, whose port,
+# 6006, is TensorBoard's.
+NO_DISPLAYS = "-gl"
+
 
 def with_mpirun(config: Config, hosts: tuple[str, ...], names: tuple[str, ...] = ()) -> tuple[Config, Config, Mpirun]:
     """(settings to check, settings that mpirun's ranks are given, what starts them).
@@ -126,9 +130,7 @@ def mpirun(
     for name in ("OMPI_MCA_hwloc_base_binding_policy", "PRTE_MCA_hwloc_default_binding_policy"):
         environment.setdefault(name, "none")  # else each rank has one core, whatever its threads
     environment.setdefault("I_MPI_PIN", "0")
-    # It would look for GPUs by way of X displays, and wait for an answer for ever from display 6, whose port, 6006, is
-    # TensorBoard's.
-    environment.setdefault("HWLOC_COMPONENTS", "-gl")
+    environment.setdefault("HWLOC_COMPONENTS", NO_DISPLAYS)
     if hosts:
         where = _over_hosts(hosts, nproc, environment, names)
     else:
@@ -143,6 +145,9 @@ def _over_hosts(hosts: tuple[str, ...], each: int, environment: dict[str, str], 
     if _is_hydra():
         return [*total, "-ppn", str(each), "-hosts", ",".join(hosts), "-genvall"]
     environment["PRTE_MCA_rmaps_default_mapping_policy"] = f"ppr:{each}:node:oversubscribe"
+    # What Open MPI starts on each host before any rank has none of our environment.
+    environment.setdefault("OMPI_MCA_orte_launch_agent", f"env HWLOC_COMPONENTS={NO_DISPLAYS} orted")
+    environment.setdefault("PRTE_MCA_prte_launch_agent", f"env HWLOC_COMPONENTS={NO_DISPLAYS} prted")
     words = [*total, "--host", ",".join(f"{host}:{each}" for host in hosts), "--map-by", f"ppr:{each}:node"]
     known = [*names, "VERNIER_TERMINAL"]
     for name in dict.fromkeys([*carried(environment), *(name for name in known if name in environment)]):

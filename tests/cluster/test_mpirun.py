@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def mpi() -> None:
         pytest.skip("mpirun is not on this machine")
 
 
+@contextlib.contextmanager
+def silent_display() -> Iterator[None]:
+    """A listener on TensorBoard's port, which hwloc takes for X display 6 and waits for to speak."""
+    with socket.socket() as board:
+        with contextlib.suppress(OSError):  # one is there already
+            board.bind(("127.0.0.1", 6006))
+            board.listen()
+        yield
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_mpirun_makes_the_same_bits_as_torchrun(ranks: int, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     model = tiny_run / "snapshots" / "step-00000020"
@@ -50,10 +61,7 @@ def _scored_by_one(model: Path, data: Path, tmp_path: Path) -> Path:
 def test_a_tensorboard_on_its_port_does_not_keep_mpirun_waiting() -> None:
     from launcher.backends.mpi import mpirun
 
-    with socket.socket() as board:  # hwloc takes port 6006 for X display 6, and waits for it to speak
-        with contextlib.suppress(OSError):  # one is there already
-            board.bind(("127.0.0.1", 6006))
-            board.listen()
+    with silent_display():
         command, environment = mpirun("json.tool", ["--help"], nproc=1, threads=1)
         done = subprocess.run(command, env={**environment, **LOOPBACK}, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, VERNIER, losses, table_of, vernier, wait_for
 from faults.running import processes
-from test_mpirun import LOOPBACK
+from test_mpirun import LOOPBACK, silent_display
 
 from configs.load import load_config
 
@@ -174,7 +174,8 @@ def test_mpirun_trains_over_hosts_that_it_reaches_by_ssh(
     run, agent = tmp_path / "run", f"ssh {hosts.environment['VERNIER_SSH_OPTIONS']}"
     where = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=none", "launch.nodes=2", "nproc=1"]
     environment = {**hosts.environment, "OMPI_MCA_plm_rsh_agent": agent, "GLOO_SOCKET_IFNAME": "lo"}
-    said = vernier("launch", TINY, *where, "--on", "mpi", "--hosts", "node-a,node-b", env=environment).stderr
+    with silent_display():
+        said = vernier("launch", TINY, *where, "--on", "mpi", "--hosts", "node-a,node-b", env=environment).stderr
     assert "rank 0 of 2, told by mpirun; address 127.0.0.1:" in said
     assert losses(run) == losses(tiny_run)
     given = load_config(run / "train-config.yaml")  # what hangs on a machine was left to the hosts

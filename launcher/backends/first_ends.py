@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,9 @@ from configs.errors import EXIT_FAILED, VernierError
 from configs.process import began
 from configs.run.last_words import follows_another, how_ended, last_words, size_of
 from launcher.backends.rank_ends import without_a_word
+
+DYING_S = 3.0  # for the kernel to take down a process of many GB
+POLL_S = 0.05
 
 
 class FirstEnds(LocalElasticAgent):
@@ -39,9 +43,20 @@ class FirstEnds(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if not self.first:
-            ends = {worker.global_rank: (int(worker.id), _end_of(int(worker.id))) for worker in worker_group.workers}
-            self.first = {rank: (pid, code) for rank, (pid, code) in ends.items() if code}
+            self.note({worker.global_rank: int(worker.id) for worker in worker_group.workers})
         return super()._monitor_workers(worker_group)
+
+    def note(self, pids: dict[int, int]) -> None:
+        """Notes which of the processes, by rank, have ended; where all of those only follow another, waits for it."""
+        latest = time.monotonic() + DYING_S
+        while True:
+            ends = {rank: (pid, _end_of(pid)) for rank, pid in pids.items()}
+            self.first = {rank: (pid, code) for rank, (pid, code) in ends.items() if code}
+            # A rank that was killed has let its peers go before its parent can see it dead, and they may be quicker.
+            follow = 0 < len(self.first) < len(pids) and all(follows_another(self.why(rank)) for rank in self.first)
+            if not follow or time.monotonic() > latest:
+                return
+            time.sleep(POLL_S)
 
     def log_of(self, rank: int) -> Path:
         """A rank's log."""

@@ -40,11 +40,11 @@ class Cluster:
         """PENDING, RUNNING, …"""
         return str(self.jobs()[job]["job_state"])
 
-    def wait(self, what: Callable[[], bool], seconds: float) -> None:
-        """Waits until it holds."""
+    def wait(self, what: Callable[[], bool], seconds: float, say: Callable[[], str] = str) -> None:
+        """Waits until it holds. `say`: what to say besides where it does not."""
         deadline = time.monotonic() + seconds
         while not what():
-            assert time.monotonic() < deadline, f"waited in vain; {self.ask('squeue', '-t', 'all')}"
+            assert time.monotonic() < deadline, f"waited in vain; {self.ask('squeue', '-t', 'all')}{say()}"
             time.sleep(0.3)
 
     def wait_for(self, job: str, *states: str, seconds: float = 240) -> str:
@@ -68,6 +68,8 @@ def running_cluster(place: Path) -> Iterator[Cluster]:
     if (missing or os.getuid() != 0) and not os.environ.get("REQUIRE_CLUSTER"):
         pytest.skip(f"no Slurm here: {', '.join(missing)} missing" if missing else "slurmd needs root")
     environment = {**os.environ, "VERNIER_TESTBED_PORT": str(_free_ports(5))}
+    # Jobs of one number would ask for one port, on what is one machine here for all workers' clusters.
+    environment["VERNIER_TESTBED_FIRST_JOB"] = str(1 + 1000 * _worker())
     done = subprocess.run(
         ["bash", UP, place], capture_output=True, text=True, timeout=120, check=False, env=environment
     )
@@ -85,9 +87,13 @@ def running_cluster(place: Path) -> Iterator[Cluster]:
             os.environ["SLURM_CONF"] = before
 
 
+def _worker() -> int:
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+
+
 def _free_ports(count: int) -> int:
     """The first of so many ports in a row that nobody has on loopback; each worker of pytest has a range of its own."""
-    start = 17000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    start = 17000 + 500 * _worker()
     for base in range(start, start + 500, 10):
         try:
             for port in range(base, base + count):

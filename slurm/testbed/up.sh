@@ -58,6 +58,7 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+FirstJobId=${VERNIER_TESTBED_FIRST_JOB:-1}
 MaxArraySize=1001
 EnforcePartLimits=ALL
 GresTypes=gpu

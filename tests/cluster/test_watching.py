@@ -83,7 +83,12 @@ def test_a_run_is_watched_over_a_requeue_and_stopped_with_both_its_jobs(
 
         cluster.wait(waits, 60)
         assert not [words for _, words in seen if "died" in words or "silent" in words]
-        cluster.wait(lambda: status("watched")["state"] == "running" and status("watched")["requeues"] == 1, 240)
+
+        def runs_again() -> bool:
+            found = status("watched")
+            return bool(found["state"] == "running" and found["requeues"] == 1)
+
+        cluster.wait(runs_again, 240, lambda: vernier("status", "watched").stdout + "".join(said[-20:]))
         assert sum("ranks meet at" in line for line in said) == 2
         assert follower.poll() is None
 

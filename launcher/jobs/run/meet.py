@@ -13,6 +13,7 @@ from configs.ports import RANK_PORTS
 
 RETRY_S = 20.0  # between questions to a controller that did not answer
 TRIES = 6
+STRIDE = 4001  # shares no divisor with the number of ports, so all come up
 _OWN = re.compile(r"127\..*|localhost(\..*)?|::1")  # an address that means whoever uses it
 
 
@@ -52,12 +53,15 @@ def meeting_of(nodes: str, job: int) -> Meeting:
 def free_port(job: int) -> int:
     """A port for the ranks to meet at: by the job's number, so that two jobs on a node do not ask for the same.
 
+    Where that is taken, ones far from those of the jobs that were submitted next, which may be asking at this moment.
+
     Raises:
         VernierError: none is free.
     """
-    for offset in range(len(RANK_PORTS)):
-        port = RANK_PORTS[(job + offset) % len(RANK_PORTS)]
+    for turn in range(len(RANK_PORTS)):
+        port = RANK_PORTS[(job + turn * STRIDE) % len(RANK_PORTS)]
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed one hinders nobody
             try:
                 probe.bind(("", port))
             except OSError:

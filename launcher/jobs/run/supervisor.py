@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,7 +30,7 @@ from launcher.jobs.log import add_job
 from launcher.jobs.plan import Component
 from launcher.jobs.run.after import Next, What, after_ranks
 from launcher.jobs.run.begin import begin
-from launcher.jobs.run.meet import meeting_of
+from launcher.jobs.run.meet import free_port, meeting_of
 from launcher.jobs.run.steps import agent, preflight, prepare_container, step, step_environment
 from launcher.jobs.run.surroundings import enter
 from launcher.jobs.spec import JobSpec, read_spec
@@ -156,7 +157,8 @@ class Job:
         """Starts a rank-group, again and again where that helps; gives what follows."""
         part = self.spec.groups.index(group) if len(self.spec.groups) > 1 else None
         suffix = "" if part is None else f"_HET_GROUP_{part}"
-        meeting = meeting_of(os.environ[f"SLURM_JOB_NODELIST{suffix}"], int(os.environ[f"SLURM_JOB_ID{suffix}"]))
+        job = int(os.environ[f"SLURM_JOB_ID{suffix}"])
+        meeting = meeting_of(os.environ[f"SLURM_JOB_NODELIST{suffix}"], job)
         environment = step_environment(group, meeting, self.spec.variables)
         interfaces = " ".join(f"{n}={environment.get(n, '')}" for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
         print(f"ranks meet at {meeting.address}:{meeting.port}; {interfaces}", flush=True)
@@ -177,6 +179,8 @@ class Job:
             follows = after_ranks(self.run, group.name, code if code >= 0 else 128 - code, asked)
             if follows.what is not What.AGAIN:
                 return follows
+            meeting = replace(meeting, port=free_port(job))  # what ended them may have been another's on theirs
+            environment = step_environment(group, meeting, self.spec.variables)
 
     def _start(
         self, name: str, group: Component, part: int | None, words: list[str], environment: dict[str, str]

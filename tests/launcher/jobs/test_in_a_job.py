@@ -1,6 +1,8 @@
 """Inside of a job: where its ranks meet, what surrounds them, and what follows when they have ended."""
 
+import contextlib
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import pytest
 from test_job_scripts import plan_for, run_bash
 
 from configs.errors import VernierError
+from configs.ports import RANK_PORTS
 from launcher.backends.slurm import render
 from launcher.jobs.run.after import What, after_scoring, after_training
-from launcher.jobs.run.meet import meeting_of
+from launcher.jobs.run.meet import STRIDE, free_port, meeting_of
 from launcher.jobs.run.steps import SCRATCH_READY, step_environment
 from launcher.jobs.run.surroundings import variables_of
 
@@ -55,6 +58,17 @@ def test_an_address_that_only_the_first_node_knows_is_refused(
     addresses(first, "10.1.0.2")
     with pytest.raises(VernierError, match=rf"^n\[1-2\]: Slurm has {first} for the first of several nodes"):
         meeting_of("n[1-2]", 7)
+
+
+def test_a_port_that_is_taken_is_not_swapped_for_that_of_the_next_job() -> None:
+    with contextlib.ExitStack() as held:
+        taken = []
+        for _ in range(3):
+            taken.append(free_port(7))
+            held.enter_context(socket.create_server(("127.0.0.1", taken[-1])))
+        assert len(set(taken)) == 3
+        assert not set(taken[1:]) & set(RANK_PORTS[:3000])
+    assert {RANK_PORTS[turn * STRIDE % len(RANK_PORTS)] for turn in range(len(RANK_PORTS))} == set(RANK_PORTS)
 
 
 def test_nodes_that_are_one_machine_meet_on_loopback(

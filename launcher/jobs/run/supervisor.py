@@ -30,7 +30,7 @@ from launcher.jobs.log import add_job
 from launcher.jobs.plan import Component
 from launcher.jobs.run.after import Next, What, after_ranks
 from launcher.jobs.run.begin import begin
-from launcher.jobs.run.meet import free_port, meeting_of
+from launcher.jobs.run.meet import Meeting, free_port, meeting_of
 from launcher.jobs.run.steps import agent, preflight, prepare_container, step, step_environment
 from launcher.jobs.run.surroundings import enter
 from launcher.jobs.spec import JobSpec, read_spec
@@ -159,9 +159,7 @@ class Job:
         suffix = "" if part is None else f"_HET_GROUP_{part}"
         job = int(os.environ[f"SLURM_JOB_ID{suffix}"])
         meeting = meeting_of(os.environ[f"SLURM_JOB_NODELIST{suffix}"], job)
-        environment = step_environment(group, meeting, self.spec.variables)
-        interfaces = " ".join(f"{n}={environment.get(n, '')}" for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
-        print(f"ranks meet at {meeting.address}:{meeting.port}; {interfaces}", flush=True)
+        environment = self._environment(group, meeting)
         own = group is self.first
         if own and self.spec.preflight:
             bad = self._start("preflight", group, part, preflight(self.spec, group), environment).wait()
@@ -180,7 +178,14 @@ class Job:
             if follows.what is not What.AGAIN:
                 return follows
             meeting = replace(meeting, port=free_port(job))  # what ended them may have been another's on theirs
-            environment = step_environment(group, meeting, self.spec.variables)
+            environment = self._environment(group, meeting)
+
+    def _environment(self, group: Component, meeting: Meeting) -> dict[str, str]:
+        """That of a rank-group's steps; says where its ranks meet."""
+        environment = step_environment(group, meeting, self.spec.variables)
+        interfaces = " ".join(f"{n}={environment.get(n, '')}" for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"))
+        print(f"ranks meet at {meeting.address}:{meeting.port}; {interfaces}", flush=True)
+        return environment
 
     def _start(
         self, name: str, group: Component, part: int | None, words: list[str], environment: dict[str, str]

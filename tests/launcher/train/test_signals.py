@@ -147,12 +147,17 @@ def test_of_two_started_at_once_one_trains_and_the_other_has_written_nothing(tin
     assert [line["kind"] for line in lines(run / "events.jsonl")].count("started") == 1
 
 
+def without_nohup() -> None:
+    """What the suite itself may have been started by, and a user's command here is not."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_terminal_that_is_closed_is_a_wish_to_stop_like_any_other(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [f"data.dir={tiny_data}", f"run.dir={run}", "eval.placement=none"]
     ours, theirs = os.openpty()
     command = [*VERNIER, "train", TINY, *RARELY, *settings]
-    training = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    training = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=without_nohup)
     try:
         os.close(theirs)
         wait_for(lambda: steps_made(run) > 20)

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import signal
+import socket
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, lines, remade, table_of, vernier
+from conftest import TINY, lines, losses, remade, table_of, vernier
 from testbed import Cluster
 
 from configs.run.directory import RunDir
@@ -106,6 +107,24 @@ def test_two_nodes_train_and_others_score_to_the_bits_of_a_local_run(
     assert [{**one, "versus_first": 0} for one in found["checkpoints"]] == [
         {**one, "versus_first": 0} for one in local["checkpoints"]
     ]
+
+
+def test_ranks_whose_port_is_taken_meet_at_another(
+    cluster: Cluster, tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = launched(run, tiny_data, "eval.placement=none")["train"]
+    log = run / "logs" / f"slurm-train-{job}.out"
+
+    def ports() -> list[int]:
+        said = log.read_text() if log.is_file() else ""
+        return [int(port) for port in re.findall(r"^ranks meet at \S+:(\d+);", said, re.MULTILINE)]
+
+    cluster.wait(lambda: bool(ports()), 60)
+    with socket.create_server(("127.0.0.1", ports()[0])):  # while the ranks' agents are still importing
+        ended(cluster, run, job)
+    assert len(set(ports())) == 2
+    assert losses(run) == losses(tiny_run)
 
 
 def test_a_time_limit_and_a_lost_node_leave_the_bits_of_an_undisturbed_run(

@@ -12,12 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.calibration import calibrate
-from configs.run.directory import RunDir, read_jsonl, step_name
+from configs.run.directory import RunDir, step_name
 from eval.compare.pair import compare_tables
-from eval.statistics.blocks import block_ends, block_length, block_sums, mean_over_blocks
 from eval.tables import LossTable, read_table
 
 RECIPE = Path(__file__).with_name("family.yaml")
@@ -30,7 +27,6 @@ RUNS = {
 }
 PAIRS = (90, 110, 130, 150, 170, 190, 210, 230)  # and the step after each, as the recipe says
 LAST = 480
-FLIPS = 1000
 
 
 def vernier(*arguments: object, shown: bool = True) -> str:
@@ -82,28 +78,9 @@ def same_or_not(folder: Path) -> None:
 
 
 def training_curves(folder: Path) -> None:
-    """Paired training losses of the runs that differ in learning rate only; flips of blocks of two seeds."""
+    """Paired training losses of the runs that differ in learning rate only."""
     for name in ("lr33", "lr60"):
         vernier("compare", folder / "base", folder / name, "--training")
-    claims, blocks, length = flipped_claims(folder / "base", folder / "seed2")
-    print(
-        f"\nTwo seeds: blocks of {length} steps with random signs ({blocks} blocks, {FLIPS:,} times) "
-        f"claim a difference in {claims:.3f} of them at 5 %"
-    )
-
-
-def flipped_claims(run_a: Path, run_b: Path) -> tuple[float, int, int]:
-    """(part of random sign-flips of blocks that claim a difference at 5 %, blocks, steps a block)."""
-    losses = [{line["position"]: line["loss"] for line in read_jsonl(RunDir(run).metrics)} for run in (run_a, run_b)]
-    positions = sorted(losses[0].keys() & losses[1].keys())
-    difference_T = np.asarray([losses[1][p] - losses[0][p] for p in positions])
-    length = block_length(difference_T)
-    borders = block_ends(len(difference_T), length)
-    sums_C, weight_C = block_sums(difference_T, borders), np.diff(borders).astype(float)
-    rng = np.random.default_rng(0)
-    signs_SC = rng.choice([-1.0, 1.0], (FLIPS, len(sums_C)))
-    claims = sum(mean_over_blocks(signs_C * sums_C, weight_C).p < 0.05 for signs_C in signs_SC)
-    return claims / FLIPS, len(sums_C), length
 
 
 def calibration(folder: Path) -> None:

@@ -3,13 +3,13 @@
 Runs with the same data, seed, sequence length and global batch meet the same windows at the same positions, so what
 makes a batch hard drops out of the difference. It is a difference of *training* losses, never of scores.
 
-Legend: `_T` one entry a step, `_C` one a block of consecutive steps, `_K` one a look at the running mean.
+Legend: `_T` one entry a step, `_C` one a block of steps (for pictures), `_K` one a look at the running mean.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -28,31 +28,26 @@ from eval.compare.curve_pairing import (
     read_curve,
     settings_changed,
 )
-from eval.statistics import (
-    block_ends,
-    block_length,
-    block_means,
-    block_sums,
-    confidence_sequence,
-    detrended,
-    mean_over_blocks,
-    mixture_rho,
-    mixture_width,
-    sign_flip_blocks,
-)
-from eval.statistics.blocks import LEAST_BLOCKS
+from eval.statistics import mixture_rho, mixture_width
+from eval.statistics.long_run import LEAST, LongRunMean, long_run_mean, running_half, step_variance
+from eval.statistics.paired import t_quantile
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Verdict = Literal["lower", "higher", "no difference seen", "identical"]
+Verdict = Literal["lower", "higher", "no difference seen", "cannot be told", "identical"]
 
 ALPHA = 0.05
-FIRST_LOOK_BLOCKS = 12  # before these the band's own spread is too uncertain; then it errs in .025–.045 of runs
+LOOKS = 60  # at the running mean, and points of a picture
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
 class Change:
-    """B − A over a stretch of steps: nats per target, and percent of A's mean loss there, with half 95 % intervals."""
+    """B − A over a stretch of steps: nats per target, and percent of A's mean loss there, with half 95 % intervals.
+
+    `wanders`: the difference moves as slowly as the stretch is long, so that no test can tell it from chance: `p` is
+    NaN, and the interval a lower bound. Of parts of a stretch `p` and the intervals are corrected for their number.
+    """
 
     first_step: int
     last_step: int
@@ -64,12 +59,12 @@ class Change:
     half95_percent: float
     t: float
     p: float
-    blocks: int
+    wanders: bool
 
 
 @dataclass(frozen=True)
 class Band:
-    """At the end of each block: the mean difference so far, and the half widths that hold at all of them together.
+    """At each look: the mean difference so far, and the half widths that hold at all of them together.
 
     `half_K` is of the paired difference, `half_unpaired_K` what it would be had the runs met other windows.
     """
@@ -84,7 +79,8 @@ class Band:
 class TrainingComparison:
     """Training losses of B against those of A. `changed`: settings that differ, both values in words.
 
-    `gain`: variance of a block's difference without pairing ÷ with it, None where the paired one is zero.
+    The question is about these two *runs*, on other windows: documents, seeds and settings are not in the error.
+    `gain`: variance of what is new in a step's difference without pairing ÷ with it; None where the latter is zero.
     `*_from_step`: from there to the end the band leaves out zero. `*_steps`: about how many steps that takes for a
     constant difference of this size; None where none is seen.
     """
@@ -93,8 +89,6 @@ class TrainingComparison:
     b: str
     whole: Change
     quarters: tuple[Change, ...]
-    p_sign_flip: float
-    block_steps: float
     gain: float | None
     paired_from_step: int | None
     unpaired_from_step: int | None
@@ -111,6 +105,8 @@ class TrainingComparison:
     def verdict(self) -> Verdict:
         if not np.any(self.loss_a_C - self.loss_b_C) and self.whole.nats == 0:
             return "identical"
+        if self.whole.wanders:
+            return "cannot be told"
         if self.whole.p < ALPHA:
             return "lower" if self.whole.nats < 0 else "higher"
         return "no difference seen"
@@ -119,12 +115,12 @@ class TrainingComparison:
         """What `vernier compare A B --training --json` prints; null where a number is infinite."""
         return {
             "of": "training loss",
+            "question": "run",
             "a": self.a,
             "b": self.b,
             "verdict": self.verdict,
-            "difference": {**_change_json(self.whole), "p_sign_flip": self.p_sign_flip, "alpha": ALPHA},
+            "difference": {**_change_json(self.whole), "alpha": ALPHA},
             "quarters": [_change_json(quarter) for quarter in self.quarters],
-            "block_steps": self.block_steps,
             "pairing_gain_variance": _finite(self.gain),
             "paired": {"from_step": self.paired_from_step, "steps_needed": self.paired_steps},
             "unpaired": {"from_step": self.unpaired_from_step, "steps_needed": self.unpaired_steps},
@@ -235,54 +231,77 @@ def _compared(
     labels: tuple[str, str], a: Curve, b: Curve, changed: tuple[str, ...], cautions: tuple[str, ...]
 ) -> TrainingComparison:
     difference_T, count = b.loss_T - a.loss_T, len(a.loss_T)
-    length = block_length(difference_T)
-    if count // length < LEAST_BLOCKS:
+    if count < LEAST:
         raise DataError(
-            f"compare --training: {count} steps in common are too few: their differences call for blocks of {length} "
-            f"steps, and the error of the mean for {LEAST_BLOCKS} of these, which is {LEAST_BLOCKS * length} steps"
+            f"compare --training: {count} steps in common are too few: the error of their mean needs {LEAST}"
         )
-    borders = block_ends(count, length)
-    weight_C, last_step_C = block_sums(a.targets_T, borders), a.step_T[borders[1:] - 1]
-    total_C = block_sums(difference_T * a.targets_T, borders)
-    curves_C = block_means(np.stack([a.loss_T, b.loss_T]), borders, a.targets_T)
-
-    paired, unpaired = _spread(a, b, borders)
-    band = _band(total_C, weight_C, last_step_C, unpaired**2 - paired**2)
-    whole = _change(a, b, borders)
+    found = _mean(a, b, slice(None))
+    # What windows add to the variance of a step where the two meet unlike ones; what is slow is the same in both.
+    own, apart = step_variance(difference_T), step_variance(a.loss_T) + step_variance(b.loss_T)
+    omega_unpaired = math.sqrt(_spread(found, a) ** 2 + max(0.0, apart - own))
+    borders = np.linspace(0, count, min(LOOKS, count // 4) + 1).astype(np.int64)
+    looks_K = np.unique(np.maximum(borders[1:], LEAST))
+    band = _band(found, difference_T, a.targets_T, looks_K, a.step_T, omega_unpaired)
+    whole = _change(a, b, slice(None), found)
     seen = whole.p < ALPHA and whole.nats != 0
-    parts = np.linspace(0, len(weight_C), 5).astype(int)
     return TrainingComparison(
         a=labels[0],
         b=labels[1],
         whole=whole,
-        quarters=tuple(_change(a, b, borders[i : j + 1]) for i, j in pairwise(parts)),
-        p_sign_flip=sign_flip_blocks(difference_T, length, a.targets_T).p,
-        block_steps=count / len(weight_C),
-        gain=unpaired**2 / paired**2 if paired > 0 else None,
+        quarters=tuple(_parts(a, b)),
+        gain=apart / own if own > 0 else None,
         paired_from_step=_settled(band.step_K, band.mean_K, band.half_K),
         unpaired_from_step=_settled(band.step_K, band.mean_K, band.half_unpaired_K),
-        paired_steps=_steps_needed(whole.nats, paired, count / len(weight_C)) if seen else None,
-        unpaired_steps=_steps_needed(whole.nats, unpaired, count / len(weight_C)) if seen else None,
+        paired_steps=_steps_needed(whole.nats, _spread(found, a), found.df) if seen else None,
+        unpaired_steps=_steps_needed(whole.nats, omega_unpaired, found.df) if seen else None,
         band=band,
-        last_step_C=last_step_C,
-        loss_a_C=curves_C[0],
-        loss_b_C=curves_C[1],
+        last_step_C=a.step_T[borders[1:] - 1],
+        loss_a_C=_block_means(a, borders),
+        loss_b_C=_block_means(b, borders),
         changed=changed,
         cautions=cautions,
     )
 
 
-def _change(a: Curve, b: Curve, borders: Integers) -> Change:
-    """The difference over the blocks between the first border and the last."""
-    here, inner = slice(borders[0], borders[-1]), borders - borders[0]
-    weight_T, loss_T = a.targets_T[here], a.loss_T[here]
-    found = mean_over_blocks(block_sums((b.loss_T[here] - loss_T) * weight_T, inner), block_sums(weight_T, inner))
+def _mean(a: Curve, b: Curve, part: slice, level: float = 0.95) -> LongRunMean:
+    weight_T = a.targets_T[part]
+    return long_run_mean((b.loss_T[part] - a.loss_T[part]) * weight_T, weight_T, level)
+
+
+def _spread(found: LongRunMean, a: Curve) -> float:
+    """ω of one step in nats per target."""
+    return found.omega / float(a.targets_T.mean())
+
+
+def _parts(a: Curve, b: Curve) -> list[Change]:
+    """The stretch in four parts, fewer where four would be too short, none where two would be; they share α."""
+    count = min(QUARTERS, len(a.loss_T) // LEAST)
+    if count < 2:
+        return []
+    borders = np.linspace(0, len(a.loss_T), count + 1).astype(int)
+    out = []
+    for start, end in pairwise(borders):
+        part = slice(start, end)
+        found = _change(a, b, part, _mean(a, b, part, 1 - ALPHA / count))
+        out.append(replace(found, p=min(1.0, count * found.p) if not found.wanders else found.p))
+    return out
+
+
+def _block_means(curve: Curve, borders: Integers) -> Floats:
+    """Means over each block, weighted by targets; [C]."""
+    sums_C = np.add.reduceat(curve.loss_T * curve.targets_T, borders[:-1])
+    return np.asarray(sums_C / np.add.reduceat(curve.targets_T, borders[:-1]), dtype=np.float64)
+
+
+def _change(a: Curve, b: Curve, part: slice, found: LongRunMean) -> Change:
+    """The difference over a part of the steps."""
     # A's mean over these very windows is known, not estimated, so it adds no error to the percentage.
-    mean = float(np.average(loss_T, weights=weight_T))
+    mean = float(np.average(a.loss_T[part], weights=a.targets_T[part]))
     percent = 100 / mean if mean > 0 else math.nan
+    step_T = a.step_T[part]
     return Change(
-        first_step=int(a.step_T[borders[0]]),
-        last_step=int(a.step_T[borders[-1] - 1]),
+        first_step=int(step_T[0]),
+        last_step=int(step_T[-1]),
         loss_a=mean,
         loss_b=mean + found.value,
         nats=found.value,
@@ -291,27 +310,18 @@ def _change(a: Curve, b: Curve, borders: Integers) -> Change:
         half95_percent=percent * found.half95,
         t=found.t,
         p=found.p,
-        blocks=found.blocks,
+        wanders=found.wanders,
     )
 
 
-def _spread(a: Curve, b: Curve, borders: Integers) -> tuple[float, float]:
-    """Standard deviations of a block's difference in nats, about its slow trend: (paired, unpaired).
-
-    Unpaired: sqrt(var_a + var_b), as of two runs whose windows have nothing to do with each other.
-    """
-    means_2C = block_means(detrended(np.stack([a.loss_T, b.loss_T])), borders, a.targets_T)
-    paired = float(np.std(block_means(detrended(b.loss_T - a.loss_T), borders, a.targets_T)))
-    return paired, float(np.sqrt(np.var(means_2C, axis=-1).sum()))
-
-
-def _band(total_C: Floats, weight_C: Floats, last_step_C: Integers, more_variance: float) -> Band:
-    """`more_variance`: what a block's difference varies more without pairing; its drift is the same in both."""
-    looks_K = np.arange(FIRST_LOOK_BLOCKS, len(total_C) + 1)
-    found = confidence_sequence(total_C, weight_C, looks_K, t_opt=len(total_C), alpha=ALPHA)
-    width_K = mixture_width(looks_K, mixture_rho(len(total_C), ALPHA), ALPHA)
-    unpaired_K = width_K * np.sqrt(np.maximum((found.half_K / width_K) ** 2 + more_variance, 0.0))
-    return Band(last_step_C[looks_K - 1], found.value_K, found.half_K, unpaired_K)
+def _band(
+    found: LongRunMean, difference_T: Floats, targets_T: Floats, looks_K: Integers, step_T: Integers, unpaired: float
+) -> Band:
+    half_K = running_half(found, targets_T, looks_K, t_opt=len(difference_T), alpha=ALPHA)
+    apart = replace(found, omega=unpaired * float(targets_T.mean()))
+    unpaired_K = running_half(apart, targets_T, looks_K, t_opt=len(difference_T), alpha=ALPHA)
+    mean_K = (np.cumsum(difference_T * targets_T) / np.cumsum(targets_T))[looks_K - 1]
+    return Band(step_T[looks_K - 1], mean_K, half_K, unpaired_K)
 
 
 def _settled(step_K: Integers, mean_K: Floats, half_K: Floats) -> int | None:
@@ -322,7 +332,8 @@ def _settled(step_K: Integers, mean_K: Floats, half_K: Floats) -> int | None:
     return int(step_K[len(outside_K) - int(np.argmin(outside_K[::-1])) if not outside_K.all() else 0])
 
 
-def _steps_needed(nats: float, sd: float, block_steps: float) -> int:
-    """Steps after which a band tuned to that time leaves out zero: its width at t blocks is sd·c/√t, whatever t."""
+def _steps_needed(nats: float, omega: float, df: int) -> int:
+    """Steps after which a band tuned to that time leaves out zero: its width at t steps is ω·c/√t, whatever t."""
     c = float(mixture_width(1.0, mixture_rho(1.0, ALPHA), ALPHA))
-    return math.ceil(block_steps * max(FIRST_LOOK_BLOCKS, (c * sd / nats) ** 2))
+    wider = t_quantile(1 - ALPHA, df) / t_quantile(1 - ALPHA, math.inf)
+    return math.ceil(max(LEAST, (c * wider * omega / nats) ** 2))

@@ -2,23 +2,13 @@
 
 Knows nothing of files or models. `clustered` has estimates of one mean, `paired` the difference of two,
 `power` what a set can show and what looking again costs, `multiple` many comparisons at once, `sequential` looking
-while documents come in, `resampling` few documents, `wobble` a run's own noise, `blocks` series whose
+while documents come in, `resampling` few documents, `wobble` a run's own noise, `long_run` series whose
 neighbours are alike (training losses), `distribution` the shape of losses and the size of subsets.
 """
 
-from eval.statistics.blocks import (
-    BlockMean,
-    autocorrelation_time,
-    block_ends,
-    block_length,
-    block_means,
-    block_sums,
-    detrended,
-    mean_over_blocks,
-    sign_flip_blocks,
-)
 from eval.statistics.clustered import Estimate, by_cluster, clustered_mean, clustered_ratio, effective_number
 from eval.statistics.distribution import GaussianFit, gaussian_fit, subset_error, subset_error_resampled
+from eval.statistics.long_run import LongRunMean, long_run_mean, running_half, step_variance
 from eval.statistics.multiple import benjamini_hochberg, holm, holm_shares
 from eval.statistics.paired import PairedDifference, paired_difference
 from eval.statistics.power import Power, detectable, power_for, samples_needed
@@ -35,40 +25,35 @@ from eval.statistics.sequential import (
 from eval.statistics.wobble import wobble_percent
 
 __all__ = [
-    "BlockMean",
     "ConfidenceSequence",
     "Estimate",
     "GaussianFit",
+    "LongRunMean",
     "PairedDifference",
     "Power",
     "SignFlip",
     "allowed_looks",
-    "autocorrelation_time",
     "benjamini_hochberg",
-    "block_ends",
-    "block_length",
-    "block_means",
-    "block_sums",
     "by_cluster",
     "clustered_mean",
     "clustered_ratio",
     "confidence_sequence",
     "detectable",
-    "detrended",
     "effective_number",
     "excludes",
     "first_look",
     "gaussian_fit",
     "holm",
     "holm_shares",
-    "mean_over_blocks",
+    "long_run_mean",
     "mixture_rho",
     "mixture_width",
     "paired_difference",
     "power_for",
+    "running_half",
     "samples_needed",
     "sign_flip",
-    "sign_flip_blocks",
+    "step_variance",
     "subset_error",
     "subset_error_resampled",
     "wobble_percent",

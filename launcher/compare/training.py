@@ -27,6 +27,12 @@ def training_sentence(found: TrainingComparison) -> str:
     change, half = plus_minus(whole.percent, whole.half95_percent)
     p = p_words(whole.p)
     gained = "" if found.gain is None else f"; pairing gained {gain_words(found.gain)}× in variance"
+    if verdict == "cannot be told":
+        return (
+            f"TRAINING loss: whether {found.b} and {found.a} differ cannot be told {stretch}: "
+            f"{minus(change)} % ± {half} % at least; "
+            f"their difference moves as slowly as the stretch is long, which chance does too{gained}"
+        )
     if verdict == "no difference seen":
         return (
             f"TRAINING loss: no difference seen between {found.a} and {found.b}: "
@@ -59,7 +65,7 @@ def print_training(found: TrainingComparison, console: Console) -> None:
 def _row(change: Change) -> list[str]:
     nats, half_nats = plus_minus(change.nats, change.half95_nats)
     percent, half = plus_minus(change.percent, change.half95_percent)
-    t = f"{change.t:.3g}" if math.isfinite(change.t) else "∞"
+    t = "slow" if change.wanders else f"{change.t:.3g}" if math.isfinite(change.t) else "∞"
     return [
         f"{change.first_step}–{change.last_step}",
         f"{change.loss_a:.4f}",
@@ -74,10 +80,9 @@ def told_apart(found: TrainingComparison) -> list[str]:
     """How the intervals were made, and how many steps it takes to tell the two apart, with and without pairing."""
     if found.verdict == "identical":
         return []
-    lines = [
-        f"{found.whole.blocks} blocks of about {found.block_steps:.3g} steps (4 correlation times of the differences); "
-        f"t over blocks; sign flips of blocks: p = {found.p_sign_flip:.1g}"
-    ]
+    lines = ["error of the mean by the 8 slowest cosines over the stretch, t with 8 degrees of freedom"]
+    if found.quarters:
+        lines[0] += f"; the {len(found.quarters)} parts share 5 %"
     if found.paired_steps is None or found.unpaired_steps is None:
         return lines
     own = _told_from(found, found.paired_from_step, found.paired_steps)
@@ -107,7 +112,8 @@ def draw_training(found: TrainingComparison, path: Path) -> None:
     upper.plot(step_C, found.loss_a_C, color=BLUE, linewidth=1.2, label=found.a)
     upper.plot(step_C, found.loss_b_C, color=ORANGE, linewidth=1.2, label=found.b)
     upper.set_ylabel("training loss, nats per token")
-    upper.set_title(f"means over blocks of {found.block_steps:.3g} steps", fontsize=10)
+    steps = (found.whole.last_step - found.whole.first_step + 1) / len(step_C)
+    upper.set_title(f"means over blocks of {steps:.3g} steps", fontsize=10)
     upper.legend()
 
     lower.axhline(0, color="black", linewidth=0.8)

@@ -26,7 +26,7 @@ from eval.tags import BASELINE, BASELINE_MEAN, HIGH, LOW
 
 REREAD_S = 5.0  # a baseline may still be training
 TELL_STEPS = 10  # between points of the running mean
-BLOCK_STEPS = 8
+BLOCK_STEPS = 4
 MOST_BLOCKS = 512  # then neighbours are joined, so that a point costs the same at any step
 MOST_WAITING = 100_000  # steps that the baseline has not made yet
 
@@ -94,23 +94,20 @@ class RunningDifference:
         return nats / targets if targets > 0 else math.nan
 
     def half(self) -> float | None:
-        """Half the width of the 95 % band; None before 32 blocks, from which no correlation can be told.
+        """Half the width of the 95 % band; None before 64 blocks, from which no error can be told.
 
-        The asymptotic confidence sequence of `eval.statistics.sequential` over blocks, its spread multiplied by √τ
-        where neighbouring blocks are still alike (τ: `autocorrelation_time` of their means).
+        As `eval.statistics.long_run.running_half` over blocks, which are entries as good as steps; asymptotic, since ω
+        is measured anew at each look.
         """
-        # scipy is behind them, which a run without a baseline is spared
-        from eval.statistics import autocorrelation_time, confidence_sequence
-        from eval.statistics.blocks import LEAST_BLOCKS
+        # scipy is behind it, which a run without a baseline is spared
+        from eval.statistics.long_run import LEAST, long_run_mean, running_half
 
         count = len(self.sums)
-        if count < LEAST_BLOCKS:
+        if count < LEAST:
             return None
-        sums_C2 = np.array(self.sums)
-        tau = float(autocorrelation_time(sums_C2[:, 0] / sums_C2[:, 1]))
-        narrowest = max(LEAST_BLOCKS, self.steps / self.length)
-        found = confidence_sequence(sums_C2[:, 0], sums_C2[:, 1], [count], t_opt=narrowest)
-        return float(found.half_K[-1]) * math.sqrt(tau)
+        nats_C, targets_C = np.array(self.sums).T
+        narrowest = max(LEAST, self.steps / self.length)
+        return float(running_half(long_run_mean(nats_C, targets_C), targets_C, [count], t_opt=narrowest)[-1])
 
 
 class Baseline:

@@ -107,6 +107,7 @@ class ScheduleSettings(Settings):
     name: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = Field(0, description="steps of linear warm-up")
     min_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last learning rate ÷ peak")
+    steps: Positive | None = Field(None, description="that it is drawn over, if training shall end earlier; null: all")
 
 
 class ZeroSettings(Settings):

@@ -120,7 +120,8 @@ class Loop:
     def set_rate(self) -> float:
         """Sets the learning rate of the step that is being made, and gives it."""
         peak, step = self.config.optimizer.lr, self.clock.step + 1
-        rate = learning_rate(step, peak=peak, steps=self.config.steps, schedule=self.config.schedule)
+        schedule = self.config.schedule
+        rate = learning_rate(step, peak=peak, steps=schedule.steps or self.config.steps, schedule=schedule)
         set_learning_rate(self.engine, rate)
         return rate
 

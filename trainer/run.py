@@ -29,6 +29,7 @@ from trainer.data.integrity import DataWatch
 from trainer.data.shards import Windows
 from trainer.engine.build import make_engine
 from trainer.engine.ema import EmaWeights
+from trainer.engine.twin import read_twin
 from trainer.faults.adaptations import adapted, adapting_to_memory, memory_errors, shared_adaptations
 from trainer.faults.dry_batch import fitted
 from trainer.faults.failure import record_failure
@@ -87,11 +88,14 @@ class Training:
         self.watchdog = Watchdog(run, ranks, given.guards.hang_s)
         self.watchdog.start()
         self.checkpoint, self.damaged = find_whole_checkpoint(run, ranks)
+        self.twin = read_twin(run, self.checkpoint)
         self.given, self.config = given, adapted(given, adaptations)
         if self.checkpoint is None:  # else its steps were made with what fits
             self.config, adaptations = fitted(given, adaptations, run, ranks, hf)
         self.passed_over = set(adaptations.passed_over)
         model = TrainableLM(make_model(self.config, hf))
+        if self.twin is not None and self.checkpoint is None:
+            self.twin.move_model(model.lm)
         check_losses(self.config.model.fields, hf.model_type, adds=model.adds)
         self.parameters = parameter_count(model)
         peak, work = peak_flops(self.config), Work.of(model_shapes(model.lm), self.config.sequence_length)
@@ -110,7 +114,9 @@ class Training:
         """Goes on from the newest whole checkpoint, if there is one; makes what is called around steps."""
         written_by: dict[str, Any] = {}
         if self.checkpoint is not None:
-            self.clock, written_by = load_checkpoint(self.engine, self.checkpoint, self.accumulation, self.average)
+            moved = None if self.twin is None else self.twin.moved
+            made = load_checkpoint(self.engine, self.checkpoint, self.accumulation, self.average, moved)
+            self.clock, written_by = made
             self.passed_over.update(written_by.get("passed_over", ()))
         config, run, ranks, step = self.config, self.run, self.ranks, self.clock.step
         losses = recent_losses(run, ranks, step, config.guards.spike_steps)

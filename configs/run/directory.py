@@ -58,6 +58,8 @@ class RunDir:
 
     config = _In("config.yaml")
     manifest = _In("manifest.json")
+    twin = _In("twin.json")
+    twins = _In("twins")
     state = _In("state.json")
     lock = _In("lock")
     starter = _In("starter")

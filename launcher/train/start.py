@@ -38,7 +38,7 @@ def check_start(config: Config, run: RunDir, how: Resume, tell: Callable[[str], 
 def explain_extension(config: Config, run: RunDir, how: Resume, tell: Callable[[str], None]) -> None:
     """Says what more steps than before do to the schedule."""
     before = load_config(run.config).steps if how.extend and run.config.is_file() else config.steps
-    if before != config.steps:
+    if before != config.steps and config.schedule.steps is None:
         tell(
             f"extending from {before} to {config.steps} steps: the {config.schedule.name} schedule is drawn anew over "
             f"{config.steps} steps, so the learning rate jumps where the run goes on"

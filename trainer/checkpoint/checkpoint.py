@@ -183,7 +183,11 @@ def _put_in_place(final: Path, step: int, hashes: dict[str, str]) -> None:
 
 
 def load_checkpoint(
-    engine: Any, directory: Path, accumulation: int, average: EmaWeights | None = None
+    engine: Any,
+    directory: Path,
+    accumulation: int,
+    average: EmaWeights | None = None,
+    moved: Callable[[str, int, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Clock, dict[str, Any]]:
     """Puts the engine where the checkpoint was; gives the clock and the rest of its `state.json`.
 
@@ -191,6 +195,7 @@ def load_checkpoint(
 
     Args:
         directory: whole, as `trainer.checkpoint.find_whole.find_whole_checkpoint` gives it.
+        moved: what to make of master weights, by name and start in the flat parameter, [length]; none: as they are.
 
     Raises:
         DataError: the checkpoint is of another model or another format. Nothing was changed.
@@ -206,7 +211,7 @@ def load_checkpoint(
             if low < high:
                 piece = files[file].get_slice(f"{kind}/{name}")[low - part_start : high - part_start]
                 out[low - start : high - start] = piece
-        return out
+        return moved(name, start, out) if moved is not None and kind == "master" else out
 
     zero_state.restore(engine, lookup, state["adam_step"])
     if average is not None and state.get("ema_decay") is not None:

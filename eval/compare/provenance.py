@@ -13,8 +13,8 @@ from typing import Any, Literal
 from configs.errors import VernierError
 from configs.load import load_config
 from configs.run.directory import RunDir
-from eval.compare.curve_pairing import settings_changed
 from eval.compare.targets import Found
+from eval.curves.pairing import settings_changed
 
 SHOWN = 4  # settings by name
 

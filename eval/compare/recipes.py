@@ -18,10 +18,10 @@ from configs.errors import ConfigError, DataError, VernierError
 from configs.load import load_config
 from configs.run.directory import RunDir
 from configs.schema import Config
-from eval.compare.curve_pairing import settings_changed
 from eval.compare.pair import ALPHA, Comparison, Verdict, compare_tables, finite
 from eval.compare.sweep import mean_loss, mean_table, with_seeds
 from eval.compare.targets import Scale, find_run, tables_of_run
+from eval.curves.pairing import settings_changed
 from eval.statistics import samples_needed
 from eval.tables import LossTable, read_table
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --h
     from eval.compare.pair import Comparison
     from eval.compare.recipes import RecipeComparison
     from eval.compare.targets import Found
-    from eval.compare.training_curves import TrainingComparison
+    from eval.curves.training import TrainingComparison
     from eval.tables import LossTable
 
 
@@ -329,7 +329,7 @@ def _leaderboard(targets: list[str]) -> LeaderboardResult:
 
 def _training(targets: list[str], options: Options) -> TrainingResult:
     from eval.compare.targets import find_run
-    from eval.compare.training_curves import compare_training
+    from eval.curves.training import compare_training
 
     runs = [find_run(text) for text in targets]
     for text, run in zip(targets, runs, strict=True):

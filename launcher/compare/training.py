@@ -12,7 +12,7 @@ from rich.text import Text
 from launcher.text import gain_words, minus, new_table, p_words, plus_minus, print_table, say
 
 if TYPE_CHECKING:  # what computes needs numpy and scipy, which a `vernier --help` must not wait for
-    from eval.compare.training_curves import Change, TrainingComparison
+    from eval.curves.training import Change, TrainingComparison
 
 STYLES = {"lower": "green", "higher": "red"}
 PLOT = "training-curve.png"

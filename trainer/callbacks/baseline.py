@@ -21,7 +21,7 @@ from configs.errors import ConfigError, DataError
 from configs.files.opening import open_to_read
 from configs.run.directory import RunDir
 from configs.schema import Config
-from eval.compare.curve_pairing import pairing_of, pairing_of_run, pairing_problems
+from eval.curves.pairing import pairing_of, pairing_of_run, pairing_problems
 from eval.tags import BASELINE, BASELINE_MEAN, HIGH, LOW
 
 REREAD_S = 5.0  # a baseline may still be training

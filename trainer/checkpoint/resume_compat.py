@@ -13,7 +13,7 @@ from configs.load import differences, is_named, load_config
 from configs.run.directory import RunDir
 from configs.schema import Config
 from configs.yaml.text import as_written
-from eval.compare.curve_pairing import NOT_THE_EXPERIMENT
+from eval.curves.pairing import NOT_THE_EXPERIMENT
 from trainer.data.prepare import load_dataset_facts
 
 # Everything else is the experiment itself. Where the data lies may change; what it holds is checked by its fingerprint.

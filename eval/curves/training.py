@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from configs.errors import ConfigError, DataError
 from configs.load import load_config
 from configs.run.directory import RunDir
-from eval.compare.curve_pairing import (
+from eval.curves.pairing import (
     Curve,
     pairing_cautions,
     pairing_of_run,

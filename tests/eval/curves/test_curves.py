@@ -12,8 +12,8 @@ from conftest import ROOT, TINY
 
 from configs.errors import ConfigError, DataError
 from configs.load import dump_config, load_config
-from eval.compare.curve_pairing import read_curve
-from eval.compare.training_curves import TrainingComparison, compare_training
+from eval.curves.pairing import read_curve
+from eval.curves.training import TrainingComparison, compare_training
 from launcher.compare.training import draw_training, training_sentence
 
 STEPS = 480

@@ -5,6 +5,7 @@ Prints nothing. A single pair is `eval.compare.pair`.
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from configs.run.directory import RunDir, read_jsonl, step_name
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
 from eval.compare.provenance import ONE_RUN, provenance
 from eval.compare.targets import Found, most_scored, tables_of_run
+from eval.compare.twins import TwinNoise, noise_of_run, told, way_of
 from eval.scored import planned_comparisons
 from eval.statistics import by_cluster, clustered_ratio, holm, holm_shares, wobble_percent
 from eval.tables import LossTable, read_table
@@ -49,6 +51,7 @@ class RunComparison:
     checkpoints: tuple[ScoredCheckpoint, ...]
     notes: tuple[str, ...] = ()
     wobble_percent: float | None = None
+    twins: TwinNoise | None = None
     tables: dict[int, Path] = field(default_factory=dict)
     worse_since: int | None = None
 
@@ -69,6 +72,8 @@ class RunComparison:
             "run": self.run,
             "reference": self.reference,
             "wobble_percent": finite(self.wobble_percent),
+            "twins": self.twins
+            and {**self.twins.to_json(), "by_steps": [dataclasses.asdict(row) for row in self.twins.rows]},
             "sampling_percent": finite(self.sampling_percent),
             "best": {"step": self.best.step, "loss": finite(self.best.side.loss), "worse_since": self.worse_since},
             "checkpoints": [
@@ -118,7 +123,7 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
         )
         wobble.add(step, table)
         first, previous = first or table, table
-    found = wobble.percent()
+    found, twins = wobble.percent(), noise_of_run(run_dir, scale)
     reference = str(previous.meta.get("reference")) if previous else ""
     notes = (
         [f"scored in other ways too; shown is {scale.words}, not {', '.join(o.words for o in others)}"]
@@ -128,9 +133,10 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
     return RunComparison(
         run=str(run_dir),
         reference=reference,
-        checkpoints=tuple(_completed(points, found, over)),
-        notes=tuple(notes),
+        checkpoints=tuple(_completed(points, found, told(twins), over)),
+        notes=(*notes, *twins.problems),
         wobble_percent=found,
+        twins=told(twins),
         tables=dict(sorted(paths.items())),
         worse_since=_worse_since(min(points, key=lambda point: point.side.loss), paths, alpha),
     )
@@ -151,14 +157,16 @@ def _worse_since(best: ScoredCheckpoint, paths: dict[int, Path], alpha: float) -
     return since
 
 
-def _completed(points: list[ScoredCheckpoint], wobble: float | None, over: bool) -> Iterable[ScoredCheckpoint]:
-    """The points with what is known once all are there: the wobble and, of a run that is over, Holm's shares."""
+def _completed(
+    points: list[ScoredCheckpoint], wobble: float | None, twins: TwinNoise | None, over: bool
+) -> Iterable[ScoredCheckpoint]:
+    """The points with what is known once all are there: training noise and, of a run that is over, Holm's shares."""
     before, start = ([getattr(p, key) for p in points] for key in ("versus_previous", "versus_first"))
     if over:
         before, start = _in_one_family(before), _in_one_family(start)
     for at, point in enumerate(points):
         one_step = at > 0 and point.step == points[at - 1].step + 1
-        about = {"wobble_percent": wobble, "origin": ONE_RUN}
+        about = {"wobble_percent": wobble, "twins": twins, "origin": ONE_RUN}
         yield replace(
             point,
             versus_previous=before[at] and replace(before[at], **about, one_step=one_step),
@@ -210,30 +218,46 @@ def wobble_of(run_dir: Path, like: Path) -> float | None:
     return None
 
 
-def with_wobble(comparison: Comparison, a: Found, b: Found, known: dict[tuple[Path, str], float | None]) -> Comparison:
-    """The comparison with the larger wobble of the runs that its two tables are of, where they are of any, and with
-    what the two have to do with each other.
+@dataclass(frozen=True)
+class _OwnNoise:
+    """What is known of the training noise of a run, from what was scored in one way."""
 
-    Args:
-        known: wobbles by folder and way of scoring, filled as they are told, so that none is told twice.
-    """
-    found = []
-    for one in (a, b):
+    wobble: float | None
+    twins: TwinNoise | None
+
+
+class KnownNoise:
+    """Training noise by run and way of scoring, each told once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, str], _OwnNoise] = {}
+
+    def of(self, one: Found) -> _OwnNoise:
         if one.run is None:
-            continue
+            return _OwnNoise(None, None)
         path = one.path.resolve()
         way = path.parent, path.name.partition("@")[2]  # objective, dtype, a part or not
-        if way not in known:
-            known[way] = wobble_of(one.run, one.path)
-        found.append(known[way])
-    told = [value for value in found if value is not None]
+        if way not in self._known:
+            scale = way_of(one.run, one.path)
+            twins = None if scale is None else told(noise_of_run(one.run, scale))
+            self._known[way] = _OwnNoise(wobble_of(one.run, one.path), twins)
+        return self._known[way]
+
+
+def with_noise(comparison: Comparison, a: Found, b: Found, known: KnownNoise) -> Comparison:
+    """The comparison with the larger noise of the runs that its two tables are of, where they are of any, and with
+    what the two have to do with each other."""
+    both = [known.of(one) for one in (a, b)]
+    wobbles = [one.wobble for one in both if one.wobble is not None]
+    twins = [one.twins for one in both if one.twins is not None]
     same_run = a.run is not None and b.run is not None and a.run.resolve() == b.run.resolve()
     one_step = same_run and a.step is not None and b.step is not None and abs(a.step - b.step) == 1
     origin = provenance(a, b)
     caution = None if comparison.verdict in ("identical", "same weights") else origin.caution()
     return replace(
         comparison,
-        wobble_percent=max(told, default=None),
+        wobble_percent=max(wobbles, default=None),
+        twins=max(twins, key=lambda one: one.percent, default=None),
         one_step=one_step,
         origin=origin,
         cautions=(*comparison.cautions, *([caution] if caution else [])),

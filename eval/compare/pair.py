@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import ConfigError, DataError
+from configs.errors import DataError
 from eval.compare.cautions import BITS, cautions_of, check_parts, same
 from eval.compare.provenance import UNKNOWN, Provenance
+from eval.compare.twins import TwinNoise
 from eval.statistics import (
     Estimate,
     PairedDifference,
@@ -25,8 +26,6 @@ from eval.tables import LossTable
 
 Verdict = Literal["better", "worse", "no difference seen", "identical", "same weights"]
 Limit = Literal["samples", "training noise", "seeds unknown", "unknown"]
-Gate = Literal["better", "not-worse"]
-Question = Literal["weights", "run", "recipe"]
 PairedBy = Literal["sample", "document"]
 ALPHA = 0.05
 NATS = "nats per token"
@@ -56,10 +55,11 @@ class Comparison:
     better than A's on texts like these; documents are the error.
 
     `wobble_percent`: checkpoint-to-checkpoint noise of the runs that the two are of, the larger; None where it cannot
-    be told. `one_step`: the two are one optimizer step of one run apart. `same_weights`: one model scored twice, in two
-    dtypes say; `rounding_percent`: by how much that may change a loss. `shares`: of how many comparisons this one bears
-    the error: p, interval, verdict and gate go by α over it. `pairs`: for how many p by flipped signs can be small
-    enough. `origin`: what the two have to do with each other.
+    be told. `twins`: what twins of these runs differ by, which takes the wobble's place. `one_step`: the two are one
+    optimizer step of one run apart. `same_weights`: one model scored twice, in two dtypes say; `rounding_percent`: by
+    how much that may change a loss. `shares`: of how many comparisons this one bears the error: p, interval, verdict
+    and gate go by α over it. `pairs`: for how many p by flipped signs can be small enough. `origin`: what the two have
+    to do with each other.
     """
 
     a: Side
@@ -71,6 +71,7 @@ class Comparison:
     reference: str
     cautions: tuple[str, ...] = ()
     wobble_percent: float | None = None
+    twins: TwinNoise | None = None
     one_step: bool = False
     same_weights: bool = False
     rounding_percent: float = 0.0
@@ -130,14 +131,23 @@ class Comparison:
         return "no difference seen"
 
     @property
-    def wobble_bound_percent(self) -> float | None:
-        """What two checkpoints of such a run differ by anyway, at most: 2·√2·wobble."""
-        return None if self.wobble_percent is None else 2 * math.sqrt(2) * self.wobble_percent
+    def noise_percent(self) -> float | None:
+        """Standard deviation of one checkpoint by the noise of training: by twins where there are any, else the wobble;
+        None where it cannot be told."""
+        return self.wobble_percent if self.twins is None else self.twins.percent
 
     @property
-    def below_wobble(self) -> bool:
-        """Whether the change is within `wobble_bound_percent`."""
-        bound = self.wobble_bound_percent
+    def noise_bound_percent(self) -> float | None:
+        """What two checkpoints differ by anyway, at most: √2 times the noise, times 2 or, by twins, Student's t."""
+        if self.noise_percent is None:
+            return None
+        times = 2.0 if self.twins is None else t_quantile(0.95, self.twins.df)
+        return times * math.sqrt(2) * self.noise_percent
+
+    @property
+    def below_noise(self) -> bool:
+        """Whether the change is within `noise_bound_percent`."""
+        bound = self.noise_bound_percent
         if self.same_weights:  # no other checkpoint is in question
             return False
         return bound is not None and abs(self.difference.percent) < bound
@@ -146,25 +156,25 @@ class Comparison:
     def limited_by(self) -> Limit | None:
         """What keeps a verdict from saying more; None where nothing does.
 
-        A clear difference below the wobble is limited by training noise, save between weights one optimizer step
+        A clear difference below the training noise is limited by it, save between weights one optimizer step
         apart: there no more is asked than which of two given sets of weights is better. One between two runs is limited
-        by what is not known of other seeds; one within a run whose wobble cannot be told, or of weights of which no run
-        is known, by something unknown. Where no difference is seen, the larger counts of the wobble of a difference,
-        √2·wobble, and its standard error; the samples do where they could not show any change.
+        by what is not known of other seeds; one within a run whose noise cannot be told, or of weights of which no run
+        is known, by something unknown. Where no difference is seen, the larger counts of the noise of a difference,
+        √2 times that of one, and its standard error; the samples do where they could not show any change.
         """
         verdict, given = self.verdict, self.one_step or self.same_weights
         if verdict in ("identical", "same weights"):
             return None
         if verdict == "no difference seen":
-            noise = 0.0 if given else math.sqrt(2) * (self.wobble_percent or 0.0)
+            noise = 0.0 if given else math.sqrt(2) * (self.noise_percent or 0.0)
             return "training noise" if self.can_show and noise > self.difference.se_percent else "samples"
         if given:
             return None
-        if self.below_wobble:
+        if self.below_noise:
             return "training noise"
         if self.origin.of == "two runs":
             return "seeds unknown"
-        return "unknown" if self.wobble_percent is None else None
+        return "unknown" if self.noise_percent is None else None
 
     def power(self, wanted_percent: float) -> Power | None:
         """What seeing a change of `wanted_percent` (above zero) needs; None for a pair without any spread."""
@@ -213,6 +223,7 @@ class Comparison:
             "origin": self.origin.to_json(),
             "limited_by": self.limited_by,
             "wobble_percent": finite(self.wobble_percent),
+            "twins": self.twins and self.twins.to_json(),
             "unit": self.unit,
             "paired_by": self.paired_by,
             "reference": self.reference,
@@ -341,60 +352,3 @@ def _nothing_can_be_shown(comparison: Comparison) -> list[str]:
     elif comparison.shares > 1:
         where = f"among {comparison.shares:.0f} comparisons along a run"
     return [f"with {found.clusters} documents no change, however large, can be significant {where}"]
-
-
-class Gated(Protocol):
-    """What a gate can be held against."""
-
-    @property
-    def ci95_percent(self) -> tuple[float, float]: ...
-
-    @property
-    def verdict(self) -> Verdict: ...
-
-
-def upper_bound(comparison: Comparison, question: Question) -> float:
-    """Upper bound of the 95 % interval of B − A, in percent, as an answer to a question.
-
-    `weights`: that of the verdict. `run`, whether checkpoints nearby would say the same: the interval with the
-    wobble of both put to it, hypot(half, 1.96·√2·wobble).
-
-    Raises:
-        ConfigError: that question cannot be answered from these two.
-    """
-    found = comparison
-    if question == "recipe":
-        raise ConfigError(
-            "--of recipe: one run of each cannot tell whether a recipe is better; name several seeds of each: "
-            "vernier compare A… --against B… --gate better"
-        )
-    upper = found.ci95_percent[1]
-    if question == "weights" or found.one_step or found.same_weights:
-        return upper
-    if found.wobble_percent is None:
-        raise ConfigError(
-            "--of run: needs the wobble of the runs' checkpoints, which is not known (12 scored checkpoints tell it); "
-            "--of weights asks about these weights alone"
-        )
-    centre = found.difference.percent
-    return centre + math.hypot(upper - centre, t_quantile(0.95, 1e9) * math.sqrt(2) * found.wobble_percent)
-
-
-def gate_holds(
-    comparison: Gated, gate: Gate, margin_percent: float = 0.0, *, upper_percent: float | None = None
-) -> bool:
-    """Whether the upper bound of B − A is below −margin (better) or below margin (not-worse): that of the 95 % interval
-    which the verdict goes by, so that the two never contradict each other; or `upper_percent`.
-
-    Identical tables, and the same weights, are not worse at any margin, zero included, and never better.
-
-    Raises:
-        ConfigError: there is no such gate.
-    """
-    upper = comparison.ci95_percent[1] if upper_percent is None else upper_percent
-    alike = comparison.verdict in ("identical", "same weights")
-    if gate == "better":
-        return upper < -margin_percent and not alike
-    if gate == "not-worse":
-        return upper < margin_percent or alike
-    raise ConfigError(f"--gate: {gate!r} is not a verdict; use better or not-worse")

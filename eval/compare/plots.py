@@ -93,13 +93,12 @@ def plot_run(run: RunComparison, tables: dict[int, Path], directory: Path) -> li
     told = [comparison.verdict in ("better", "worse") for _, comparison in changes]
     at = [step for step, _ in changes]
     _intervals(lower, at, values, bounds, told, upright=True, marks=("better or worse", "no difference seen"))
-    wobble = run.wobble_percent
-    if wobble is not None and wobble > 0:
-        reach = 2 * math.sqrt(2) * wobble  # as Comparison.below_wobble has it
-        label = f"the run's own noise, ± 2·√2·{wobble:.2g} %"
+    reach = changes[-1][1].noise_bound_percent if changes else None
+    if reach:
+        label = f"what chance in training moves two by, at most: ± {reach:.2g} %"
         lower.axhspan(-reach, reach, color=ORANGE, alpha=0.18, linewidth=0, label=label)
     lower.axhline(0, color="black", linewidth=0.8)
-    note = _fit_scale(lower, values, bounds, wobble or 0.0, upright=True)
+    note = _fit_scale(lower, values, bounds, reach or 0.0, upright=True)
     lower.set_ylabel(f"paired change, % of the loss before\n(95 % interval){note}")
     lower.set_xlabel("optimizer step")
     if changes:

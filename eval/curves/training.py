@@ -28,13 +28,14 @@ from eval.curves.pairing import (
     read_curve,
     settings_changed,
 )
+from eval.curves.twins import CurveNoise, curve_noise
 from eval.statistics import mixture_rho, mixture_width
 from eval.statistics.long_run import LEAST, LongRunMean, long_run_mean, running_half, step_variance
 from eval.statistics.paired import t_quantile
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Verdict = Literal["lower", "higher", "no difference seen", "cannot be told", "identical"]
+Verdict = Literal["lower", "higher", "no difference seen", "as twins", "cannot be told", "identical"]
 
 ALPHA = 0.05
 LOOKS = 60  # at the running mean, and points of a picture
@@ -80,6 +81,7 @@ class TrainingComparison:
     """Training losses of B against those of A. `changed`: settings that differ, both values in words.
 
     The question is about these two *runs*, on other windows: documents, seeds and settings are not in the error.
+    `twins`: how far such a run moves by chance in the last bit of its weights; with it, a verdict is for what is more.
     `gain`: variance of what is new in a step's difference without pairing ÷ with it; None where the latter is zero.
     `*_from_step`: from there to the end the band leaves out zero. `*_steps`: about how many steps that takes for a
     constant difference of this size; None where none is seen.
@@ -100,16 +102,26 @@ class TrainingComparison:
     loss_b_C: Floats
     changed: tuple[str, ...]
     cautions: tuple[str, ...]
+    twins: CurveNoise | None = None
+
+    @property
+    def p(self) -> float:
+        """Of these two runs on other windows; where there are twins, also of chance in training: the larger. Where the
+        difference wanders it is NaN, or that of the twins."""
+        if self.twins is None:
+            return self.whole.p
+        by_twins = self.twins.p(self.whole.nats)
+        return by_twins if self.whole.wanders else max(by_twins, self.whole.p)
 
     @property
     def verdict(self) -> Verdict:
         if not np.any(self.loss_a_C - self.loss_b_C) and self.whole.nats == 0:
             return "identical"
-        if self.whole.wanders:
-            return "cannot be told"
-        if self.whole.p < ALPHA:
+        if self.p < ALPHA:
             return "lower" if self.whole.nats < 0 else "higher"
-        return "no difference seen"
+        if self.twins is not None and (self.whole.wanders or self.whole.p < ALPHA):
+            return "as twins"
+        return "cannot be told" if self.whole.wanders else "no difference seen"
 
     def to_json(self) -> dict[str, Any]:
         """What `vernier compare A B --training --json` prints; null where a number is infinite."""
@@ -119,7 +131,7 @@ class TrainingComparison:
             "a": self.a,
             "b": self.b,
             "verdict": self.verdict,
-            "difference": {**_change_json(self.whole), "alpha": ALPHA},
+            "difference": {**_change_json(self.whole), "p_verdict": _finite(self.p), "alpha": ALPHA},
             "quarters": [_change_json(quarter) for quarter in self.quarters],
             "pairing_gain_variance": _finite(self.gain),
             "paired": {"from_step": self.paired_from_step, "steps_needed": self.paired_steps},
@@ -136,6 +148,7 @@ class TrainingComparison:
                 "half95": self.band.half_K.tolist(),
                 "half95_unpaired": self.band.half_unpaired_K.tolist(),
             },
+            "twins": self.twins and {**self.twins.to_json(), "p": self.twins.p(self.whole.nats)},
             "settings_changed": list(self.changed),
             "cautions": list(self.cautions),
         }
@@ -185,11 +198,13 @@ def compare_training(
             )
     config_a, config_b = load_config(RunDir(run_a).config), load_config(RunDir(run_b).config)
     cautions = pairing_cautions(labels, (run_a, run_b), (config_a, config_b), (curve_a, curve_b))
-    cautions.append(
-        "this is about these two runs on other windows, not about their settings: another seed, or the last bit of one "
-        "weight, can move a curve as far"
-    )
-    return _compared(labels, curve_a, curve_b, tuple(settings_changed(config_a, config_b)), tuple(cautions))
+    twins, short = curve_noise((run_a, run_b), int(curve_a.step_T[0]), int(curve_a.step_T[-1]))
+    about = "this is about these two runs on other windows, not about their settings: another seed"
+    if twins is None:
+        about += f", or the last bit of one weight, can move a curve as far (vernier twin {run_a} measures that)"
+    cautions += [*short, f"{about} may say otherwise" if twins is not None else about]
+    made = _compared(labels, curve_a, curve_b, tuple(settings_changed(config_a, config_b)), tuple(cautions))
+    return replace(made, twins=twins)
 
 
 def _labels(run_a: Path, run_b: Path) -> tuple[str, str]:
@@ -243,7 +258,7 @@ def _compared(
     looks_K = np.unique(np.maximum(borders[1:], LEAST))
     band = _band(found, difference_T, a.targets_T, looks_K, a.step_T, omega_unpaired)
     whole = _change(a, b, slice(None), found)
-    seen = whole.p < ALPHA and whole.nats != 0
+    seen = whole.p < ALPHA and whole.nats != 0  # whatever twins say: how long until the two curves are told apart
     return TrainingComparison(
         a=labels[0],
         b=labels[1],

@@ -22,7 +22,7 @@ app = typer.Typer(
 
 # In the order of help, by the panel they stand in there.
 PANELS = {
-    "Train": ("init", "prepare", "plan", "train", "launch"),
+    "Train": ("init", "prepare", "plan", "train", "twin", "launch"),
     "Score": ("eval", "compare"),
     "Watch": ("status", "logs", "board", "stop", "doctor"),
 }

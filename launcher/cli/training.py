@@ -1,4 +1,4 @@
-"""Verbs that make data and train: init, prepare, train, launch, plan."""
+"""Verbs that make data and train: init, prepare, train, twin, launch, plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from configs.console import tell
 from configs.errors import ConfigError
-from launcher.cli.base import ConfigArgument, JsonOption, OverridesArgument, app, example, people
+from launcher.cli.base import ConfigArgument, JsonOption, OverridesArgument, RunArgument, app, example, people
 
 
 @app.command(epilog=example("vernier init my-project"))
@@ -74,6 +74,24 @@ def train(
         raise ConfigError("--fresh and --force-resume exclude each other: one starts anew, the other goes on")
     how = Resume(fresh=fresh, extend=extend, force=force_resume)
     return run_train(load_config(config, overrides or []), how, wait=not no_wait, console=people())
+
+
+@app.command(epilog=example("vernier twin runs/demo", "vernier twin runs/demo --at 0 --count 3 --steps 200"))
+def twin(
+    run: RunArgument,
+    at: Annotated[
+        int | None, typer.Option(min=0, help="Step to start from: 0, or one with a checkpoint; default the last such.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many twins.")] = 2,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps each makes; default to the run's end, at most 1,000.")
+    ] = None,
+) -> int:
+    """Measure a run's training noise: train on copies that differ in the last bit of each weight."""
+    from launcher.train.twins import TwinsAsked, run_twin
+    from launcher.watch.run_index import find
+
+    return run_twin(find(run).path, TwinsAsked(count, at, steps), console=people())
 
 
 @app.command(

@@ -17,11 +17,12 @@ from launcher.text import say, signed
 from launcher.watch.next_command import say_next
 
 if TYPE_CHECKING:
-    from eval.compare.pair import Comparison, Gate, Question
+    from eval.compare.gate import Gate, Question
+    from eval.compare.pair import Comparison
     from eval.compare.recipes import RecipeComparison
 
 NOTHING = Options()
-OF = {"weights": "these weights", "run": "runs, with their wobble", "recipe": "recipes"}
+OF = {"weights": "these weights", "run": "runs, with their noise", "recipe": "recipes"}
 
 
 def run_compare(targets: list[str], *, json_out: bool, console: Console, options: Options = NOTHING) -> int:
@@ -105,7 +106,7 @@ def upper_percent(gated: Comparison | RecipeComparison, question: Question) -> f
     Raises:
         ConfigError: that question cannot be answered.
     """
-    from eval.compare.pair import upper_bound
+    from eval.compare.gate import upper_bound
     from eval.compare.recipes import RecipeComparison
 
     return gated.ci95_percent[1] if isinstance(gated, RecipeComparison) else upper_bound(gated, question)
@@ -114,7 +115,7 @@ def upper_percent(gated: Comparison | RecipeComparison, question: Question) -> f
 def _hold(
     gated: Comparison | RecipeComparison, upper: float, gate: Gate, options: Options, json_out: bool, console: Console
 ) -> int:
-    from eval.compare.pair import gate_holds
+    from eval.compare.gate import gate_holds
 
     question, margin_percent = options.question, options.margin_percent
     holds = gate_holds(gated, gate, margin_percent, upper_percent=upper)

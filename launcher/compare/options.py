@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from configs.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eval.compare.pair import Gate, Question
+    from eval.compare.gate import Gate, Question
 
 BY = ("source", "length", "position")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --h
     from eval.compare.along_run import RunComparison
     from eval.compare.leaderboard import Leaderboard, Pair
     from eval.compare.pair import Comparison
+    from eval.compare.twins import TwinSpread
     from eval.statistics import Power
 
 NATS = "nats per token"
@@ -94,20 +96,25 @@ def _interval(comparison: Comparison) -> str:
     return f"[{minus(', '.join(bounds))}]"
 
 
-def wobble_words(comparison: Comparison) -> str | None:
-    """What the wobble of the runs means for a comparison; None where it is not known."""
-    wobble = comparison.wobble_percent
-    if wobble is None or comparison.verdict == "identical" or comparison.same_weights:
+def noise_words(comparison: Comparison) -> str | None:
+    """What the training noise of the runs means for a comparison; None where it is not known."""
+    noise = comparison.noise_percent
+    if noise is None or comparison.verdict == "identical" or comparison.same_weights:
         return None
-    size = f"the run's own wobble from checkpoint to checkpoint: {_digits(wobble)} %"
-    if comparison.origin.of == "two runs":
-        size = f"the wobble between a run's checkpoints, {_digits(wobble)} %, which holds nothing of what seeds do"
+    size = f"the run's own wobble from checkpoint to checkpoint: {_digits(noise)} %"
+    if comparison.twins is not None:
+        size = f"what twins of the run differ by ({_digits(noise)} %, {comparison.twins.df} twins)"
+        if comparison.origin.of == "two runs":
+            size += ", which holds nothing of what seeds do"
+    elif comparison.origin.of == "two runs":
+        size = f"the wobble between a run's checkpoints, {_digits(noise)} %, which holds nothing of what seeds do"
     if comparison.one_step:
         return f"one optimizer step apart: the verdict is about these two sets of weights; {size}"
     clear = comparison.verdict != "no difference seen"
-    if clear and comparison.below_wobble:
+    if clear and comparison.below_noise:
+        by = "2·√2 × the wobble" if comparison.twins is None else "what twins of the run may differ by"
         return (
-            f"the difference is clear on this set, but within 2·√2 × the wobble ({_bound(comparison)}): "
+            f"the difference is clear on this set, but within {by} ({_bound(comparison)}): "
             "another checkpoint nearby may say otherwise"
         )
     if clear:
@@ -118,7 +125,7 @@ def wobble_words(comparison: Comparison) -> str | None:
 
 
 def _bound(comparison: Comparison) -> str:
-    bound = comparison.wobble_bound_percent
+    bound = comparison.noise_bound_percent
     return "" if bound is None else f"{_digits(bound)} %"
 
 
@@ -159,9 +166,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         f"  paired t = {signed(found.t, 2)} (clustered by document); "
         f"unpaired t = {signed(found.t_unpaired, 2)}; losses ± standard error",
     )
-    wobble = wobble_words(comparison)
-    if wobble is not None:
-        say(console, f"  {wobble}", "yellow" if comparison.below_wobble and not comparison.one_step else "none")
+    noise = noise_words(comparison)
+    if noise is not None:
+        say(console, f"  {noise}", "yellow" if comparison.below_noise and not comparison.one_step else "none")
     for caution in comparison.cautions:
         say(console, f"  caution: {caution}", "yellow")
 
@@ -191,7 +198,7 @@ def print_run_table(comparison: RunComparison, console: Console) -> None:
         table.add_row(*row, style="bold" if point is comparison.best else None)
     print_table(table, console, spare=("tokens", "win\nrate", "perplexity"))
     say(console, best_words(comparison))
-    for line in (*single_steps(comparison), *_run_wobble(comparison)):
+    for line in (*single_steps(comparison), *_run_noise(comparison)):
         say(console, line)
     cautions = dict.fromkeys(c for p in comparison.checkpoints if p.versus_previous for c in p.versus_previous.cautions)
     for note in (*comparison.notes, *(f"caution: {c}" for c in cautions)):
@@ -225,28 +232,38 @@ def single_steps(comparison: RunComparison) -> list[str]:
     return lines
 
 
-def _run_wobble(comparison: RunComparison) -> list[str]:
-    wobble, error = comparison.wobble_percent, comparison.sampling_percent
+def _run_noise(comparison: RunComparison) -> list[str]:
+    wobble, error, twins = comparison.wobble_percent, comparison.sampling_percent, comparison.twins
+    lines = []
     if wobble is None:
-        return ["wobble: not known; with fewer than 12 checkpoints noise cannot be told from the bend of the curve"]
-    if error is None:
-        return []
-    lines = [
-        f"wobble: {_digits(wobble)} % between checkpoints (training noise); "
-        f"sampling error of a difference: {_digits(error)} %"
-    ]
+        lines.append("wobble: not known; with fewer than 12 checkpoints noise cannot be told from the curve's bend")
+    elif error is not None:
+        lines.append(
+            f"wobble: {_digits(wobble)} % between checkpoints (training noise); "
+            f"sampling error of a difference: {_digits(error)} %"
+        )
+    if twins is not None:
+        parts = [f"{_digits(row.percent)} % after {row.since} steps" for row in _some(twins.rows)]
+        lines.append(
+            f"twins: {twins.df}, scores differ by {_digits(twins.percent)} % (sd: training noise, measured); "
+            f"{', '.join(parts)}"
+        )
+    found = [p.versus_previous for p in comparison.checkpoints if p.versus_previous is not None]
+    steps = [p.step for p in comparison.checkpoints if p.versus_previous is not None]
     below = [
-        str(p.step)
-        for p in comparison.checkpoints
-        if p.versus_previous is not None
-        and p.versus_previous.verdict in ("better", "worse")
-        and p.versus_previous.below_wobble
-        and not p.versus_previous.one_step
+        str(step)
+        for step, versus in zip(steps, found, strict=True)
+        if versus.verdict in ("better", "worse") and versus.below_noise and not versus.one_step
     ]
     if below:
-        bound = _digits(2 * math.sqrt(2) * wobble)
-        lines.append(f"within 2·√2 × the wobble ({bound} %): the change at step {', '.join(below)}")
+        by = "2·√2 × the wobble" if twins is None else "what twins may differ by"
+        lines.append(f"within {by} ({_bound(found[-1])}): the change at step {', '.join(below)}")
     return lines
+
+
+def _some(rows: Sequence[TwinSpread]) -> list[TwinSpread]:
+    """Four rows at most, from the first to the last."""
+    return [rows[at] for at in sorted({len(rows) * part // 3 - (part > 0) for part in range(4)})] if rows else []
 
 
 def print_leaderboard(board: Leaderboard, console: Console) -> None:
@@ -297,7 +314,7 @@ def _print_alike(board: Leaderboard, console: Console) -> None:
     below = [
         f"{pair.comparison.a.name} and {pair.comparison.b.name} ({_bound(pair.comparison)})"
         for pair in board.pairs
-        if pair.told_apart and pair.comparison.below_wobble and not pair.comparison.one_step
+        if pair.told_apart and pair.comparison.below_noise and not pair.comparison.one_step
     ]
     if below:
         say(console, f"  told apart, but within 2·√2 × the wobble: {'; '.join(below)}", "yellow")

@@ -255,7 +255,7 @@ def compare_pair(targets: list[str], options: Options) -> PairResult:
     Raises:
         ConfigError: the reference set is needed and cannot be found.
     """
-    from eval.compare.along_run import with_wobble
+    from eval.compare.along_run import KnownNoise, with_noise
     from eval.compare.pair import compare_tables
     from eval.compare.targets import find_reference, find_tables
     from eval.tables import read_table
@@ -263,7 +263,7 @@ def compare_pair(targets: list[str], options: Options) -> PairResult:
     found = find_tables(targets)
     a, b = (read_table(one.path) for one in found)
     comparison = compare_tables(a, b, names=(found[0].name, found[1].name))
-    made = PairResult(with_wobble(comparison, found[0], found[1], {}), a, b, options.power_percent)
+    made = PairResult(with_noise(comparison, found[0], found[1], KnownNoise()), a, b, options.power_percent)
     parts = options.parts
     if not parts and options.changed is None:
         return made
@@ -312,17 +312,17 @@ def _along_run(target: str, options: Options) -> RunResult:
 
 
 def _leaderboard(targets: list[str]) -> LeaderboardResult:
-    from eval.compare.along_run import with_wobble
+    from eval.compare.along_run import KnownNoise, with_noise
     from eval.compare.leaderboard import leaderboard
     from eval.compare.targets import find_tables
     from eval.tables import read_table
 
     found: list[Found] = find_tables(targets)
-    wobbles: dict[tuple[Path, str], float | None] = {}
+    known = KnownNoise()
     board = leaderboard(
         [read_table(one.path) for one in found],
         [one.name for one in found],
-        finish=lambda comparison, a, b: with_wobble(comparison, found[a], found[b], wobbles),
+        finish=lambda comparison, a, b: with_noise(comparison, found[a], found[b], known),
     )
     return LeaderboardResult(board)
 

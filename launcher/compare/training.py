@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from launcher.text import gain_words, minus, new_table, p_words, plus_minus, print_table, say
+from launcher.text import _digits, gain_words, minus, new_table, p_words, plus_minus, print_table, say
 
 if TYPE_CHECKING:  # what computes needs numpy and scipy, which a `vernier --help` must not wait for
     from eval.curves.training import Change, TrainingComparison
@@ -25,13 +25,19 @@ def training_sentence(found: TrainingComparison) -> str:
     if verdict == "identical":
         return f"TRAINING loss: {found.b} and {found.a} are identical, to the last bit, {stretch}"
     change, half = plus_minus(whole.percent, whole.half95_percent)
-    p = p_words(whole.p)
+    p = p_words(found.p)
     gained = "" if found.gain is None else f"; pairing gained {gain_words(found.gain)}× in variance"
     if verdict == "cannot be told":
         return (
             f"TRAINING loss: whether {found.b} and {found.a} differ cannot be told {stretch}: "
             f"{minus(change)} % ± {half} % at least; "
             f"their difference moves as slowly as the stretch is long, which chance does too{gained}"
+        )
+    if verdict == "as twins" and found.twins is not None:
+        of_twins = _digits(100 * found.twins.nats / whole.loss_a)
+        return (
+            f"TRAINING loss: no more than chance in training does: {found.b} against {found.a} {minus(change)} % ± "
+            f"{half} % {stretch}, {p}; twins differ by {of_twins} % (sd){gained}"
         )
     if verdict == "no difference seen":
         return (

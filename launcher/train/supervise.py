@@ -70,7 +70,8 @@ class Supervisor:
         """
         with waiting("loading the libraries, and looking at the run and its data"):
             check_start(self.config, self.run, self.how, self._tell)
-        remember(self.run.path)
+        if not self.run.twin.is_file():  # which is looked at by its run
+            remember(self.run.path)
         with self.interrupts.heard():
             code = self._train_and_score(wait)
             if code == EXIT_DONE and self.config.eval.placement != "none":

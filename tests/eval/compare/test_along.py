@@ -11,7 +11,7 @@ import pytest
 from test_compare import ADDED, REFERENCE, TOP, a_table, write_run
 
 from configs.errors import DataError
-from eval.compare.along_run import compare_run, with_wobble
+from eval.compare.along_run import KnownNoise, compare_run, with_noise
 from eval.compare.pair import compare_tables
 from eval.compare.targets import find_tables
 from eval.tables import read_table
@@ -49,7 +49,7 @@ def test_along_a_run_that_is_over_the_rows_are_one_family(tmp_path: Path) -> Non
     assert (third.versus_first.a.name, third.versus_previous.a.name) == ("step-00000000", "step-00000101")
 
     content = found.to_json()
-    assert set(content) == {"run", "reference", "wobble_percent", "sampling_percent", "best", "checkpoints"}
+    assert set(content) == {"run", "reference", "wobble_percent", "twins", "sampling_percent", "best", "checkpoints"}
     assert content["reference"] == REFERENCE
     assert content["best"] == {"step": 101, "loss": found.best.side.loss, "worse_since": 140}
     assert best_words(found).endswith("; worse since step 140")
@@ -127,7 +127,8 @@ def test_a_pair_out_of_runs_knows_the_larger_wobble(tmp_path: Path) -> None:
 
     def wobble(*texts: str) -> float | None:
         a, b = find_tables(texts)
-        return with_wobble(compare_tables(read_table(a.path), read_table(b.path)), a, b, {}).wobble_percent
+        pair = compare_tables(read_table(a.path), read_table(b.path))
+        return with_noise(pair, a, b, KnownNoise()).wobble_percent
 
     own = {run: compare_run(run).wobble_percent for run in (calm, wild)}
     assert wobble(f"{calm}@40", f"{calm}@60") == own[calm]
@@ -142,7 +143,7 @@ def test_a_broken_table_beside_a_pair_only_costs_the_wobble(tmp_path: Path) -> N
     run = wobbling_run(tmp_path / "x", 0.003)
     next(run.glob("losses/*/step-00000200@*")).write_bytes(b"PAR1")
     a, b = find_tables([f"{run}@40", f"{run}@60"])
-    found = with_wobble(compare_tables(read_table(a.path), read_table(b.path)), a, b, {})
+    found = with_noise(compare_tables(read_table(a.path), read_table(b.path)), a, b, KnownNoise())
     assert found.wobble_percent is None
 
 
@@ -154,12 +155,12 @@ def test_a_run_with_few_checkpoints_has_no_wobble(tmp_path: Path) -> None:
 
 
 def test_the_wobble_of_one_way_of_scoring_is_not_taken_for_another(tmp_path: Path) -> None:
-    known: dict[tuple[Path, str], float | None] = {}
+    known = KnownNoise()
     wobbling_run(tmp_path / "w", 0.003)
     write_run(tmp_path / "w", {s: a_table(seed=s) for s in (20, 40)}, dtype="bf16")
     (folder,) = (tmp_path / "w" / "losses").iterdir()
     for dtype, has_wobble in (("bf16", False), ("fp32", True)):
         paths = sorted(folder.glob(f"*.{dtype}.parquet"))[:2]
         a, b = find_tables([str(path) for path in paths])
-        found = with_wobble(compare_tables(read_table(a.path), read_table(b.path)), a, b, known)
+        found = with_noise(compare_tables(read_table(a.path), read_table(b.path)), a, b, known)
         assert (found.wobble_percent is not None) == has_wobble

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from configs.errors import DataError
-from eval.compare.pair import compare_tables, gate_holds
+from eval.compare.gate import gate_holds
+from eval.compare.pair import compare_tables
 from eval.compare.provenance import Provenance
 from eval.compare.targets import find_tables, parse_target
 from eval.statistics import by_cluster, paired_difference, sign_flip
@@ -24,7 +25,7 @@ DIFFERENCE = {
     *("nats", "percent", "se_percent", "ci95_percent", "p", "p_adjusted", "alpha", "win_rate"),
     *("detectable_percent", "pairing_gain", "t", "t_unpaired", "method"),
 }
-TOP = {"a", "b", "difference", "verdict", "limited_by", "wobble_percent"}
+TOP = {"a", "b", "difference", "verdict", "limited_by", "wobble_percent", "twins"}
 ADDED = {"unit", "paired_by", "reference", "cautions", "question", "origin"}
 
 

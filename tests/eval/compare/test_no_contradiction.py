@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 from test_compare import a_table
 
-from eval.compare.pair import compare_tables, gate_holds
+from eval.compare.gate import gate_holds
+from eval.compare.pair import compare_tables
 
 
 def test_p_interval_and_gate_never_contradict_each_other() -> None:

@@ -118,7 +118,7 @@ def test_groups_are_named_by_patterns_and_gates_say_what_they_are_of(tmp_path: P
     refused = vernier(*pair, "--gate", "better", "--of", "recipe", code=2)
     assert refused.stdout == ""
     assert "one run of each cannot tell whether a recipe is better" in refused.stderr
-    assert "--of run: needs the wobble" in vernier(*pair, "--gate", "better", "--of", "run", code=2).stderr
+    assert "--of run: needs the noise of training" in vernier(*pair, "--gate", "better", "--of", "run", code=2).stderr
     assert "of these weights" in vernier(*pair, "--gate", "better").stdout
     seeds = vernier("compare", tmp_path / "a-1", tmp_path / "a-2").stdout
     assert "they differ in the seed alone (seed: 1 → 2)" in seeds

@@ -1,0 +1,134 @@
+"""What a run's twins differ by in their scores: the noise of training, measured.
+
+Twins (`vernier twin`) are the run itself, trained on from one of its steps with weights moved by one unit in the last
+place. Between them nothing differs that anybody would call a change, so a difference between two checkpoints that is no
+larger than theirs says nothing about whatever else was changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import DataError
+from eval.compare.targets import Scale, most_scored, tables_of_run
+from eval.curves.twins import twins_of
+from eval.tables import mean_loss, read_table
+
+SETTLED = 200  # steps since the split; of fewer it is said
+GROWS = 1.5  # times: so much more than half as many steps ago, and noise has not settled
+
+
+@dataclass(frozen=True)
+class TwinSpread:
+    """Scores of a run and its twins, `since` steps after step `at`: standard deviation in percent of their mean."""
+
+    at: int
+    since: int
+    runs: int
+    percent: float
+
+
+@dataclass(frozen=True)
+class TwinNoise:
+    """Standard deviation of one checkpoint's score, in percent, by so many degrees of freedom; `since`: the most steps
+    since a split that it rests on."""
+
+    percent: float
+    df: int
+    since: int
+    rows: tuple[TwinSpread, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"percent": self.percent, "degrees_of_freedom": self.df, "steps": self.since}
+
+
+NOTHING = TwinNoise(math.nan, 0, 0)
+
+
+def noise_of_run(run: Path, scale: Scale | None = None) -> TwinNoise:
+    """What the twins of a run differ by, by the tables that were scored in one way.
+
+    Of each split the last half of what is scored counts, where the twins are farthest apart: the mean variance there,
+    with as many degrees of freedom as there are twins (scores of one twin a few steps apart are not independent).
+    Documents are the same for all, so little of their error is in it; what is makes it larger.
+
+    Args:
+        scale: the way of scoring; None: that of most of the run's tables.
+    """
+    folders = twins_of(run)
+    if not folders:
+        return NOTHING
+    problems: list[str] = []
+    if scale is None:
+        try:
+            scale = most_scored(run)[0]
+        except DataError:
+            return TwinNoise(math.nan, 0, 0, (), ("the run is not scored, so scores of its twins are not compared",))
+    rows: list[TwinSpread] = []
+    for at, twins in folders.items():
+        try:
+            rows += _spreads(at, [run, *twins], scale)
+        except DataError as error:
+            problems.append(str(error))
+    variance, df = 0.0, 0
+    for at in dict.fromkeys(row.at for row in rows):
+        own = [row for row in rows if row.at == at]
+        late = [row for row in own if 2 * row.since >= own[-1].since]
+        more = max(row.runs for row in late) - 1
+        variance += more * float(np.mean([row.percent**2 for row in late]))
+        df += more
+    if not df:
+        return TwinNoise(math.nan, 0, 0, (), (*problems, "no two of these runs are scored at one step yet"))
+    since = max(row.since for row in rows)
+    return TwinNoise(math.sqrt(variance / df), df, since, tuple(rows), (*problems, *_doubts(rows, since)))
+
+
+def told(noise: TwinNoise) -> TwinNoise | None:
+    """The noise where anything is known of it."""
+    return noise if noise.df else None
+
+
+def way_of(run: Path, table: Path) -> Scale | None:
+    """The way in which one of a run's whole tables was scored."""
+    try:
+        for scale, paths in tables_of_run(run).items():
+            if any(path.resolve() == table.resolve() for path in paths.values()):
+                return scale
+    except DataError:
+        return None
+    return None
+
+
+def _spreads(at: int, runs: Iterable[Path], scale: Scale) -> list[TwinSpread]:
+    losses: dict[int, list[float]] = {}
+    for run in runs:
+        try:
+            tables = tables_of_run(run).get(scale, {})
+        except DataError:  # not scored yet
+            continue
+        for step, path in tables.items():
+            if step > at:
+                losses.setdefault(step, []).append(mean_loss(read_table(path)))
+    return [
+        TwinSpread(at, step - at, len(of), 100 * float(np.std(of, ddof=1)) / float(np.mean(of)))
+        for step, of in sorted(losses.items())
+        if len(of) > 1
+    ]
+
+
+def _doubts(rows: list[TwinSpread], since: int) -> list[str]:
+    if since < SETTLED:
+        return [f"twins of {since} steps: noise grows for longer than that, so it is a lower bound"]
+    for at in dict.fromkeys(row.at for row in rows):
+        own = [row for row in rows if row.at == at]
+        before = [row.percent for row in own if 2 * row.since <= own[-1].since]
+        if before and own[-1].percent > GROWS * max(before):
+            return [f"twins from step {at} still move apart after {own[-1].since} steps: it is a lower bound"]
+    return []

@@ -243,7 +243,9 @@ def _run_noise(comparison: RunComparison) -> list[str]:
             f"sampling error of a difference: {_digits(error)} %"
         )
     if twins is not None:
-        parts = [f"{_digits(row.percent)} % after {row.since} steps" for row in _some(twins.rows)]
+        longest = max(twins.rows, key=lambda row: row.since).at
+        rows = _some([row for row in twins.rows if row.at == longest])
+        parts = [f"{_digits(row.percent)} % after {row.since} steps" for row in rows]
         lines.append(
             f"twins: {twins.df}, scores differ by {_digits(twins.percent)} % (sd: training noise, measured); "
             f"{', '.join(parts)}"

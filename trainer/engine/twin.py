@@ -66,7 +66,5 @@ def read_twin(run: RunDir, checkpoint: Path | None) -> Twin | None:
     twin = Twin(told["at"], told["number"])
     step = 0 if checkpoint is None else step_of(checkpoint.name)
     if step is not None and step < twin.at:
-        raise ConfigError(
-            f"{run.path}: is a twin from step {twin.at}, whose checkpoint is not there; delete its folder"
-        )
+        raise ConfigError(f"{run.path}: is a twin from step {twin.at}, whose checkpoint is gone; delete its folder")
     return twin if step == twin.at else None

@@ -250,3 +250,37 @@ def test_a_curve_with_a_hole_is_refused_with_its_line(pair: tuple[Path, Path]) -
     path.write_text("".join(whole[1:]))
     with pytest.raises(DataError, match="line 1 is of step 2, where step 1 belongs"):
         compare_training(a, b)
+
+
+def twin_of(run: Path, at: int, number: int, loss: np.ndarray) -> None:
+    path = run / "twins" / f"step-{at:08d}.{number}"
+    path.parent.mkdir(exist_ok=True)
+    write_run(path, loss)
+    (path / "twin.json").write_text(json.dumps({"at": at, "number": number}))
+
+
+def test_no_more_than_twins_differ_by_is_no_difference_of_settings(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    a, b = pair  # B is lower by .02 nats
+    assert "vernier twin" in " ".join(compare_training(a, b, first=101).cautions)
+    own = read_curve(a).loss_T
+    for number, gain in enumerate((0.015, -0.02, 0.01), start=1):
+        twin_of(a, 100, number, own - gain * (np.arange(STEPS) >= 100))
+    found = compare_training(a, b, first=101)
+    assert found.whole.p < 1e-6
+    assert found.verdict == "as twins"
+    assert found.to_json()["difference"]["p_verdict"] > 0.05
+    assert found.to_json()["twins"]["degrees_of_freedom"] == 3
+    assert training_sentence(found).startswith("TRAINING loss: no more than chance in training does: b against a −0.")
+    whole = compare_training(a, b)  # the twins have no own steps before 100
+    assert whole.verdict == "lower"
+    assert "do not have all steps from 1 to 480" in " ".join(whole.cautions)
+
+
+def test_what_is_more_than_twins_differ_by_is_told_also_where_it_wanders(tmp_path: Path) -> None:
+    wander = 0.02 * np.cos(np.pi * np.arange(STEPS) / STEPS) - 0.05
+    a = write_run(tmp_path / "a", FALLING + WINDOWS + own_noise(1))
+    b = write_run(tmp_path / "b", FALLING + WINDOWS + own_noise(2) + wander)
+    assert compare_training(a, b).verdict == "cannot be told"
+    for number, gain in enumerate((0.002, -0.001, 0.001), start=1):
+        twin_of(a, 0, number, read_curve(a).loss_T - gain)
+    assert compare_training(a, b).verdict == "lower"

@@ -39,6 +39,7 @@ OPTIONAL = {
     "correct": pa.int32(),
     "position_loss": pa.list_(pa.float64(), POSITION_BINS),
     "position_tokens": pa.list_(pa.int32(), POSITION_BINS),
+    "family": pa.int64(),
 }
 
 
@@ -50,6 +51,7 @@ class LossTable:
     was scored and how; every key may be absent: reference, reference_text, reference_name, model, source,
     label, step, dtype, objective, weights, attention, hardware, threads, versions; partial (blocks, of, samples) where
     the table is a prefix of the set's blocks, until_verdict where scoring was asked to stop at one.
+    `family`: number of the first document that shares long passages with a sample's; None: each is by itself.
     `undigested`: it was read from a file without a digest, of an older Vernier or another program.
     """
 
@@ -61,11 +63,17 @@ class LossTable:
     correct: NDArray[np.int32] | None = None
     position_loss: NDArray[np.float64] | None = None  # [n, 16]
     position_tokens: NDArray[np.int32] | None = None  # [n, 16]
+    family: NDArray[np.int64] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     undigested: bool = False
 
     def __len__(self) -> int:
         return len(self.sample)
+
+    @property
+    def cluster(self) -> NDArray[np.int64]:
+        """What errors are clustered by: families of documents, where they are known."""
+        return self.document if self.family is None else self.family
 
 
 def table_name(label: str, objective: str, dtype: str) -> str:

@@ -225,7 +225,7 @@ def _summary(table: Path, reference: ReferenceSet, against: Path | None, asked: 
 
     path = table if table.is_file() else partial_path(table)
     found = read_table(path)
-    mean = clustered_ratio(found.loss, found.tokens, found.document)
+    mean = clustered_ratio(found.loss, found.tokens, found.cluster)
     out = {"table": str(path), "loss": mean.value, "se": mean.se, "samples": len(found)}
     if against is not None:
         out["until_verdict"] = _looks(path, reference, against, asked)

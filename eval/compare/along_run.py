@@ -111,7 +111,7 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
         table = read_table(path)
         table = replace(table, meta={**table.meta, "label": step_name(step)})
         try:
-            own = clustered_ratio(table.loss, table.tokens, table.document)
+            own = clustered_ratio(table.loss, table.tokens, table.cluster)
             before = None if previous is None else compare_tables(previous, table, looks=looks, alpha=alpha)
             start = before
             if at > 1 and first is not None:
@@ -188,7 +188,7 @@ class _Wobble:
         self.influence: list[NDArray[np.float64]] = []
 
     def add(self, step: int, table: LossTable) -> None:
-        loss_C, tokens_C = by_cluster(table.loss, table.document), by_cluster(table.tokens, table.document)
+        loss_C, tokens_C = by_cluster(table.loss, table.cluster), by_cluster(table.tokens, table.cluster)
         total = float(loss_C.sum())
         ratio = total / float(tokens_C.sum())
         self.steps.append(step)

@@ -129,7 +129,7 @@ def breakdown(
         Row(
             label=part.label,
             samples=len(part.rows_N),
-            documents=paired.clusters,
+            documents=len(np.unique(a.document[part.rows_N])),
             tokens=int(part.tokens_N.sum(dtype=np.int64)),
             loss_a=paired.a.value,
             loss_b=paired.b.value,
@@ -147,14 +147,14 @@ def breakdown(
 
 
 def _paired(part: _Part, table: LossTable, parts: int) -> Any:
-    documents_N = table.document[part.rows_N]
-    if len(np.unique(documents_N)) < 2 or not part.loss_a_N.sum() > 0:
+    clusters_N = table.cluster[part.rows_N]
+    if len(np.unique(clusters_N)) < 2 or not part.loss_a_N.sum() > 0:
         return None
     return paired_difference(
         part.loss_a_N,
         part.loss_b_N,
         part.tokens_N,
-        documents_N,
+        clusters_N,
         **JUDGED,
         level=ALPHA / parts,
     )

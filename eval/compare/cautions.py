@@ -20,6 +20,11 @@ def same(a: LossTable, b: LossTable, key: str) -> bool:
     return a.meta.get(key) is not None and a.meta.get(key) == b.meta.get(key)
 
 
+def units(a: LossTable, b: LossTable) -> str:
+    """What the errors of two tables are clustered by, in words."""
+    return "documents" if a.family is None and b.family is None else "families of documents"
+
+
 def part_of(table: LossTable) -> dict[str, Any] | None:
     """{"blocks": k, "of": K, "samples": n} where a table has the first blocks of its set only; None for a whole one."""
     part = table.meta.get("partial")
@@ -65,13 +70,15 @@ def cautions_of(a: LossTable, b: LossTable, found: PairedDifference, unit: str) 
     if hardware[0] != hardware[1] and None not in hardware:
         out.append(f"scored on other hardware ({hardware[0]} and {hardware[1]}): last digits differ by that alone")
     if found.largest_share > max(DOMINATES, 10 / found.clusters):  # of few documents one has as much by chance
-        document = np.unique(a.document)[found.largest]
-        out.append(f"document {document} has {100 * found.largest_share:.0f} % of the variance of this difference")
+        clusters = a.cluster if a.family is not None else b.cluster
+        of = "document" if clusters is a.document or clusters is b.document else "the family of document"
+        share = f"{100 * found.largest_share:.0f} % of the variance of this difference"
+        out.append(f"{of} {np.unique(clusters)[found.largest]} has {share}")
     if found.skew:
         out.append("the documents' differences are skewed: p and the interval are the wider of Student's and Hall's")
     if found.method == "sign flips":
         out.append(
-            f"{found.clusters} documents, worth {found.effective_clusters:.1f} of equal size: "
+            f"{found.clusters} {units(a, b)}, worth {found.effective_clusters:.1f} of equal size: "
             f"below {FEW_DOCUMENTS} the p-value and interval are by flipping signs"
         )
     part = part_of(a)

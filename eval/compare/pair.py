@@ -217,6 +217,7 @@ class Comparison:
                 "t": finite(found.t),
                 "t_unpaired": finite(found.t_unpaired),
                 "method": found.method,
+                "clusters": found.clusters,
             },
             "question": "weights",
             "verdict": self.verdict,
@@ -302,7 +303,8 @@ def _reference_words(table: LossTable) -> str:
 
 def side_of(table: LossTable, name: str, loss: Estimate) -> Side:
     """What a table amounts to, its loss told already."""
-    return Side(name, loss.value, loss.se, len(table), loss.clusters, int(np.sum(table.tokens, dtype=np.int64)))
+    documents = len(np.unique(table.document))
+    return Side(name, loss.value, loss.se, len(table), documents, int(np.sum(table.tokens, dtype=np.int64)))
 
 
 def _by_sample(a: LossTable, b: LossTable, level: float) -> PairedDifference:
@@ -314,7 +316,12 @@ def _by_sample(a: LossTable, b: LossTable, level: float) -> PairedDifference:
         if not np.array_equal(getattr(a, column), getattr(b, column)):
             first = int(np.argmax(getattr(a, column) != getattr(b, column)))
             raise DataError(f"compare: the same reference set, but column {column} differs from sample {first} on")
-    return paired_difference(a.loss, b.loss, a.tokens, a.document, **JUDGED, level=level)
+    return paired_difference(a.loss, b.loss, a.tokens, clusters_of(a, b), **JUDGED, level=level)
+
+
+def clusters_of(a: LossTable, b: LossTable) -> NDArray[np.int64]:
+    """What the errors of two tables of one set are clustered by, [N]: families, where either table knows them."""
+    return a.cluster if a.family is not None else b.cluster
 
 
 def _by_document(a: LossTable, b: LossTable, level: float) -> PairedDifference:
@@ -333,7 +340,11 @@ def _by_document(a: LossTable, b: LossTable, level: float) -> PairedDifference:
         )
     if not bytes_a_C.sum() > 0:
         raise DataError("compare: the tables count no bytes, so bits per byte cannot be told")
-    return paired_difference(bits_a_C, bits_b_C, bytes_a_C, documents_C, **JUDGED, level=level)
+    clusters_C = documents_C
+    for table in (a, b):
+        if table.family is not None:
+            clusters_C = table.family[np.searchsorted(table.document, documents_C)]
+    return paired_difference(bits_a_C, bits_b_C, bytes_a_C, clusters_C, **JUDGED, level=level)
 
 
 def _bits(table: LossTable) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:

@@ -285,7 +285,7 @@ def _holm_among(p: Sequence[float], pairs: int) -> list[float]:
 def _place(name: str, tables: Mapping[int, LossTable], level: float, behind: Behind | None) -> Place:
     seeds = sorted(tables)
     table = mean_table(tables, seeds)
-    own = clustered_ratio(table.loss, table.tokens, table.document)
+    own = clustered_ratio(table.loss, table.tokens, table.cluster)
     losses = {seed: mean_loss(tables[seed]) for seed in seeds}
     return Place(
         name=name,

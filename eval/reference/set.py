@@ -48,6 +48,7 @@ class ReferenceSet:
 
     `input_ids` holds the ids of sample i at `offsets[i]:offsets[i + 1]`: at most `sequence_length` + 1,
     of which the targets from `labels_from[i]` on are scored (target j is predicted from the ids before it).
+    Documents of one family share a long run of tokens; it is called by the number of its first document.
     `objective` is "prompt" where a document has a prompt, which is context only; else "causal".
     """
 
@@ -70,6 +71,7 @@ class ReferenceSet:
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     objective: str = "causal"
+    family: NDArray[np.int64] | None = None  # of each sample's document; None: each is one of its own
 
     @property
     def short_name(self) -> str:
@@ -111,6 +113,7 @@ def build_reference(
     drawn: dict[str, Any] | None = None,
     decontamination: dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
+    families: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Writes the reference set of `texts`, in their order, as the whole directory `directory`.
 
@@ -120,6 +123,7 @@ def build_reference(
         drawn: how the documents were chosen, for the record.
         decontamination: what was done to keep them out of the training data, for the record.
         prompts: of each text, "" where it has none.
+        families: of each text, a number that those share which have long passages in common; None: none have.
 
     Returns:
         What `reference.json` says.
@@ -127,7 +131,8 @@ def build_reference(
     Raises:
         DataError: fewer than two documents.
     """
-    sources, documents, cut = cut_documents(sources, texts, tokenizer, sequence_length, max_windows, prompts)
+    kept, documents, cut = cut_documents(texts, tokenizer, sequence_length, max_windows, prompts)
+    sources = [sources[at] for at in kept]
     if len(documents) < 2:
         raise DataError(f"reference: {len(documents)} documents are left, at least 2 are needed")
     samples = make_samples(documents, tokenizer.prefix_id, sequence_length, batch, block_samples)
@@ -136,6 +141,8 @@ def build_reference(
     tokens_fingerprint = _tokens_fingerprint(text_fingerprint, tokenizer.fingerprint, sequence_length, samples)
     tokens_D = np.bincount(samples.document, weights=samples.tokens)
     prompted = any(d.prompt for d in documents)
+    family_D = None if families is None else _first_members([families[at] for at in kept])
+    related = family_D is not None and len(np.unique(family_D)) < len(family_D)
     facts = {
         "name": name,
         **({"objective": "prompt"} if prompted else {}),
@@ -150,6 +157,7 @@ def build_reference(
         "block_samples": block_samples,
         "counts": {
             "documents": len(documents),
+            **({"families": len(np.unique(family_D))} if related and family_D is not None else {}),
             "samples": len(samples.document),
             "tokens": int(samples.tokens.sum()),
             "bytes": int(samples.bytes.astype(np.int64).sum()),
@@ -164,8 +172,10 @@ def build_reference(
     }
     with whole_directory(directory, {"kind": KIND, "name": name, "fingerprints": facts["fingerprints"]}) as part:
         copy_tokenizer_files(tokenizer.directory, part / "tokenizer")
-        asked = [d.prompt for d in documents] if prompted else None
-        _write_documents(part / "documents.parquet", sources, [d.text for d in documents], sha256s, asked)
+        own: dict[str, Sequence[Any]] = {"prompt": [d.prompt for d in documents]} if prompted else {}
+        if related and family_D is not None:  # a set without is the same files as ever
+            own["family"] = family_D.tolist()
+        _write_documents(part / "documents.parquet", sources, [d.text for d in documents], sha256s, own)
         _write_samples(part / "samples.parquet", samples)
         write_json(part / "reference.json", facts)
     return facts
@@ -202,6 +212,7 @@ def load_reference(directory: Path, check: bool = True) -> ReferenceSet:
         batch_count=facts["counts"]["batches"],
         sample=np.arange(len(samples.document), dtype=np.int64),
         objective=facts.get("objective", "causal"),
+        family=None if (family_D := read_families(directory)) is None else family_D[samples.document],
         **samples.arrays(),
     )
 
@@ -236,6 +247,7 @@ def retokenize(
         drawn=facts["drawn"],
         decontamination=facts["decontamination"],
         prompts=prompts,
+        families=None if (family_D := read_families(reference_dir)) is None else family_D.tolist(),
     )
     assert made["fingerprints"]["text"] == facts["fingerprints"]["text"]
     return load_reference(out_dir, check=False)
@@ -271,13 +283,35 @@ def read_documents(directory: Path) -> tuple[list[str], list[str], list[str]]:
     return table["source"].to_pylist(), texts, prompts
 
 
+def read_families(directory: Path) -> NDArray[np.int64] | None:
+    """The family of each document, called by the number of its first, int64 [D]; None where the set does not say.
+
+    Raises:
+        DataError: the documents are missing or damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = directory / "documents.parquet"
+    try:
+        if "family" not in pq.read_schema(path).names:
+            return None
+        return np.asarray(pq.read_table(path, columns=["family"])["family"], dtype=np.int64)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        said = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as a reference set's documents ({said})") from None
+
+
+def _first_members(families: Sequence[int]) -> NDArray[np.int64]:
+    """The place of the first document of each one's family, int64 [D]."""
+    _, first, index_D = np.unique(np.asarray(families), return_index=True, return_inverse=True)
+    return first[index_D].astype(np.int64)
+
+
 def _write_documents(
-    path: Path,
-    sources: Sequence[str],
-    texts: Sequence[str],
-    sha256s: Sequence[str],
-    prompts: Sequence[str] | None,
+    path: Path, sources: Sequence[str], texts: Sequence[str], sha256s: Sequence[str], own: dict[str, Sequence[Any]]
 ) -> None:
+    """`own`: columns that not every set has, by name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -290,8 +324,8 @@ def _write_documents(
         "text": pa.array(texts, pa.large_string()),
         "order": number_D,
     }
-    if prompts is not None:  # a set without prompts is the same files as ever
-        columns["prompt"] = pa.array(prompts, pa.large_string())
+    kinds = {"prompt": pa.large_string(), "family": pa.int64()}
+    columns |= {name: pa.array(values, kinds[name]) for name, values in own.items()}
     pq.write_table(pa.table(columns), path, write_page_checksum=True)
 
 

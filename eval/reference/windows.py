@@ -93,14 +93,13 @@ def document_sha256(text: str, prompt: str = "") -> str:
 
 
 def cut_documents(
-    sources: Sequence[str],
     texts: Sequence[str],
     tokenizer: TextTokenizer,
     sequence_length: int,
     max_windows: int | None,
     prompts: Sequence[str] | None = None,
-) -> tuple[list[str], list[TokenizedDocument], dict[str, Any]]:
-    """Documents with at most `max_windows` windows each, their sources, and the record of what was cut.
+) -> tuple[list[int], list[TokenizedDocument], dict[str, Any]]:
+    """(which of `texts` are kept, as documents with at most `max_windows` windows each, the record of what was cut).
 
     `prompts`: of each document, "" where it has none; a cut shortens the response only.
 
@@ -110,7 +109,7 @@ def cut_documents(
     """
     whole = _tokenized(texts, tokenizer, prompts)
     if max_windows is None:
-        return list(sources), whole, {"max_windows": None}
+        return list(range(len(whole))), whole, {"max_windows": None}
     windows = max_windows
     tokens_D = np.asarray([len(d.ids) for d in whole], np.int64)
     prompt_D = np.asarray([len(d.prompt_ids) for d in whole], np.int64)
@@ -136,7 +135,7 @@ def cut_documents(
         "documents_dropped": len(cut) - len(chosen),
         "tokens_cut": int(tokens_D[chosen].sum() - left_D.sum()),
     }
-    return [sources[i] for i in chosen], [cut[i] for i in chosen], record
+    return chosen, [cut[i] for i in chosen], record
 
 
 def make_samples(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from configs.errors import DataError
 from eval.reference.set import ReferenceSet
 from eval.statistics import allowed_looks, by_cluster, confidence_sequence
+from eval.statistics.sequential import FIRST_LOOK_DOCUMENTS, FIRST_LOOK_SAMPLES
 from eval.tables import LossTable
 
 ALPHA = 0.05
@@ -50,12 +51,15 @@ class UntilVerdict:
         samples_D = np.bincount(self.reference.document)
         ends = np.flatnonzero(np.diff(self.reference.block, append=-1)) + 1
         documents_K = self.reference.document[ends - 1] + 1
+        self._clusters_N = self.reference.document if self.reference.family is None else self.reference.family
+        clusters_K = np.array([len(np.unique(self._clusters_N[:end])) for end in ends])
         self._allowed = allowed_looks(documents_K, samples_D)
+        self._allowed = self._allowed[np.isin(self._allowed, documents_K[clusters_K >= FIRST_LOOK_DOCUMENTS])]
         self._samples = {int(d): int(s) for d, s in zip(documents_K, ends, strict=True)}
         if not len(self._allowed):
             raise DataError(
                 f"--until-verdict: the reference set has {len(samples_D)} documents and {len(self.reference.sample)} "
-                "samples; a look needs at least 40 documents and 256 samples"
+                f"samples; a look needs at least {FIRST_LOOK_DOCUMENTS} documents and {FIRST_LOOK_SAMPLES} samples"
             )
         self._narrowest = min(len(samples_D), NARROWEST_AT * int(self._allowed[0]))
 
@@ -75,13 +79,12 @@ class UntilVerdict:
                 self(stop, loss_N[:stop])
 
     def _look(self, documents: int, samples: int, loss_N: NDArray[np.float64]) -> LookResult:
-        document_N = self.reference.document[:samples]
-        a_N = self.against.loss[:samples]
-        difference_C, a_C = by_cluster(loss_N[:samples] - a_N, document_N), by_cluster(a_N, document_N)
-        looks = self._allowed[self._allowed <= documents]
-        found = confidence_sequence(difference_C, a_C, looks, self._narrowest, ALPHA)
-        value, half = 100 * float(found.value_K[-1]), 100 * float(found.half_K[-1])
-        interval = (value - half, value + half)
+        cluster_N, a_N = self._clusters_N[:samples], self.against.loss[:samples]
+        difference_C, a_C = by_cluster(loss_N[:samples] - a_N, cluster_N), by_cluster(a_N, cluster_N)
+        # Families, where they are known, are the units; they too come in random order.
+        found = confidence_sequence(difference_C, a_C, [len(a_C)], self._narrowest, ALPHA)
+        value = 100 * float(found.value_K[-1])
+        interval = (100 * float(found.low_K[-1]), 100 * float(found.high_K[-1]))
         return LookResult(documents, samples, value, interval, self._verdict(interval))
 
     def _verdict(self, interval: tuple[float, float]) -> str:

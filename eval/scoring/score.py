@@ -159,6 +159,7 @@ def _table(scorer: BatchScorer, reference: ReferenceSet, joined: Sequence[Scores
         correct=counts[:, 1].copy(),
         position_loss=sums[:, 1:].copy(),
         position_tokens=counts[:, 2:].copy(),
+        family=None if reference.family is None else reference.family[:count],
         meta=meta if part["blocks"] == blocks else {**meta, "partial": part},
     )
 

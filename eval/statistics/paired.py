@@ -64,7 +64,7 @@ class PairedDifference:
         low, high = self.percent - t * self.se_percent, self.percent + t * self.se_percent
         if self.method == "t":
             return low, high
-        hall = [self.percent - self.se_percent * untransformed(x, self.skew) for x in (t, -t)]
+        hall = [self.percent - self.se_percent * float(untransformed(x, self.skew)) for x in (t, -t)]
         return min(low, hall[0]), max(high, hall[1])
 
 
@@ -90,9 +90,12 @@ def transformed(t: float, skew: float) -> float:
     return t if skew == 0 else ((1 + skew * t / 3) ** 3 - 1) / skew + skew / 6
 
 
-def untransformed(x: float, skew: float) -> float:
-    """The t that `transformed` takes to x."""
-    return x if skew == 0 else 3 / skew * (float(np.cbrt(1 + skew * (x - skew / 6))) - 1)
+def untransformed(x: ArrayLike, skew: ArrayLike) -> NDArray[np.float64]:
+    """The t that `transformed` takes to x; of arrays, each with its skewness."""
+    x_K, skew_K = np.asarray(x, dtype=np.float64), np.asarray(skew, dtype=np.float64)
+    some_K = np.where(skew_K == 0, 1.0, skew_K)
+    t_K = 3 / some_K * (np.cbrt(1 + some_K * (x_K - some_K / 6)) - 1)
+    return np.asarray(np.where(skew_K == 0, x_K, t_K), dtype=np.float64)
 
 
 def paired_difference(

@@ -16,21 +16,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from configs.errors import DataError
+from eval.statistics.paired import untransformed
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-FIRST_LOOK_DOCUMENTS = 40  # before these the variance is too uncertain for an asymptotic interval
+# Of fewer, 3 % of documents that are far off are in less than 95 of 100 sets: nothing would tell that there are any.
+FIRST_LOOK_DOCUMENTS = 100
 FIRST_LOOK_SAMPLES = 256
 
 
 @dataclass(frozen=True)
 class ConfidenceSequence:
-    """At each look: documents so far [K], the ratio [… K], and the half width of its interval [… K]."""
+    """At each look: documents so far [K], the ratio [… K], and its interval [… K]: symmetric of half width `half_K`,
+    made wider on one side where the documents are skewed."""
 
     documents_K: Integers
     value_K: Floats
     half_K: Floats
+    low_K: Floats
+    high_K: Floats
 
 
 def mixture_rho(t_opt: float, alpha: float = 0.05) -> float:
@@ -52,7 +57,7 @@ def mixture_width(t: ArrayLike, rho: float, alpha: float = 0.05) -> Floats:
 
 
 def allowed_looks(ends: ArrayLike, samples: ArrayLike) -> Integers:
-    """Those of the block ends (in documents, ascending) at which one may look: ≥ 40 documents and ≥ 256 samples.
+    """Those of the block ends (in documents, ascending) at which one may look: ≥ 100 documents and ≥ 256 samples.
 
     Args:
         ends: [K] documents behind each look.
@@ -70,7 +75,9 @@ def confidence_sequence(
 
     d̄_t = Σy/Σm over the first t documents; half width s_t·`mixture_width`(t)/m̄_t, where s_t² is the variance of the
     residuals y_c − d̄_t·m_c (divisor t − 1) and m̄_t the mean of m (Waudby-Smith et al., arXiv 2103.06476, theorem 2.2;
-    linearised as in Miller, arXiv 2411.00640, app. A). t counts documents, never samples.
+    linearised as in Miller, arXiv 2411.00640, app. A). t counts documents, never samples. It rests on normal means;
+    where the residuals are skewed, the interval is the hull of that and of Hall's (`paired.transformed`) at the same
+    multiple of the error: lognormal documents (σ = 1.5) are called different in 3 % of streams instead of 15 %.
 
     The guarantee is asymptotic in the first look: pass `looks` through `allowed_looks`. The value at a stop chosen by
     looking is inflated: report the interval.
@@ -98,12 +105,21 @@ def confidence_sequence(
     squares_K = _running(shifted_C**2, looks_K) - 2 * ratio_K * cross_K + ratio_K**2 * weight_squares_K
     sd_K = np.sqrt(np.maximum(squares_K, 0.0) / (looks_K - 1))
     width_K = mixture_width(looks_K, mixture_rho(t_opt, alpha), alpha)
-    return ConfidenceSequence(looks_K, offset + ratio_K, sd_K * width_K * looks_K / weight_K)
+    value_K, half_K = offset + ratio_K, sd_K * width_K * looks_K / weight_K
+    cubes_K = _running(shifted_C**3, looks_K) - 3 * ratio_K * _running(shifted_C**2 * m_C, looks_K)
+    cubes_K += 3 * ratio_K**2 * _running(shifted_C * m_C**2, looks_K) - ratio_K**3 * _running(m_C**3, looks_K)
+    spread_K = np.maximum(squares_K, 0.0)
+    skew_K = np.where(spread_K > 0, cubes_K / np.where(spread_K > 0, spread_K, 1.0) ** 1.5, 0.0)
+    times_K = width_K * np.sqrt(looks_K)  # of the standard error
+    se_K = half_K / times_K
+    low_K = value_K - np.maximum(half_K, se_K * untransformed(times_K, skew_K))
+    high_K = value_K + np.maximum(half_K, -se_K * untransformed(-times_K, skew_K))
+    return ConfidenceSequence(looks_K, value_K, half_K, low_K, high_K)
 
 
 def excludes(sequence: ConfidenceSequence, point: float = 0.0) -> NDArray[np.bool_]:
     """Whether each look's interval leaves `point` out; [… K]."""
-    return np.abs(sequence.value_K - point) > sequence.half_K
+    return (sequence.low_K > point) | (sequence.high_K < point)
 
 
 def first_look(hit_K: NDArray[np.bool_]) -> Integers:

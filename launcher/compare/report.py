@@ -147,6 +147,12 @@ def power_words(power: Power | None, wanted_percent: float) -> str:
     )
 
 
+def cluster_words(comparison: Comparison) -> str:
+    """What the error is clustered by."""
+    clusters, documents = comparison.difference.clusters, comparison.a.documents
+    return "document" if clusters == documents else f"family: {clusters:,} of {documents:,} documents"
+
+
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The sentence, the two losses it rests on, the test with and without pairing, and the cautions."""
     say(console, sentence(comparison), STYLES[comparison.verdict].replace("dim", "none"))
@@ -163,7 +169,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     print_table(table, console, spare=("tokens", "samples"))
     say(
         console,
-        f"  paired t = {signed(found.t, 2)} (clustered by document); "
+        f"  paired t = {signed(found.t, 2)} (clustered by {cluster_words(comparison)}); "
         f"unpaired t = {signed(found.t_unpaired, 2)}; losses ± standard error",
     )
     noise = noise_words(comparison)
@@ -226,7 +232,7 @@ def single_steps(comparison: RunComparison) -> list[str]:
         found = versus.difference
         lines.append(
             f"One optimizer step, {before.step} → {after.step}: paired t = {signed(found.t, 2)} "
-            f"(clustered by document) where the unpaired t = {signed(found.t_unpaired, 2)}; "
+            f"(clustered by {cluster_words(versus)}) where the unpaired t = {signed(found.t_unpaired, 2)}; "
             f"the change is {change_words(versus)}"
         )
     return lines

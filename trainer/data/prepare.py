@@ -335,6 +335,7 @@ def _reference(
         drawn=drawn,
         decontamination=record,
         prompts=[d.prompt for d in chosen],
+        families=split.families,
     )
     stored = _stored(part / "reference", tokenizer)
     run = config.reference.min_shared_run

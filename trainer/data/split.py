@@ -20,9 +20,11 @@ from trainer.data.sources import content_key
 
 @dataclass(frozen=True)
 class Split:
-    """`reference` and `training` are document indices, each in a random order keyed by content."""
+    """`reference` and `training` are document indices, each in a random order keyed by content; `families`: of the
+    reference documents."""
 
     reference: list[int]
+    families: list[int]
     training: list[int]
     record: dict[str, Any]
 
@@ -69,6 +71,7 @@ def split_by_family(
     sizes = [len(group) for group in members.values()]
     return Split(
         taken,
+        family_D[taken].tolist(),
         [d for d in range(len(ids)) if d not in chosen],
         {
             "min_shared_run": settings.min_shared_run,

@@ -17,7 +17,7 @@ from eval.tables import LossTable, read_table
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data with a reference set of several blocks: the standard library's documents."""
     directory = tmp_path_factory.mktemp("blocks") / "data"
-    settings = ["data.source=python-stdlib", "data.max_bytes=8000000", "reference.documents=120", "seed=5"]
+    settings = ["data.source=python-stdlib", "data.max_bytes=8000000", "reference.documents=240", "seed=5"]
     settings += ["reference.block_samples=128", "reference.max_windows=4", "reference.max_fraction=0.5"]
     vernier("prepare", "tests/tiny.yaml", f"data.dir={directory}", *settings)
     return directory
@@ -142,5 +142,5 @@ def test_a_hundredth_of_a_percent_takes_longer_and_equality_ends_by_the_margin()
 
 def test_a_small_reference_set_is_refused_before_anything_is_scored() -> None:
     reference = _reference(30, 20, 300)
-    with pytest.raises(DataError, match="a look needs at least 40 documents and 256 samples"):
+    with pytest.raises(DataError, match="a look needs at least 100 documents and 256 samples"):
         UntilVerdict(reference, _table(np.ones(600), reference))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,16 @@ def read_mean_loss(path: Path) -> tuple[float, dict[str, Any]]:
     """
     table = read_table(path)
     return mean_loss(table), table.meta
+
+
+def mean_table(tables: Sequence[LossTable]) -> LossTable:
+    """Each sample's mean loss over tables of one set; of one table, that table."""
+    first = tables[0]
+    if len(tables) == 1:
+        return first
+    loss_N = np.mean([table.loss for table in tables], axis=0)
+    meta = {key: value for key, value in first.meta.items() if key not in ("model", "source", "label", "step")}
+    return replace(first, loss=loss_N, meta=meta, correct=None, position_loss=None, position_tokens=None)
 
 
 def mean_loss(table: LossTable) -> float:

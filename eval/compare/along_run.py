@@ -251,7 +251,14 @@ def with_noise(comparison: Comparison, a: Found, b: Found, known: KnownNoise) ->
     wobbles = [one.wobble for one in both if one.wobble is not None]
     twins = [one.twins for one in both if one.twins is not None]
     same_run = a.run is not None and b.run is not None and a.run.resolve() == b.run.resolve()
-    one_step = same_run and a.step is not None and b.step is not None and abs(a.step - b.step) == 1
+    one_step = (
+        same_run
+        and not a.more
+        and not b.more
+        and a.step is not None
+        and b.step is not None
+        and abs(a.step - b.step) == 1
+    )
     origin = provenance(a, b)
     caution = None if comparison.verdict in ("identical", "same weights") else origin.caution()
     return replace(
@@ -260,7 +267,7 @@ def with_noise(comparison: Comparison, a: Found, b: Found, known: KnownNoise) ->
         twins=max(twins, key=lambda one: one.percent, default=None),
         one_step=one_step,
         origin=origin,
-        cautions=(*comparison.cautions, *([caution] if caution else [])),
+        cautions=(*comparison.cautions, *(c for c in (caution, a.caution, b.caution) if c is not None)),
     )
 
 

@@ -22,6 +22,7 @@ from eval.statistics import (
     power_for,
 )
 from eval.statistics.paired import FEW_DOCUMENTS, SKEWED, paired_difference, t_quantile
+from eval.statistics.power import flips_factor
 from eval.tables import LossTable
 
 Verdict = Literal["better", "worse", "no difference seen", "identical", "same weights"]
@@ -107,13 +108,14 @@ class Comparison:
 
     @property
     def detectable_percent(self) -> float:
-        """Smallest change seen with probability .8: `detectable`, by Student's t, at its share of α.
-
-        Infinite where no change could be.
+        """Smallest change seen with probability .8: `detectable`, by Student's t, at its share of α; where signs are
+        flipped, `flips_factor` times that. Infinite where no change could be.
         """
         if not self.can_show:
             return math.inf
-        return detectable(self.difference.se_percent, self.alpha / self.shares, df=self.difference.clusters - 1)
+        found = self.difference
+        times = flips_factor(found.clusters) if found.method == "sign flips" else 1.0
+        return times * detectable(found.se_percent, self.alpha / self.shares, df=found.clusters - 1)
 
     @property
     def half_width_percent(self) -> float:

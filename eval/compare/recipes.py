@@ -19,7 +19,7 @@ from configs.load import load_config
 from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.compare.pair import ALPHA, Comparison, Verdict, compare_tables, finite
-from eval.compare.sweep import mean_loss, mean_table, with_seeds
+from eval.compare.sweep import mean_loss, mean_over_seeds, with_seeds
 from eval.compare.targets import Scale, find_run, tables_of_run
 from eval.curves.pairing import settings_changed
 from eval.statistics import samples_needed
@@ -163,7 +163,9 @@ def compare_seeds(
     paired = len(shared) > 1
     of_a, of_b = (shared, shared) if paired else (sorted(tables_a), sorted(tables_b))
     names = (a.name, b.name)
-    documents = compare_tables(mean_table(tables_a, of_a), mean_table(tables_b, of_b), names=names, alpha=alpha)
+    documents = compare_tables(
+        mean_over_seeds(tables_a, of_a), mean_over_seeds(tables_b, of_b), names=names, alpha=alpha
+    )
     found, scale = documents.difference, 100 / documents.a.loss
     if paired:
         d_S = scale * np.array([b.losses[seed] - a.losses[seed] for seed in shared])

@@ -17,7 +17,7 @@ from configs.errors import DataError
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
 from eval.statistics import PairedDifference, clustered_ratio, holm
 from eval.statistics.paired import t_quantile, two_sided_p
-from eval.tables import LossTable
+from eval.tables import LossTable, mean_table
 
 Floats = NDArray[np.float64]
 
@@ -198,14 +198,9 @@ def seed_noise(losses: Mapping[str, Mapping[int, float]]) -> tuple[float, int] |
     return (sd if sd > 1e-12 * float(np.abs(loss).max()) else 0.0), freedom  # below it is rounding
 
 
-def mean_table(tables: Mapping[int, LossTable], seeds: Sequence[int]) -> LossTable:
-    """Each sample's mean loss over seeds; of one seed, the table as it is."""
-    first = tables[seeds[0]]
-    if len(seeds) == 1:
-        return first
-    loss_N = np.mean([tables[seed].loss for seed in seeds], axis=0)
-    meta = {key: value for key, value in first.meta.items() if key not in ("model", "source", "label", "step")}
-    return replace(first, loss=loss_N, meta=meta, correct=None, position_loss=None, position_tokens=None)
+def mean_over_seeds(tables: Mapping[int, LossTable], seeds: Sequence[int]) -> LossTable:
+    """Each sample's mean loss over seeds."""
+    return mean_table([tables[seed] for seed in seeds])
 
 
 def _behind(
@@ -219,7 +214,7 @@ def _behind(
     seeds = sorted(scored[best].keys() & scored[other].keys())
     if not seeds:
         return None
-    a, b = mean_table(scored[best], seeds), mean_table(scored[other], seeds)
+    a, b = mean_over_seeds(scored[best], seeds), mean_over_seeds(scored[other], seeds)
     comparison = compare_tables(a, b, alpha=alpha, names=(best, other), pairs=pairs)
     found, scale = comparison.difference, 100 / comparison.a.loss
     by_seed = {seed: scale * (mean_loss(scored[other][seed]) - mean_loss(scored[best][seed])) for seed in seeds}
@@ -284,7 +279,7 @@ def _holm_among(p: Sequence[float], pairs: int) -> list[float]:
 
 def _place(name: str, tables: Mapping[int, LossTable], level: float, behind: Behind | None) -> Place:
     seeds = sorted(tables)
-    table = mean_table(tables, seeds)
+    table = mean_over_seeds(tables, seeds)
     own = clustered_ratio(table.loss, table.tokens, table.cluster)
     losses = {seed: mean_loss(tables[seed]) for seed in seeds}
     return Place(

@@ -1,4 +1,4 @@
-"""What `compare` was given: a loss table, a snapshot of a run, RUN@STEP or RUN; and which tables it means."""
+"""What `compare` was given: a loss table, a snapshot, RUN@STEP, RUN@lastN or RUN; and which tables it means."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from configs.errors import ConfigError, DataError
 from configs.facts import read_reference_facts
 from configs.load import load_config
 from configs.run.directory import RunDir, step_name, step_of
-from eval.tables import LossTable, parse_table_name, read_table
+from eval.tables import LossTable, mean_table, parse_table_name, read_table
 
 _STEP = re.compile(r"(?:step-)?(\d+)")
+_LAST = re.compile(r"last([1-9]\d{0,3})")
 
 
 @dataclass(frozen=True)
@@ -32,23 +35,47 @@ class Scale:
 
 @dataclass(frozen=True)
 class Target:
-    """One thing to compare: `table` is a file, otherwise a run, at `step` where one was named."""
+    """One thing to compare: `table` is a file, otherwise a run, at `step` where one was named, or the mean of the
+    losses of its `last` scored steps."""
 
     text: str
     table: Path | None = None
     run: Path | None = None
     step: int | None = None
+    last: int | None = None
 
 
 @dataclass(frozen=True)
 class Found:
-    """The table that a target means: what to call it, where it lies, and its run and step where it is of one."""
+    """The table that a target means: what to call it, where it lies, and its run and step where it is of one. `more`:
+    tables of earlier steps of which the mean is meant with it."""
 
     text: str
     name: str
     path: Path
     run: Path | None
     step: int | None
+    more: tuple[Path, ...] = ()
+
+    def read(self) -> LossTable:
+        """The losses that are meant.
+
+        Raises:
+            DataError: a table cannot be read, or they are not of the same samples.
+        """
+        tables = [read_table(path) for path in (*self.more, self.path)]
+        for path, table in zip(self.more, tables, strict=False):
+            if not np.array_equal(table.document, tables[-1].document):
+                raise DataError(f"{path}: has other samples than {self.path}")
+        return mean_table(tables)
+
+    @property
+    def caution(self) -> str | None:
+        """What a reader should know of it."""
+        if not self.more:
+            return None
+        steps = ", ".join(str(step_of(path.name)) for path in (*self.more, self.path))
+        return f"{self.name}: the mean of the losses at steps {steps}, not the loss of averaged weights"
 
 
 def tables_of_run(run: Path) -> dict[Scale, dict[int, Path]]:
@@ -108,9 +135,12 @@ def parse_target(text: str) -> Target:
     name, at, step = text.rpartition("@")
     run = find_run(name) if at and name else None
     if run is not None:
+        last = _LAST.fullmatch(step)
+        if last is not None:
+            return Target(text, run=run, last=int(last[1]))
         match = _STEP.fullmatch(step)
         if match is None:
-            raise DataError(f"{text}: {step!r} is not a step; {_have(tables_of_run(run).values())}")
+            raise DataError(f"{text}: {step!r} is not a step, or last3, say; {_have(tables_of_run(run).values())}")
         return Target(text, run=run, step=int(match[1]))
     if (path / "config.json").is_file():
         raise DataError(
@@ -133,6 +163,11 @@ def _options(target: Target) -> dict[Scale, dict[int, Path]]:
         scale = Scale(str(meta.get("reference"))[:8], str(meta.get("objective")), str(meta.get("dtype")))
         return {scale: {-1: target.table}}
     found = tables_of_run(target.run)
+    if target.last is not None:
+        enough = {scale: {max(tables): tables[max(tables)]} for scale, tables in found.items() if _more(target, tables)}
+        if not enough:
+            raise DataError(f"{target.text}: fewer than {target.last} steps of it are scored; {_have(found.values())}")
+        return enough
     if target.step is None:
         return found
     here = {scale: {target.step: by_step[target.step]} for scale, by_step in found.items() if target.step in by_step}
@@ -141,13 +176,31 @@ def _options(target: Target) -> dict[Scale, dict[int, Path]]:
     return here
 
 
+def _more(target: Target, tables: dict[int, Path]) -> tuple[Path, ...] | None:
+    """The tables besides the last that `target` means the mean of; None where there are too few."""
+    if target.last is None:
+        return ()
+    steps = sorted(tables)[-target.last :]
+    return tuple(tables[step] for step in steps[:-1]) if len(steps) == target.last else None
+
+
+def _with_more(target: Target, path: Path) -> tuple[Path, ...]:
+    if target.run is None:
+        return ()
+    found = tables_of_run(target.run).values()
+    return next((_more(target, tables) or () for tables in found if path in tables.values()), ())
+
+
 def resolve_scale(text: str, scale: Scale) -> Path:
     """The table that an argument means, scored in the way `scale`: of a run, its last step so scored.
 
     Raises:
         DataError: no such thing, or not scored so; names the ways there are.
     """
-    found = _options(parse_target(text))
+    target = parse_target(text)
+    if target.last is not None:
+        raise DataError(f"{text}: a mean of checkpoints is for vernier compare; name one step here")
+    found = _options(target)
     tables = found.get(scale)
     if tables is None:
         raise DataError(f"{text}: is not scored as {scale.words}, but {', '.join(one.words for one in found)}")
@@ -165,7 +218,9 @@ def find_tables(texts: Sequence[str]) -> list[Found]:
     """
     targets = [parse_target(text) for text in texts]
     options = [_options(target) for target in targets]
-    runs_alone = len(targets) > 1 and all(target.run is not None and target.step is None for target in targets)
+    runs_alone = len(targets) > 1 and all(
+        target.run is not None and target.step is target.last is None for target in targets
+    )
     paths = _best_paths(options, runs_alone=runs_alone)
     if paths is None:
         raise DataError(
@@ -174,7 +229,7 @@ def find_tables(texts: Sequence[str]) -> list[Found]:
             + "".join(f"; {text}: {_have(found.values())}" for text, found in zip(texts, options, strict=True))
         )
     return [
-        Found(target.text, name, path, *_home(target, path))
+        Found(target.text, name, path, *_home(target, path), _with_more(target, path))
         for target, path, name in zip(targets, paths, _names(targets, paths), strict=True)
     ]
 
@@ -213,10 +268,14 @@ def _home(target: Target, path: Path) -> tuple[Path | None, int | None]:
 
 def _names(targets: Sequence[Target], paths: Sequence[Path]) -> list[str]:
     """The shortest names that tell all apart: the step; with its run; what the user wrote."""
-    labels = [path.name.partition("@")[0] for path in paths]
+    labels = [
+        path.name.partition("@")[0] if target.last is None else f"last{target.last}"
+        for target, path in zip(targets, paths, strict=True)
+    ]
     runs = [target.run for target in targets]
     if all(run is not None for run in runs) and len({run.resolve() for run in runs if run is not None}) > 1:
-        labels = [f"{run.name}@{step_of(label)}" for run, label in zip(runs, labels, strict=True) if run is not None]
+        steps = [label if label.startswith("last") else str(step_of(label)) for label in labels]
+        labels = [f"{run.name}@{step}" for run, step in zip(runs, steps, strict=True) if run is not None]
     if len(set(labels)) < len(set(paths)):
         return [target.text for target in targets]
     return labels

@@ -258,10 +258,9 @@ def compare_pair(targets: list[str], options: Options) -> PairResult:
     from eval.compare.along_run import KnownNoise, with_noise
     from eval.compare.pair import compare_tables
     from eval.compare.targets import find_reference, find_tables
-    from eval.tables import read_table
 
     found = find_tables(targets)
-    a, b = (read_table(one.path) for one in found)
+    a, b = (one.read() for one in found)
     comparison = compare_tables(a, b, names=(found[0].name, found[1].name))
     made = PairResult(with_noise(comparison, found[0], found[1], KnownNoise()), a, b, options.power_percent)
     parts = options.parts
@@ -315,12 +314,11 @@ def _leaderboard(targets: list[str]) -> LeaderboardResult:
     from eval.compare.along_run import KnownNoise, with_noise
     from eval.compare.leaderboard import leaderboard
     from eval.compare.targets import find_tables
-    from eval.tables import read_table
 
     found: list[Found] = find_tables(targets)
     known = KnownNoise()
     board = leaderboard(
-        [read_table(one.path) for one in found],
+        [one.read() for one in found],
         [one.name for one in found],
         finish=lambda comparison, a, b: with_noise(comparison, found[a], found[b], known),
     )

@@ -23,7 +23,7 @@ REFERENCE = "0123abcd" + "0" * 56
 SIDE = {"name", "loss", "se", "samples", "documents", "tokens"}
 DIFFERENCE = {
     *("nats", "percent", "se_percent", "ci95_percent", "p", "p_adjusted", "alpha", "win_rate"),
-    *("detectable_percent", "pairing_gain", "t", "t_unpaired", "method"),
+    *("detectable_percent", "pairing_gain", "t", "t_unpaired", "method", "clusters"),
 }
 TOP = {"a", "b", "difference", "verdict", "limited_by", "wobble_percent", "twins"}
 ADDED = {"unit", "paired_by", "reference", "cautions", "question", "origin"}

@@ -5,6 +5,7 @@ What one run of each cannot tell: whether another seed would say the same. Print
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 
 from configs.errors import ConfigError, DataError, VernierError
-from configs.load import load_config
+from configs.load import is_named, leaves, load_config
 from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.compare.pair import ALPHA, Comparison, Verdict, compare_tables, finite
 from eval.compare.sweep import mean_loss, mean_over_seeds, with_seeds
 from eval.compare.targets import Scale, find_run, tables_of_run
-from eval.curves.pairing import settings_changed
+from eval.curves.pairing import NOT_THE_EXPERIMENT, settings_changed
 from eval.statistics import samples_needed
 from eval.tables import LossTable, read_table
 
@@ -39,6 +40,17 @@ class Group:
     @property
     def loss(self) -> float:
         return math.fsum(self.losses.values()) / len(self.losses)
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """Standard deviation between seeds of one recipe, in percent of the loss, by so many degrees of freedom; of how
+    many runs of how many recipes."""
+
+    percent: float
+    df: int
+    runs: int
+    recipes: int
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,14 @@ class RecipeComparison:
         }
 
 
-def compare_groups(a: Sequence[str], b: Sequence[str], *, alpha: float = ALPHA) -> RecipeComparison:
+def compare_groups(
+    a: Sequence[str], b: Sequence[str], *, seeds_from: Sequence[str] = (), alpha: float = ALPHA
+) -> RecipeComparison:
     """Compares two recipes by the runs of each: folders, names under `runs/`, or patterns of them (`runs/a-*`).
+
+    Args:
+        seeds_from: earlier runs, several seeds of each recipe, whose variance between seeds is taken over: then one run
+            of each is enough, and seeds are not paired.
 
     Raises:
         ConfigError: too few runs, a run in both groups, or two of one seed in a group.
@@ -137,30 +155,73 @@ def compare_groups(a: Sequence[str], b: Sequence[str], *, alpha: float = ALPHA) 
         Group(_name(texts, group), tuple(of.values()), {seed: mean_loss(t) for seed, t in own.items()})
         for texts, group, of, own in zip((a, b), found, by_seed, tables, strict=True)
     ]
-    made = compare_seeds(groups[0], groups[1], tables[0], tables[1], alpha=alpha)
+    earlier = noise_of_seeds(seeds_from) if seeds_from else None
+    made = compare_seeds(groups[0], groups[1], tables[0], tables[1], earlier=earlier, alpha=alpha)
     changed, cautions = _settings(configs)
     return replace(made, step=step, changed=changed, cautions=(*made.cautions, *cautions))
 
 
+def noise_of_seeds(texts: Sequence[str]) -> SeedNoise:
+    """What seeds of one recipe have differed by in earlier runs: those with equal settings but for the seed are one
+    recipe, each taken at the last step that is scored in all its seeds; the variances are pooled.
+
+    Raises:
+        DataError: no run is where one was named, or no recipe has two seeds scored at one step.
+    """
+    recipes: dict[str, list[Path]] = {}
+    for run in _runs_of(texts):
+        settings = leaves(load_config(RunDir(run).config).model_dump(mode="json", by_alias=True))
+        own = {key: value for key, value in settings if not is_named(key, (*NOT_THE_EXPERIMENT, "seed"))}
+        same = json.dumps(own, sort_keys=True)
+        recipes.setdefault(same, []).append(run)
+    squares, df, runs, count = 0.0, 0, 0, 0
+    for group in recipes.values():
+        if len(group) < 2:
+            continue
+        try:
+            _, paths = _common_step(group)
+        except DataError:
+            continue
+        losses = np.array([mean_loss(read_table(path)) for path in paths.values()])
+        squares += (len(losses) - 1) * float(np.var(100 * losses / losses.mean(), ddof=1))
+        df, runs, count = df + len(losses) - 1, runs + len(losses), count + 1
+    if not df:
+        raise DataError(
+            "--seeds-from: no two of these runs are seeds of one recipe (equal settings but for the seed) that are "
+            "scored at one step"
+        )
+    return SeedNoise(math.sqrt(squares / df), df, runs, count)
+
+
 def compare_seeds(
-    a: Group, b: Group, tables_a: Mapping[int, LossTable], tables_b: Mapping[int, LossTable], *, alpha: float = ALPHA
+    a: Group,
+    b: Group,
+    tables_a: Mapping[int, LossTable],
+    tables_b: Mapping[int, LossTable],
+    *,
+    earlier: SeedNoise | None = None,
+    alpha: float = ALPHA,
 ) -> RecipeComparison:
     """The comparison of two groups whose tables are read: paired by the seeds that both have, where these are two and
     more, else of unlike seeds (Welch, "The generalization of Student's problem", Biometrika 34, 1947).
 
     The two errors are put together as in a sweep (`with_seeds`).
 
+    Args:
+        earlier: the noise of seeds in other runs: not paired then, the variance pooled with that within the groups.
+
     Raises:
         ConfigError: fewer than two runs in a group.
         DataError: the tables cannot be subtracted.
     """
     for group in (a, b):
-        if len(group.losses) < 2:
+        if len(group.losses) < 2 and earlier is None:
             raise ConfigError(
-                f"--against: {group.name} is one run; whether a recipe is better needs two seeds of each and more"
+                f"--against: {group.name} is one run; whether a recipe is better needs two seeds of each and more, or "
+                "--seeds-from with earlier runs that tell what seeds do"
             )
     shared = sorted(tables_a.keys() & tables_b.keys())
-    paired = len(shared) > 1
+    paired = len(shared) > 1 and earlier is None
     of_a, of_b = (shared, shared) if paired else (sorted(tables_a), sorted(tables_b))
     names = (a.name, b.name)
     documents = compare_tables(
@@ -173,13 +234,24 @@ def compare_seeds(
         se = sd / math.sqrt(len(shared))
     else:
         own = [scale * np.array(list(group.losses.values())) for group in (a, b)]
+    if not paired and earlier is not None:
+        within = [(len(x) - 1) * float(np.var(x, ddof=1)) for x in own if len(x) > 1]
+        df = float(earlier.df + sum(len(x) - 1 for x in own))
+        one = math.sqrt((earlier.df * earlier.percent**2 + sum(within)) / df)
+        se, sd = one * math.sqrt(sum(1 / len(x) for x in own)), one * math.sqrt(2)
+    elif not paired:
         parts = [float(np.var(x, ddof=1)) / len(x) for x in own]
         se, sd = math.sqrt(sum(parts)), math.sqrt(sum(float(np.var(x, ddof=1)) for x in own))
         df = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, own, strict=True)) if se else 1.0
     ci95, p = with_seeds(found, se, df)
     left = sorted((tables_a.keys() | tables_b.keys()) - set(shared)) if paired else []
     cautions = [f"seeds of one group alone are left out: {', '.join(map(str, left))}"] if left else []
-    if not paired:
+    if earlier is not None:
+        cautions.append(
+            f"the noise of seeds is taken over from {earlier.runs} runs of {earlier.recipes} recipe(s) "
+            f"({earlier.percent:.2g} %): it holds if these recipes vary as those did"
+        )
+    elif not paired:
         cautions.append("the groups have no two seeds in common: not paired, which may take several times as many")
     return RecipeComparison(
         a=a,

@@ -96,11 +96,15 @@ def compare(
     margin: Annotated[str | None, typer.Option(help="Of --gate: by how much, such as 0.05%; default 0.")] = None,
     of: Annotated[
         str | None,
-        typer.Option(help="What --gate asks of: weights (default), run (with its wobble), or recipe."),
+        typer.Option(help="What --gate asks of: weights (default), run (with its noise), or recipe."),
     ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(metavar="B", help="Compare recipes over seeds: the runs of B, as a pattern or several times."),
+    ] = None,
+    seeds_from: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUNS", help="With --against: earlier runs that tell what seeds do; a pattern."),
     ] = None,
     power: Annotated[
         str | None, typer.Option(metavar="CHANGE", help="How many documents seeing a change of, say, 0.001% needs.")
@@ -131,6 +135,7 @@ def compare(
         margin=margin,
         of=of,
         against=tuple(against or ()),
+        seeds_from=tuple(seeds_from or ()),
         power=power,
         by=by,
         changed=changed,

@@ -24,6 +24,7 @@ class Options:
     margin: str | None = None
     of: str | None = None
     against: tuple[str, ...] = ()
+    seeds_from: tuple[str, ...] = ()
     power: str | None = None
     by: str | None = None
     changed: int | None = None
@@ -91,9 +92,14 @@ Rule = tuple[frozenset[str], Callable[[frozenset[str], int], bool], str]
 # (options, where they may stand: by what else is given and how many targets there are, what is said elsewhere).
 RULES: tuple[Rule, ...] = (
     (
-        _ALL - frozenset(("--against", "--gate", "--margin", "--of")),
+        _ALL - frozenset(("--against", "--seeds-from", "--gate", "--margin", "--of")),
         lambda given, count: "--against" not in given,
         "--against: compares groups of runs; it does not go with {option}",
+    ),
+    (
+        frozenset(("--seeds-from",)),
+        lambda given, count: "--against" in given,
+        "--seeds-from: is about recipes; give --against too",
     ),
     (
         frozenset(("--by", "--changed", "--advantage")),

@@ -239,7 +239,7 @@ def compare_targets(targets: list[str], options: Options) -> Result:
     if options.against:
         from eval.compare.recipes import compare_groups
 
-        return RecipeResult(compare_groups(targets, options.against))
+        return RecipeResult(compare_groups(targets, options.against, seeds_from=options.seeds_from))
     if options.training:
         return _training(targets, options)
     if len(targets) > 2:

@@ -19,12 +19,13 @@ from configs.schema import NAME_PATTERN, Config
 
 MOST = 1000  # members; Slurm's job arrays end at 1,000 unless a site allows more
 LONGEST_NAME = 80
+DATA = "data.dir"  # may be swept where all are scored on one set
 NOT_SWEPT = {
     "name": "members are named by what is swept",
     "seed": "use --seeds N",
     "run.": "each member has its folder in the sweep's; use --sweep-dir",
-    "data.": "members share their data",
-    "reference.": "members share their reference set",
+    "data.": "members share how data is prepared; prepare each, and sweep data.dir with eval.reference=REF",
+    "reference.": "members share their reference set; prepare each, and sweep data.dir with eval.reference=REF",
     "eval.": "members are all scored in the same way",
     "launch.": "members are all submitted in the same way",
 }
@@ -150,6 +151,8 @@ def _axes(sweep: Sequence[str], overrides: Sequence[str]) -> dict[str, tuple[str
 
 
 def _why_not(key: str) -> str:
+    if key == DATA:
+        return ""
     return next((why for name, why in NOT_SWEPT.items() if is_named(key, (name,)) or f"{key}." == name), "")
 
 
@@ -166,6 +169,10 @@ def _loaded(
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault(problem, []).append(value_words(values))
+            continue
+        if DATA in axes and config.eval.reference is None:
+            text = f"{DATA}: is swept, so all members must be scored on one set; name it: eval.reference=REF"
+            problems.setdefault(text, []).append(value_words(values))
             continue
         paths = {key: getattr(there, key) for key in ("run", "data", "model", "baseline")}
         scored = config.eval.model_copy(update={"reference": there.eval.reference})

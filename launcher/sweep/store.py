@@ -20,7 +20,7 @@ from configs.run.directory import RunDir
 from configs.schema import NAME_PATTERN, Config
 from configs.yaml.text import as_written
 from launcher.backends.agent import one_thread
-from launcher.sweep.members import Member, Sweep, members, told_once
+from launcher.sweep.members import DATA, Member, Sweep, members, told_once
 from launcher.watch.run_index import SWEEP as FILE
 
 __all__ = ["Member", "Sweep", "check_members", "member_of", "members", "read_sweep", "write_sweep"]
@@ -54,6 +54,11 @@ def check_members(
                 problems.setdefault(problem, []).append(member.name)
     if problems:
         raise ConfigError(*told_once(problems, len(sweep.members), sweep.axes))
+    if tell is not None and DATA in sweep.axes:
+        tell(
+            f"{DATA} is swept: only the data that eval.reference was prepared with is kept apart from it; other data "
+            "may hold texts of it, and a member that has trained on them looks better than it is"
+        )
     if tell is not None:
         for told in told_once(cautions, len(sweep.members), sweep.axes):
             tell(told)

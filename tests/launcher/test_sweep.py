@@ -131,7 +131,7 @@ def test_commas_in_brackets_and_quotes_do_not_split() -> None:
         (["optimizer.lr=1e-3,0.001"], "optimizer.lr=1e-3 and optimizer.lr=0.001 are the same settings"),
         (["optimizer.lr=1,2", "optimizer.lr=3"], "--sweep optimizer.lr: given twice"),
         (["seed=1,2"], "--sweep seed: cannot be swept: use --seeds N"),
-        (["data.vocab_size=512,1024"], "members share their data"),
+        (["data.vocab_size=512,1024"], "members share how data is prepared; prepare each, and sweep data.dir"),
         (["steps=10,20"], "steps: is set and swept"),
         (["eval.dtype=fp32,bf16"], "all scored in the same way"),
         (["optimizer.lr=1e-3,2e-3", f"guards.spike_steps={','.join(map(str, range(16, 616)))}"], "at most 1,000"),

@@ -12,9 +12,9 @@ from conftest import ROOT, TINY, vernier
 from test_compare import a_table, write_run
 
 from configs.errors import ConfigError
-from eval.compare.recipes import Group, compare_groups, compare_seeds
+from eval.compare.recipes import Group, SeedNoise, compare_groups, compare_seeds
 from eval.compare.sweep import mean_loss, seed_noise
-from eval.tables import LossTable
+from eval.tables import LossTable, read_table
 
 
 def group(name: str, effects: dict[int, float]) -> tuple[Group, dict[int, LossTable]]:
@@ -140,3 +140,36 @@ def test_bad_groups_are_refused_in_a_line(tmp_path: Path) -> None:
         "is no question; use weights, run or recipe"
         in vernier("compare", a, b, "--gate", "better", "--of", "x", code=2).stderr
     )
+
+
+def test_the_noise_of_seeds_may_be_taken_over_from_earlier_runs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    for seed in range(1, 9):
+        written(tmp_path, f"old-{seed}", seed, 5e-4 if seed < 5 else 6e-4, float(rng.normal(0, 0.01)))
+    a, b = written(tmp_path, "a", 1, 1e-3, 0.0), written(tmp_path, "b", 1, 2e-3, -0.008)
+    assert "--seeds-from with earlier runs" in vernier("compare", a, "--against", b, code=2).stderr
+    found = compare_groups([str(a)], [str(b)], seeds_from=[f"{tmp_path}/old-*"])
+    assert (found.verdict, found.paired, found.df) == ("no difference seen", 0, 6)
+    losses = [
+        [mean_loss(read_table(next(tmp_path.glob(f"old-{s}/losses/*/step-00000010@*")))) for s in seeds]
+        for seeds in (range(1, 5), range(5, 9))
+    ]
+    by_hand = np.sqrt(np.mean([np.var(100 * np.array(of) / np.mean(of), ddof=1) for of in losses]))
+    assert found.se_seeds == pytest.approx(by_hand * np.sqrt(2), rel=1e-9)
+    assert "taken over from 8 runs of 2 recipe(s)" in " ".join(found.cautions)
+    clear = written(tmp_path, "c", 1, 2e-3, -0.2)
+    said = vernier("compare", a, "--against", clear, "--seeds-from", f"{tmp_path}/old-*").stdout
+    assert said.startswith(f"the recipe {clear} is better than {a}")
+    lone = vernier("compare", a, "--against", b, "--seeds-from", str(a), code=2).stderr
+    assert "no two of these runs are seeds of one recipe" in lone
+    assert "give --against too" in vernier("compare", a, b, "--seeds-from", str(a), code=2).stderr
+
+
+def test_with_earlier_noise_one_run_of_each_errs_one_time_in_twenty() -> None:
+    rng, wrong = np.random.default_rng(9), 0
+    for _ in range(400):
+        old = 100 * rng.normal(0, 0.01, 6)
+        earlier = SeedNoise(float(np.std(old, ddof=1)), 5, 6, 1)
+        (one, own), (two, others) = (group(name, {1: float(rng.normal(0, 0.01))}) for name in "ab")
+        wrong += compare_seeds(one, two, own, others, earlier=earlier).verdict != "no difference seen"
+    assert wrong / 400 <= 0.075

@@ -53,9 +53,11 @@ class DataSettings(Settings):
 
 
 class ReferenceSettings(Settings):
-    documents: Positive = Field(1000, description="how many documents the reference set should have")
-    max_fraction: Fraction = Field(0.1, description="no more than this part of all tokens becomes reference set")
-    max_windows: Positive = Field(16, description="a document counts with at most this many windows")
+    documents: Positive | None = Field(None, description="of the set; null: all that max_fraction allows, to 20,480")
+    max_fraction: Fraction = Field(0.05, description="no more than this part of all tokens becomes reference set")
+    max_windows: Positive | None = Field(
+        None, description="a document counts with at most so many windows; null: as few as make 20,480 samples, to 16"
+    )
     batch: Positive = Field(16, description="samples a batch; part of the set, so that it never changes a loss")
     block_samples: Positive = Field(256, description="a block is whole documents with at least this many samples")
     min_shared_run: Positive = Field(50, description="documents that share so many consecutive tokens stay on one side")
@@ -130,6 +132,13 @@ class SnapshotSettings(Settings):
         None, description="newest snapshots that stay, with the best and all that are not scored yet; null: all"
     )
     keep_every: Positive | None = Field(None, description="with keep: snapshots at multiples of so many steps stay too")
+
+
+class TwinSettings(Settings):
+    """Twins that `vernier train` trains on its ranks once a run is done; see `vernier twin`."""
+
+    count: Count = Field(0, description="twins that measure training noise, once a run of `vernier train` is done")
+    steps: Positive = Field(200, description="steps each makes, up to the run's last; that checkpoint is kept for them")
 
 
 class EmaSettings(Settings):
@@ -255,6 +264,7 @@ class Config(Settings):
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="anything else of DeepSpeed's, passed through")
     checkpoint: CheckpointSettings = CheckpointSettings()
     snapshot: SnapshotSettings = SnapshotSettings()
+    twins: TwinSettings = TwinSettings()
     guards: GuardSettings = GuardSettings()
     ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()

@@ -19,6 +19,11 @@ from eval.progress import Phases
 from launcher.text import typed
 from launcher.watch.next_command import say_next
 
+LEAST_WORTH = 40  # documents of equal size; with fewer the caution about them is said instead
+# Percent that one document would show at 80 % power, 60 steps apart and one: 2.8 standard errors × √documents, medians
+# of seven runs of `benchmarks.family` (1.4–5.4 and .40–.78).
+SHOWN_BY_ONE = (3.5, 0.55)
+
 
 def run_prepare(source: str | None, overrides: list[str], *, fresh: bool, json_out: bool) -> int:
     """Prepares the data of a config, or says that it is there; prints the data report.
@@ -139,6 +144,15 @@ def _report(facts: dict[str, Any], config: Config) -> Iterator[tuple[str, str]]:
         f"{reference['documents']:,} documents, {reference['samples']:,} samples, {reference['tokens']:,} tokens; "
         f"the largest document has {100 * reference['largest_document_share']:.2f} % of them",
     )
+    worth = reference.get("effective_documents")
+    if worth is not None and worth >= LEAST_WORTH:
+        apart, one = (spread / worth**0.5 for spread in SHOWN_BY_ONE)
+        yield (
+            "",
+            f"worth {worth:,.0f} documents of equal size: as small models in training spread (benchmarks.family), it "
+            f"shows changes of {apart:.2g} % between snapshots 60 steps apart and of {one:.1g} % after one step, at "
+            "80 % power; what your run's can show, vernier compare RUN says",
+        )
     yield from (("caution", unmet) for unmet in facts.get("unmet", ()))  # not in data of an earlier version
     yield "steps", f"with batch.global={config.batch.global_}, {pass_words(train['windows'], config)}"
     yield "data", typed(config.data_dir)

@@ -38,6 +38,7 @@ NOT_THE_EXPERIMENT = (
     "run.",
     "snapshot.",
     "threads_per_rank",
+    "twins.",
 )
 
 

@@ -73,7 +73,13 @@ def train(
     if fresh and force_resume:
         raise ConfigError("--fresh and --force-resume exclude each other: one starts anew, the other goes on")
     how = Resume(fresh=fresh, extend=extend, force=force_resume)
-    return run_train(load_config(config, overrides or []), how, wait=not no_wait, console=people())
+    found = load_config(config, overrides or [])
+    code = run_train(found, how, wait=not no_wait, console=people())
+    if not found.twins.count:
+        return code
+    from launcher.train.twins import after_training
+
+    return after_training(found, code, console=people())
 
 
 @app.command(epilog=example("vernier twin runs/demo", "vernier twin runs/demo --at 0 --count 3 --steps 200"))

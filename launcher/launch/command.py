@@ -49,6 +49,8 @@ def run_launch(source: str, overrides: list[str], how: Launch, sweep: SweepAsked
             console=people(sys.stderr, soft_wrap=True),
         )
     plan = make_plan(source, overrides, site, how.resume.flags())
+    if plan.config.twins.count:
+        tell("twins.count: is for vernier train; of a launched run, once it is done: vernier twin RUN", sys.stderr)
     return on_slurm(plan, how, console)
 
 

@@ -62,6 +62,15 @@ def run_twin(path: Path, asked: TwinsAsked, *, console: Console) -> int:
     return EXIT_DONE
 
 
+def after_training(config: Config, code: int, *, console: Console) -> int:
+    """Trains the twins that a run's settings ask for, once it is done; gives the exit code of it all."""
+    run, asked = RunDir(config.run_dir), config.twins
+    if code != EXIT_DONE or not asked.count or run.twin.is_file():
+        return code
+    kept = [step for step in (0, *run.whole_steps(run.checkpoints)) if step <= max(0, config.steps - asked.steps)]
+    return run_twin(run.path, TwinsAsked(asked.count, kept[-1], config.steps - kept[-1]), console=console)
+
+
 def _split(run: RunDir, config: Config, asked: int | None) -> int:
     """The step that twins start from."""
     kept = [0, *run.whole_steps(run.checkpoints)]
@@ -120,6 +129,7 @@ def _settings(run: RunDir, config: Config, twin: RunDir, at: int, end: int) -> C
             f"steps={end}",
             f"schedule.steps={config.schedule.steps or config.steps}",
             "checkpoint.keep=1",
+            "twins.count=0",
             f"snapshot.at={json.dumps([step for step in scored if step <= end])}",
         ],
     )

@@ -145,6 +145,15 @@ def test_what_makes_no_sweep_is_refused_in_a_line(tmp_path: Path, sweep: list[st
     assert not list(tmp_path.iterdir())
 
 
+def test_data_is_swept_where_all_are_scored_on_one_set(tmp_path: Path) -> None:
+    values = f"data.dir={tmp_path / 'a'},{tmp_path / 'b'}"
+    with pytest.raises(ConfigError, match=r"data.dir: is swept, so all members must be scored on one set"):
+        members(TINY, [f"run.dir={tmp_path / 'run'}"], [values])
+    found = members(TINY, [f"run.dir={tmp_path / 'run'}", f"eval.reference={tmp_path / 'a/reference'}"], [values])
+    assert [member.config.data_dir.name for member in found.members] == ["a", "b"]
+    assert {member.config.reference_dir for member in found.members} == {tmp_path / "a/reference"}
+
+
 def test_every_member_that_is_refused_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         tiny(tmp_path, ["optimizer.lr=-1,1e-3,often", "schedule.warmup_steps=2,30,40"])

@@ -181,7 +181,9 @@ class Checkpointer:
             if due.snapshot:
                 thin_snapshots(self.run, self.config)
             if due.checkpoint:
-                thin_checkpoints(self.run, self.config.checkpoint)
+                twins = self.config.twins
+                split_by = self.config.steps - twins.steps if twins.count else None
+                thin_checkpoints(self.run, self.config.checkpoint, split_by)
         except OSError as error:  # NFS keeps what an evaluator has open; the next time it goes
             self.run.add_event("not thinned", f"an old one could not be removed: {error}", rank=0)
 

@@ -17,10 +17,13 @@ from configs.schema import CheckpointSettings, Config
 from eval.tables import mean_loss, read_table, table_name
 
 
-def thin_checkpoints(run: RunDir, settings: CheckpointSettings) -> None:
-    """Leaves the newest `keep` checkpoints and those at multiples of `keep_every`."""
+def thin_checkpoints(run: RunDir, settings: CheckpointSettings, split_by: int | None = None) -> None:
+    """Leaves the newest `keep` checkpoints and those at multiples of `keep_every`; and the newest at or before the step
+    `split_by`, from which twins start."""
     steps = run.whole_steps(run.checkpoints)
     stay = set(steps[-settings.keep :]) | _multiples(steps, settings.keep_every)
+    if split_by is not None:
+        stay.update(sorted(step for step in steps if step <= split_by)[-1:])
     if _newest_is_readable(run.checkpoints, steps):
         _remove(run.checkpoints, [step for step in steps if step not in stay])
 

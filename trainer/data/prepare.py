@@ -28,7 +28,7 @@ from trainer.data.integrity import FACTS, KIND, check_data
 from trainer.data.shards import FOLDER, Windows, write_shards
 from trainer.data.sources import Document
 from trainer.data.sources import read_documents as read_sources
-from trainer.data.split import Split, split_by_family
+from trainer.data.split import Split, fewest_windows, split_by_family
 from trainer.data.tokenizer import make_tokenizer
 from trainer.data.unmet import unmet_requests
 
@@ -321,6 +321,7 @@ def _reference(
         "max_fraction": config.reference.max_fraction,
         "rule": "families in an order keyed by content and seed, whole, until the documents are reached",
     }
+    lengths_D = np.asarray([len(encoded[i]) for i in split.reference], np.int64)
     record = {**split.record, "tokenizer_trained_on": "all documents, the reference set's included"}
     facts = build_reference(
         part / "reference",
@@ -331,7 +332,7 @@ def _reference(
         sequence_length=config.sequence_length,
         batch=config.reference.batch,
         block_samples=config.reference.block_samples,
-        max_windows=config.reference.max_windows,
+        max_windows=config.reference.max_windows or fewest_windows(lengths_D, config.sequence_length),
         drawn=drawn,
         decontamination=record,
         prompts=[d.prompt for d in chosen],

@@ -17,6 +17,9 @@ from configs.schema import ReferenceSettings
 from trainer.data.families import families, joined
 from trainer.data.sources import content_key
 
+AIMED_AT = 20_480  # documents, and samples, of a set whose size is left open
+MOST_WINDOWS = 16
+
 
 @dataclass(frozen=True)
 class Split:
@@ -50,20 +53,21 @@ def split_by_family(
     for document, family in enumerate(family_D.tolist()):
         members.setdefault(family, []).append(document)
     keyed = sorted((content_key("family", seed, min(sha256s[d] for d in group)), group) for group in members.values())
+    wanted = settings.documents or AIMED_AT
     budget = settings.max_fraction * float(tokens_D.sum())
     taken: list[int] = []
     taken_tokens = 0
     for _, group in keyed:
-        if len(taken) == settings.documents:
+        if len(taken) == wanted:
             break
         tokens = int(tokens_D[group].sum())
-        if len(taken) + len(group) <= settings.documents and taken_tokens + tokens <= budget:
+        if len(taken) + len(group) <= wanted and taken_tokens + tokens <= budget:
             taken += group
             taken_tokens += tokens
     if len(taken) < 2:
         raise DataError(
             f"reference: only {len(taken)} of {len(ids)} documents ({len(members)} families) fit in "
-            f"reference.documents={settings.documents} and reference.max_fraction={settings.max_fraction}; "
+            f"reference.documents={wanted} and reference.max_fraction={settings.max_fraction}; "
             "give more documents (a file is one, a row of JSONL or CSV is one), or raise those settings"
         )
     chosen = set(taken)
@@ -84,3 +88,16 @@ def split_by_family(
             "taken_tokens": taken_tokens,
         },
     )
+
+
+def fewest_windows(tokens_D: NDArray[np.int64], sequence_length: int) -> int:
+    """The fewest windows a document with which documents of so many tokens make 20,480 samples; else 16.
+
+    Documents, not windows, make errors small: at one window a document the same error takes 1.4 times fewer samples
+    than at four (1.0 to 1.9 times, by 11 pairs of real models).
+    """
+    windows_D = -(-tokens_D // sequence_length)
+    for most in range(1, MOST_WINDOWS):
+        if int(np.minimum(windows_D, most).sum()) >= AIMED_AT:
+            return most
+    return MOST_WINDOWS

@@ -14,7 +14,7 @@ def unmet_requests(facts: Mapping[str, Any]) -> Iterator[str]:
     """A line for each request that `dataset.json` shows was not met, with what to do."""
     settings, reference, split = facts["settings"], facts["reference"], facts["decontamination"]
     asked, taken = settings["reference.documents"], reference["documents"]
-    if taken < asked:
+    if asked is not None and taken < asked:
         allowed, used = settings["reference.max_fraction"], split["taken_tokens"] / split["tokens"]
         what = "raise reference.max_fraction"
         if used < _USED_UP * allowed:
@@ -29,7 +29,11 @@ def unmet_requests(facts: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"reference: {taken:,} documents{sizes}, fewer than {FEW_DOCUMENTS}: verdicts will be weak, by sign flips, "
             "with a caution each; "
-            + ("give more documents" if taken < asked else "raise reference.documents, or lower reference.max_windows")
+            + (
+                "give more documents"
+                if asked is None or taken < asked
+                else "raise reference.documents, or lower reference.max_windows"
+            )
         )
     windows, cut = settings["reference.max_windows"], reference["max_windows"]
     if cut is not None and windows is not None and cut < windows:

@@ -78,3 +78,12 @@ def test_what_cannot_be_split_is_refused_in_a_line(run: Path, tmp_path: Path) ->
     assert "step 20 is the last" in vernier("twin", run, "--at", 20, code=2).stderr
     assert "is a twin itself" in vernier("twin", run / "twins/step-00000010.1", code=2).stderr
     vernier("twin", tmp_path / "none", code=2)
+
+
+def test_a_run_may_ask_for_its_twins(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ["twins.count=1", "twins.steps=12", "checkpoint.every=4", "checkpoint.keep=1"]
+    vernier("train", "tests/tiny.yaml", f"data.dir={tiny_data}", f"run.dir={run}", *settings)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000020"]
+    assert [path.name for path in (run / "twins").iterdir()] == ["step-00000008.1"]
+    assert len(losses(run / "twins/step-00000008.1")) == 20

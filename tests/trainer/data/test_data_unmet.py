@@ -14,6 +14,7 @@ from configs.schema import Config
 from eval.reference.set import retokenize
 from trainer.check import check_run
 from trainer.data.prepare import load_dataset_facts, prepare
+from trainer.data.split import fewest_windows
 
 
 def config(tmp_path: Path, documents: int, **changes: Any) -> Config:
@@ -113,3 +114,11 @@ def test_training_in_other_windows_than_the_reference_set_is_told_and_not_refuse
     said.clear()
     check_run(asked.model_copy(update={"sequence_length": length, "eval": other}), tell=said.append)
     assert said == []
+
+
+def test_windows_left_open_are_as_few_as_make_the_samples_aimed_at() -> None:
+    long = np.full(30_000, 1000)
+    assert fewest_windows(long, 128) == 1
+    assert fewest_windows(long[:7000], 128) == 3
+    assert fewest_windows(long[:100], 128) == 16
+    assert fewest_windows(np.full(7000, 100), 128) == 16  # no document has more than one

@@ -73,7 +73,7 @@ class LossTable:
 
     @property
     def cluster(self) -> NDArray[np.int64]:
-        """What errors are clustered by: families of documents, where they are known."""
+        """What errors are clustered by, int64 [n]: families of documents, where they are known."""
         return self.document if self.family is None else self.family
 
 

@@ -91,7 +91,7 @@ def transformed(t: float, skew: float) -> float:
 
 
 def untransformed(x: ArrayLike, skew: ArrayLike) -> NDArray[np.float64]:
-    """The t that `transformed` takes to x; of arrays, each with its skewness."""
+    """The t that `transformed` takes to x; of arrays [K], each with its skewness [K]."""
     x_K, skew_K = np.asarray(x, dtype=np.float64), np.asarray(skew, dtype=np.float64)
     some_K = np.where(skew_K == 0, 1.0, skew_K)
     t_K = 3 / some_K * (np.cbrt(1 + some_K * (x_K - some_K / 6)) - 1)

@@ -1,7 +1,8 @@
-"""A real family of runs: what single steps, pairing and verdicts are worth on it, and whether error rates hold.
+"""A real family of runs: what single steps, pairing, verdicts and twins are worth on it, and whether error rates hold.
 
-Five runs of `benchmarks/family.yaml` (about ten minutes on two cores): a base, two with another seed, two with another
-learning rate. `python -m benchmarks.family [--dir DIR]` trains what is not there yet, then prints everything.
+Fourteen runs of `benchmarks/family.yaml`: five seeds (s1–s5), the first seed at four learning rates that differ by a
+thousandth of a percent (p2–p5), five seeds at a learning rate a tenth higher (q1–q5); and nine twins of s1. About an
+hour on two cores. `python -m benchmarks.family [--dir DIR]` trains what is not there yet, then prints everything.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from benchmarks.calibration import calibrate
+from benchmarks.null_pairs import null_pairs
 from configs.run.directory import RunDir, step_name
 from eval.compare.pair import compare_tables
 from eval.tables import LossTable, read_table
 
 RECIPE = Path(__file__).with_name("family.yaml")
 RUNS = {
-    "base": [],
-    "lr33": ["optimizer.lr=3.3e-3"],
-    "lr60": ["optimizer.lr=6.0e-3"],
-    "seed2": ["seed=2"],
-    "seed3": ["seed=3"],
+    "s1": ["seed=1", "checkpoint.keep_every=60"],
+    **{f"s{seed}": [f"seed={seed}"] for seed in range(2, 6)},
+    **{f"p{at}": ["seed=1", f"optimizer.lr={lr}"] for at, lr in ((2, 2.99994e-3), (3, 2.99997e-3))},
+    **{f"p{at}": ["seed=1", f"optimizer.lr={lr}"] for at, lr in ((4, 3.00003e-3), (5, 3.00006e-3))},
+    **{f"q{seed}": [f"seed={seed}", "optimizer.lr=3.3e-3"] for seed in range(1, 6)},
 }
+SPLITS = (0, 120, 300)  # steps from which s1 has twins
+TWINS = 3
 PAIRS = (90, 110, 130, 150, 170, 190, 210, 230)  # and the step after each, as the recipe says
 LAST = 480
 
@@ -47,18 +53,20 @@ def table(run: Path, step: int) -> LossTable:
 
 
 def train(folder: Path) -> None:
-    """Prepares the data and trains each run that is not done."""
+    """Prepares the data and trains each run, and each twin, that is not done."""
     data = f"data.dir={folder / 'data'}"
     if not (folder / "data").exists():
         vernier("prepare", RECIPE, data)
     for name, settings in RUNS.items():
         if RunDir(folder / name).read_state().get("state") != "done":
             vernier("train", RECIPE, data, f"run.dir={folder / name}", *settings)
+    for at in SPLITS:
+        vernier("twin", folder / "s1", "--at", at, "--count", TWINS, shown=False)
 
 
 def single_steps(run: Path) -> None:
     """All eight pairs of neighbouring steps, whatever they show."""
-    print("\nOne optimizer step: paired (clustered by document) and unpaired")
+    print("\nOne optimizer step: paired (clustered) and unpaired")
     for step in PAIRS:
         found = compare_tables(table(run, step), table(run, step + 1)).difference
         print(
@@ -69,7 +77,7 @@ def single_steps(run: Path) -> None:
 
 def same_or_not(folder: Path) -> None:
     """The same weights at another world size are identical; in another dtype they are called that."""
-    base, reference = folder / "base", folder / "data" / "reference"
+    base, reference = folder / "s1", folder / "data" / "reference"
     model = base / "snapshots" / step_name(LAST)
     for option, value in (("--nproc", 1), ("--nproc", 3), ("--dtype", "bf16")):
         out = folder / "again" / f"{option.strip('-')}-{value}"
@@ -77,22 +85,16 @@ def same_or_not(folder: Path) -> None:
         vernier("compare", f"{base}@{LAST}", next(out.glob("*.parquet")))
 
 
-def training_curves(folder: Path) -> None:
-    """Paired training losses of the runs that differ in learning rate only."""
-    for name in ("lr33", "lr60"):
-        vernier("compare", folder / "base", folder / name, "--training")
-
-
 def calibration(folder: Path) -> None:
     """False claims and coverage on the tables of these runs."""
-    base = folder / "base"
+    base = folder / "s1"
     pairs = {
-        "base, 420 → 480": (table(base, 420), table(base, LAST)),
-        "base, 150 → 151": (table(base, 150), table(base, 151)),
-        "base → lr33": (table(base, LAST), table(folder / "lr33", LAST)),
-        "base → lr60": (table(base, LAST), table(folder / "lr60", LAST)),
-        "base → seed2": (table(base, LAST), table(folder / "seed2", LAST)),
-        "seed2 → seed3": (table(folder / "seed2", LAST), table(folder / "seed3", LAST)),
+        "s1, 420 → 480": (table(base, 420), table(base, LAST)),
+        "s1, 150 → 151": (table(base, 150), table(base, 151)),
+        "s1 → q1": (table(base, LAST), table(folder / "q1", LAST)),
+        "s1 → s2": (table(base, LAST), table(folder / "s2", LAST)),
+        "s2 → s3": (table(folder / "s2", LAST), table(folder / "s3", LAST)),
+        "s1 → p2": (table(base, LAST), table(folder / "p2", LAST)),
     }
     print(
         "\nDocuments swapped at random 10,000 times: claims at 5 %; 95 % intervals from random quarters, 10,000 times"
@@ -102,7 +104,7 @@ def calibration(folder: Path) -> None:
         print(_row(name, a, b))
     print("  the first documents only (reported, not promised):")
     for count in (40, 60, 80, 100):
-        print(_row(f"{count}, 420 → 480", *pairs["base, 420 → 480"], count))
+        print(_row(f"{count}, 420 → 480", *pairs["s1, 420 → 480"], count))
 
 
 def _row(name: str, a: LossTable, b: LossTable, documents: int | None = None) -> str:
@@ -113,6 +115,17 @@ def _row(name: str, a: LossTable, b: LossTable, documents: int | None = None) ->
     )
 
 
+def learning_rates(folder: Path) -> None:
+    """What is said of a learning rate that is a tenth higher: by seed, and of the recipe."""
+    print("\nLearning rate 3e-3 against 3.3e-3, seed by seed, of these weights:")
+    for seed in range(1, 6):
+        found: Any = json.loads(vernier("compare", folder / f"s{seed}", folder / f"q{seed}", "--json", shown=False))
+        told = found["difference"]
+        print(f"  seed {seed}: {found['verdict']}, {told['percent']:+.2f} %, p = {told['p']:.1g}")
+    vernier("compare", f"{folder}/s*", "--against", f"{folder}/q*", "--gate", "better")
+    vernier("compare", folder / "s1", folder / "q1", "--training")
+
+
 def main() -> None:
     """Trains the family where need be, and prints what it shows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,13 +134,17 @@ def main() -> None:
     train(folder)
     facts = json.loads((folder / "data" / "dataset.json").read_text())["reference"]
     share = 100 * facts["largest_document_share"]
-    print(f"\nreference set: {facts['documents']} documents, {facts['samples']} samples, the largest {share:.2f} %")
-    vernier("compare", folder / "base")
-    single_steps(folder / "base")
-    vernier("compare", *(f"{folder / name}@{LAST}" for name in RUNS))
-    vernier("compare", f"{folder / 'base'}@{LAST}", f"{folder / 'lr33'}@{LAST}", "--power", "0.01%")
+    families = f", {facts['families']} families" if "families" in facts else ""
+    print(
+        f"\nreference set: {facts['documents']} documents{families}, {facts['samples']} samples, largest {share:.2f} %"
+    )
+    vernier("compare", folder / "s1")
+    single_steps(folder / "s1")
+    vernier("compare", *(f"{folder / name}@{LAST}" for name in ("s1", "s2", "s3", "s4", "s5")))
+    vernier("compare", f"{folder / 's1'}@{LAST}", f"{folder / 'q1'}@{LAST}", "--power", "0.01%")
     same_or_not(folder)
-    training_curves(folder)
+    learning_rates(folder)
+    null_pairs(folder, list(combinations(["s1", "p2", "p3", "p4", "p5"], 2)))
     calibration(folder)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from eval.compare.pair import ALPHA, JUDGED, compare_tables, finite
+from eval.compare.pair import ALPHA, JUDGED, clusters_of, compare_tables, finite
 from eval.statistics import by_cluster, holm, holm_shares
 from eval.statistics.paired import paired_difference
 from eval.tables import POSITION_BINS, LossTable
@@ -113,7 +113,7 @@ def breakdown(
         "length": lambda: _by_length(a, b),
         "position": lambda: _by_position(a, b, sequence_length),
     }[by]()
-    found = [(part, paired) for part in parts if (paired := _paired(part, a, len(parts))) is not None]
+    found = [(part, paired) for part in parts if (paired := _paired(part, clusters_of(a, b), len(parts))) is not None]
     if not found:
         raise DataError(f"--by {by}: no part of the set has 2 documents and a loss above zero")
     if len(found) < len(parts):
@@ -146,8 +146,8 @@ def breakdown(
     return Breakdown(by, names[0], names[1], rows, tuple(notes))
 
 
-def _paired(part: _Part, table: LossTable, parts: int) -> Any:
-    clusters_N = table.cluster[part.rows_N]
+def _paired(part: _Part, clusters_N: NDArray[np.int64], parts: int) -> Any:
+    clusters_N = clusters_N[part.rows_N]
     if len(np.unique(clusters_N)) < 2 or not part.loss_a_N.sum() > 0:
         return None
     return paired_difference(

@@ -52,7 +52,8 @@ class UntilVerdict:
         ends = np.flatnonzero(np.diff(self.reference.block, append=-1)) + 1
         documents_K = self.reference.document[ends - 1] + 1
         self._clusters_N = self.reference.document if self.reference.family is None else self.reference.family
-        clusters_K = np.array([len(np.unique(self._clusters_N[:end])) for end in ends])
+        first_C = np.sort(np.unique(self._clusters_N, return_index=True)[1])  # where each is met first
+        clusters_K = np.searchsorted(first_C, ends)
         self._allowed = allowed_looks(documents_K, samples_D)
         self._allowed = self._allowed[np.isin(self._allowed, documents_K[clusters_K >= FIRST_LOOK_DOCUMENTS])]
         self._samples = {int(d): int(s) for d, s in zip(documents_K, ends, strict=True)}

@@ -92,12 +92,15 @@ def twin(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps each makes; default to the run's end, at most 1,000.")
     ] = None,
+    no_train: Annotated[
+        bool, typer.Option("--no-train", help="Make their folders only, to train each with train or launch.")
+    ] = False,
 ) -> int:
     """Measure a run's training noise: train on copies that differ in the last bit of each weight."""
     from launcher.train.twins import TwinsAsked, run_twin
     from launcher.watch.run_index import find
 
-    return run_twin(find(run).path, TwinsAsked(count, at, steps), console=people())
+    return run_twin(find(run).path, TwinsAsked(count, at, steps, train=not no_train), console=people())
 
 
 @app.command(

@@ -28,11 +28,12 @@ SCORED_AFTER = (50, 200, 1000)  # steps since the split at which twins are score
 @dataclass(frozen=True)
 class TwinsAsked:
     """Twins of a run. `at`: the step that they start from, None: the last that leaves any; `steps`: how many each
-    makes, None: to the run's end, at most a thousand."""
+    makes, None: to the run's end, at most a thousand; `train`: not only their folders are made."""
 
     count: int = 2
     at: int | None = None
     steps: int | None = None
+    train: bool = True
 
 
 def run_twin(path: Path, asked: TwinsAsked, *, console: Console) -> int:
@@ -55,10 +56,14 @@ def run_twin(path: Path, asked: TwinsAsked, *, console: Console) -> int:
             console,
             f"twin {number} of {asked.count}: {run.path.name} from step {at} to {twin.steps}, in {twin.run_dir}",
         )
+        if not asked.train:
+            say_next(console, f"train {typed(twin.run_dir / 'config.yaml')}")
+            continue
         code = run_train(twin, Resume(extend=True), wait=True, console=console)
         if code != EXIT_DONE:
             return code
-    _say_noise(run, console)
+    if asked.train:
+        _say_noise(run, console)
     return EXIT_DONE
 
 
@@ -125,7 +130,7 @@ def _settings(run: RunDir, config: Config, twin: RunDir, at: int, end: int) -> C
     return load_config(
         run.config,
         [
-            f"run.dir={json.dumps(str(twin.path))}",
+            f"run.dir={json.dumps(str(twin.path.absolute()))}",
             f"steps={end}",
             f"schedule.steps={config.schedule.steps or config.steps}",
             "checkpoint.keep=1",

@@ -87,3 +87,13 @@ def test_a_run_may_ask_for_its_twins(tiny_data: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000020"]
     assert [path.name for path in (run / "twins").iterdir()] == ["step-00000008.1"]
     assert len(losses(run / "twins/step-00000008.1")) == 20
+
+
+def test_folders_alone_are_made_for_a_cluster_and_trained_by_train(run: Path) -> None:
+    vernier("twin", run, "--at", 0, "--count", 1, "--steps", 4, "--no-train")
+    twin = run / "twins/step-00000000.1"
+    assert not (twin / "metrics.jsonl").exists()
+    vernier("train", twin / "config.yaml")
+    assert losses(twin) == pytest.approx(losses(run)[:4], rel=1e-4)
+    assert losses(twin) != losses(run)[:4]
+    shutil.rmtree(twin)

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import VernierError
-from configs.load import load_config
-from configs.run.directory import RunDir
 from eval.compare.targets import Found
-from eval.curves.pairing import settings_changed
+from eval.curves.pairing import changed_between
 
 SHOWN = 4  # settings by name
 
@@ -68,6 +66,6 @@ def provenance(a: Found, b: Found) -> Provenance:
 
 def _changed(a: Path, b: Path) -> tuple[str, ...] | None:
     try:
-        return tuple(settings_changed(load_config(RunDir(a).config), load_config(RunDir(b).config)))
+        return tuple(changed_between(a, b))
     except (VernierError, OSError):
         return None

@@ -22,7 +22,7 @@ from configs.schema import Config
 from eval.compare.pair import ALPHA, Comparison, Verdict, compare_tables, finite
 from eval.compare.sweep import mean_loss, mean_over_seeds, with_seeds
 from eval.compare.targets import Scale, find_run, tables_of_run
-from eval.curves.pairing import NOT_THE_EXPERIMENT, settings_changed
+from eval.curves.pairing import NOT_THE_EXPERIMENT, changed_between, data_of
 from eval.statistics import samples_needed
 from eval.tables import LossTable, read_table
 
@@ -155,24 +155,31 @@ def compare_groups(
         Group(_name(texts, group), tuple(of.values()), {seed: mean_loss(t) for seed, t in own.items()})
         for texts, group, of, own in zip((a, b), found, by_seed, tables, strict=True)
     ]
-    earlier = noise_of_seeds(seeds_from) if seeds_from else None
+    own = [run for group in found for run in group]  # whose seeds count by themselves
+    earlier = noise_of_seeds(seeds_from, without=own) if seeds_from else None
     made = compare_seeds(groups[0], groups[1], tables[0], tables[1], earlier=earlier, alpha=alpha)
-    changed, cautions = _settings(configs)
+    changed, cautions = _settings(found)
     return replace(made, step=step, changed=changed, cautions=(*made.cautions, *cautions))
 
 
-def noise_of_seeds(texts: Sequence[str]) -> SeedNoise:
+def noise_of_seeds(texts: Sequence[str], *, without: Sequence[Path] = ()) -> SeedNoise:
     """What seeds of one recipe have differed by in earlier runs: those with equal settings but for the seed are one
     recipe, each taken at the last step that is scored in all its seeds; the variances are pooled.
+
+    Args:
+        without: runs that are left out.
 
     Raises:
         DataError: no run is where one was named, or no recipe has two seeds scored at one step.
     """
     recipes: dict[str, list[Path]] = {}
+    left_out = {run.resolve() for run in without}
     for run in _runs_of(texts):
+        if run.resolve() in left_out:
+            continue
         settings = leaves(load_config(RunDir(run).config).model_dump(mode="json", by_alias=True))
         own = {key: value for key, value in settings if not is_named(key, (*NOT_THE_EXPERIMENT, "seed"))}
-        same = json.dumps(own, sort_keys=True)
+        same = json.dumps([own, data_of(run)], sort_keys=True)
         recipes.setdefault(same, []).append(run)
     squares, df, runs, count = 0.0, 0, 0, 0
     for group in recipes.values():
@@ -316,15 +323,15 @@ def _by_seed(runs: Sequence[Path], configs: Sequence[Config]) -> dict[int, Path]
     return dict(sorted(found.items()))
 
 
-def _settings(configs: Sequence[Sequence[Config]]) -> tuple[tuple[str, ...], list[str]]:
+def _settings(groups: Sequence[Sequence[Path]]) -> tuple[tuple[str, ...], list[str]]:
     """(settings that differ between the groups, cautions about such within one)."""
     cautions = []
-    for letter, group in zip("AB", configs, strict=True):
-        inside = sorted({c for one in group[1:] for c in settings_changed(group[0], one) if not c.startswith("seed:")})
+    for letter, group in zip("AB", groups, strict=True):
+        inside = sorted({c for one in group[1:] for c in changed_between(group[0], one) if not c.startswith("seed:")})
         if inside:
             cautions.append(f"runs of {letter} differ in more than the seed: {', '.join(inside)}")
     try:
-        between = [c for c in settings_changed(configs[0][0], configs[1][0]) if not c.startswith("seed:")]
+        between = [c for c in changed_between(groups[0][0], groups[1][0]) if not c.startswith("seed:")]
     except VernierError:
         between = []
     if not between:

@@ -158,6 +158,28 @@ def settings_changed(a: Config, b: Config) -> list[str]:
     ]
 
 
+def changed_between(a: Path, b: Path) -> list[str]:
+    """As `settings_changed`, of two runs, with the data where they have trained on other data.
+
+    Raises:
+        ConfigError, DataError: their settings cannot be read.
+    """
+    found = settings_changed(load_config(RunDir(a).config), load_config(RunDir(b).config))
+    data = [data_of(run) for run in (a, b)]
+    if None not in data and data[0] != data[1]:
+        found.append(f"data: {str(data[0])[:8]} → {str(data[1])[:8]} (fingerprints)")
+    return found
+
+
+def data_of(run: Path) -> str | None:
+    """The fingerprint of the tokens that a run has trained on; None where it does not say."""
+    opened = RunDir(run)
+    try:
+        return str(read_run_manifest(opened)["data"]["data"]) if opened.manifest.is_file() else None
+    except (DataError, KeyError, TypeError):
+        return None
+
+
 def _hardware(run: Path) -> str:
     manifest = read_run_manifest(RunDir(run))
     hardware = manifest.get("hardware", {})

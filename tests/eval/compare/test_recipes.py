@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, TINY, vernier
 from test_compare import a_table, write_run
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from eval.compare.recipes import Group, SeedNoise, compare_groups, compare_seeds
 from eval.compare.sweep import mean_loss, seed_noise
 from eval.tables import LossTable, read_table
@@ -148,7 +148,7 @@ def test_the_noise_of_seeds_may_be_taken_over_from_earlier_runs(tmp_path: Path) 
         written(tmp_path, f"old-{seed}", seed, 5e-4 if seed < 5 else 6e-4, float(rng.normal(0, 0.01)))
     a, b = written(tmp_path, "a", 1, 1e-3, 0.0), written(tmp_path, "b", 1, 2e-3, -0.008)
     assert "--seeds-from with earlier runs" in vernier("compare", a, "--against", b, code=2).stderr
-    found = compare_groups([str(a)], [str(b)], seeds_from=[f"{tmp_path}/old-*"])
+    found = compare_groups([str(a)], [str(b)], seeds_from=[f"{tmp_path}/*"])  # their own do not count twice
     assert (found.verdict, found.paired, found.df) == ("no difference seen", 0, 6)
     losses = [
         [mean_loss(read_table(next(tmp_path.glob(f"old-{s}/losses/*/step-00000010@*")))) for s in seeds]
@@ -173,3 +173,17 @@ def test_with_earlier_noise_one_run_of_each_errs_one_time_in_twenty() -> None:
         (one, own), (two, others) = (group(name, {1: float(rng.normal(0, 0.01))}) for name in "ab")
         wrong += compare_seeds(one, two, own, others, earlier=earlier).verdict != "no difference seen"
     assert wrong / 400 <= 0.075
+
+
+def test_runs_on_other_data_are_not_of_one_recipe(tmp_path: Path) -> None:
+    for name, seed, data in (("a-1", 1, "aa"), ("a-2", 2, "aa"), ("b-1", 1, "bb"), ("b-2", 2, "bb")):
+        run = written(tmp_path, name, seed, 1e-3, (0.01 if data == "aa" else 0.02) * seed)
+        (run / "manifest.json").write_text(json.dumps({"data": {"data": 32 * data}}))
+    found = compare_groups([f"{tmp_path}/a-*"], [f"{tmp_path}/b-*"])
+    assert found.changed == ("data: aaaaaaaa → bbbbbbbb (fingerprints)",)
+    assert not any("one recipe" in caution for caution in found.cautions)
+    said = vernier("compare", tmp_path / "a-1", tmp_path / "b-1").stdout
+    assert "settings that differ: data: aaaaaaaa → bbbbbbbb (fingerprints)" in said
+    assert "of one recipe" not in said
+    with pytest.raises(DataError, match="no two of these runs are seeds of one recipe"):
+        compare_groups([str(tmp_path / "a-1")], [str(tmp_path / "b-1")], seeds_from=[f"{tmp_path}/*-2"])

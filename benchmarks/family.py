@@ -123,7 +123,7 @@ def learning_rates(folder: Path) -> None:
         told = found["difference"]
         print(f"  seed {seed}: {found['verdict']}, {told['percent']:+.2f} %, p = {told['p']:.1g}")
     vernier("compare", f"{folder}/s*", "--against", f"{folder}/q*", "--gate", "better")
-    vernier("compare", folder / "s1", folder / "q1", "--training")
+    vernier("compare", folder / "s1", folder / "q1", "--training", "--from-step", 60)
 
 
 def main() -> None:

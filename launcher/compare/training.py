@@ -90,9 +90,7 @@ def told_apart(found: TrainingComparison) -> list[str]:
     if found.quarters:
         lines[0] += f"; the {len(found.quarters)} parts share 5 %"
     if any(part.wanders for part in (*found.quarters, found.whole)):
-        lines.append(
-            "slow: there the difference moves as slowly as the stretch is long, which no test tells from chance"
-        )
+        lines.append("slow: the difference moves as slowly as that stretch is long, which no test tells from chance")
     if found.paired_steps is None or found.unpaired_steps is None:
         return lines
     own = _told_from(found, found.paired_from_step, found.paired_steps)

@@ -42,6 +42,11 @@ def upper_bound(comparison: Comparison, question: Question) -> float:
     upper = found.ci95_percent[1]
     if question == "weights" or found.one_step or found.same_weights:
         return upper
+    if found.twins is not None and not found.noise_is_known:
+        raise ConfigError(
+            f"--of run: twins of the run still move apart after {found.twins.since} steps, so what they differ by is a "
+            "lower bound; make longer ones (vernier twin RUN --at 0 --steps N), or take --of weights"
+        )
     if found.noise_percent is None:
         raise ConfigError(
             "--of run: needs the noise of training, which is not known: vernier twin RUN measures it, 12 scored "

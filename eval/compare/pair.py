@@ -135,15 +135,27 @@ class Comparison:
     @property
     def noise_percent(self) -> float | None:
         """Standard deviation of one checkpoint by the noise of training: by twins where there are any, else the wobble;
-        None where it cannot be told."""
-        return self.wobble_percent if self.twins is None else self.twins.percent
+        of twins that have not settled the larger of the two. None where it cannot be told."""
+        if self.twins is None:
+            return self.wobble_percent
+        return self.twins.percent if self.noise_by_twins else self.wobble_percent
+
+    @property
+    def noise_by_twins(self) -> bool:
+        """Whether the noise is what twins differ by."""
+        return self.twins is not None and (self.twins.settled or self.twins.percent >= (self.wobble_percent or 0.0))
+
+    @property
+    def noise_is_known(self) -> bool:
+        """Whether what is above the noise is above it for good: twins that still move apart are a lower bound."""
+        return self.wobble_percent is not None or (self.twins is not None and self.twins.settled)
 
     @property
     def noise_bound_percent(self) -> float | None:
         """What two checkpoints differ by anyway, at most: √2 times the noise, times 2 or, by twins, Student's t."""
         if self.noise_percent is None:
             return None
-        times = 2.0 if self.twins is None else t_quantile(0.95, self.twins.df)
+        times = t_quantile(0.95, self.twins.df) if self.twins is not None and self.noise_by_twins else 2.0
         return times * math.sqrt(2) * self.noise_percent
 
     @property
@@ -176,7 +188,7 @@ class Comparison:
             return "training noise"
         if self.origin.of == "two runs":
             return "seeds unknown"
-        return "unknown" if self.noise_percent is None else None
+        return None if self.noise_is_known else "unknown"
 
     def power(self, wanted_percent: float) -> Power | None:
         """What seeing a change of `wanted_percent` (above zero) needs; None for a pair without any spread."""

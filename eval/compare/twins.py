@@ -17,11 +17,8 @@ import numpy as np
 
 from configs.errors import DataError
 from eval.compare.targets import Scale, most_scored, tables_of_run
-from eval.curves.twins import twins_of
+from eval.curves.twins import GROWS, SETTLED, twins_of
 from eval.tables import mean_loss, read_table
-
-SETTLED = 200  # steps since the split; of fewer it is said
-GROWS = 1.5  # times: so much more than half as many steps ago, and noise has not settled
 
 
 @dataclass(frozen=True)
@@ -37,16 +34,17 @@ class TwinSpread:
 @dataclass(frozen=True)
 class TwinNoise:
     """Standard deviation of one checkpoint's score, in percent, by so many degrees of freedom; `since`: the most steps
-    since a split that it rests on."""
+    since a split that it rests on. Not `settled`: it grows still, and is a lower bound."""
 
     percent: float
     df: int
     since: int
+    settled: bool = True
     rows: tuple[TwinSpread, ...] = ()
     problems: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"percent": self.percent, "degrees_of_freedom": self.df, "steps": self.since}
+        return {"percent": self.percent, "degrees_of_freedom": self.df, "steps": self.since, "settled": self.settled}
 
 
 NOTHING = TwinNoise(math.nan, 0, 0)
@@ -70,7 +68,9 @@ def noise_of_run(run: Path, scale: Scale | None = None) -> TwinNoise:
         try:
             scale = most_scored(run)[0]
         except DataError:
-            return TwinNoise(math.nan, 0, 0, (), ("the run is not scored, so scores of its twins are not compared",))
+            return TwinNoise(
+                math.nan, 0, 0, problems=("the run is not scored, so scores of its twins are not compared",)
+            )
     rows: list[TwinSpread] = []
     for at, twins in folders.items():
         try:
@@ -85,9 +85,10 @@ def noise_of_run(run: Path, scale: Scale | None = None) -> TwinNoise:
         variance += more * float(np.mean([row.percent**2 for row in late]))
         df += more
     if not df:
-        return TwinNoise(math.nan, 0, 0, (), (*problems, "no two of these runs are scored at one step yet"))
+        return TwinNoise(math.nan, 0, 0, problems=(*problems, "no two of these runs are scored at one step yet"))
     since = max(row.since for row in rows)
-    return TwinNoise(math.sqrt(variance / df), df, since, tuple(rows), (*problems, *_doubts(rows, since)))
+    doubts = _doubts(rows, since)
+    return TwinNoise(math.sqrt(variance / df), df, since, not doubts, tuple(rows), (*problems, *doubts))
 
 
 def told(noise: TwinNoise) -> TwinNoise | None:

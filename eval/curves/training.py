@@ -107,10 +107,12 @@ class TrainingComparison:
     @property
     def p(self) -> float:
         """Of these two runs on other windows; where there are twins, also of chance in training: the larger. Where the
-        difference wanders it is NaN, or that of the twins."""
+        difference wanders it is NaN, or that of the twins. To be more than twins that still move apart says nothing."""
         if self.twins is None:
             return self.whole.p
         by_twins = self.twins.p(self.whole.nats)
+        if by_twins < ALPHA and not self.twins.settled:
+            return self.whole.p
         return by_twins if self.whole.wanders else max(by_twins, self.whole.p)
 
     @property
@@ -119,7 +121,8 @@ class TrainingComparison:
             return "identical"
         if self.p < ALPHA:
             return "lower" if self.whole.nats < 0 else "higher"
-        if self.twins is not None and (self.whole.wanders or self.whole.p < ALPHA):
+        clear = self.whole.wanders or self.whole.p < ALPHA
+        if self.twins is not None and clear and self.twins.p(self.whole.nats) >= ALPHA:
             return "as twins"
         return "cannot be told" if self.whole.wanders else "no difference seen"
 
@@ -200,6 +203,8 @@ def compare_training(
     cautions = pairing_cautions(labels, (run_a, run_b), (config_a, config_b), (curve_a, curve_b))
     twins, short = curve_noise((run_a, run_b), int(curve_a.step_T[0]), int(curve_a.step_T[-1]))
     about = "this is about these two runs on other windows, not about their settings: another seed"
+    if twins is not None and not twins.settled:
+        short.append("twins still move apart over these steps, so to be more than they differ by says nothing")
     if twins is None:
         about += f", or the last bit of one weight, can move a curve as far (vernier twin {run_a} measures that)"
     cautions += [*short, f"{about} may say otherwise" if twins is not None else about]

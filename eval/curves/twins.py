@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ from configs.run.directory import RunDir, step_of
 from eval.curves.pairing import Curve, read_curve
 from eval.statistics.paired import two_sided_p
 
+SETTLED = 200  # steps since the split
+GROWS = 1.5  # times
+
 
 @dataclass(frozen=True)
 class CurveNoise:
-    """Standard deviation of one run's mean training loss over a stretch, in nats, by so many twins."""
+    """Standard deviation of one run's mean training loss over a stretch, in nats, by so many twins. Not `settled`: they
+    move apart still, and it is a lower bound."""
 
     nats: float
     df: int
+    settled: bool = True
 
     def p(self, difference: float) -> float:
         """Of a difference of two such means: Student's t of difference/(√2·sd)."""
@@ -33,7 +39,7 @@ class CurveNoise:
         return two_sided_p(difference / (math.sqrt(2) * self.nats), self.df)
 
     def to_json(self) -> dict[str, Any]:
-        return {"sd_nats": self.nats, "degrees_of_freedom": self.df}
+        return {"sd_nats": self.nats, "degrees_of_freedom": self.df, "settled": self.settled}
 
 
 def twins_of(run: Path) -> dict[int, list[Path]]:
@@ -51,7 +57,7 @@ def curve_noise(runs: Iterable[Path], first: int, last: int) -> tuple[CurveNoise
 
     A twin counts where it has made all of the steps, and was split off before the first.
     """
-    variance, df, short = 0.0, 0, []
+    variance, df, short, settled = 0.0, 0, [], True
     for run in dict.fromkeys(run.resolve() for run in runs):
         for at, folders in twins_of(run).items():
             curves = [curve for path in folders if (curve := _stretch(path, first, last)) is not None]
@@ -62,7 +68,16 @@ def curve_noise(runs: Iterable[Path], first: int, last: int) -> tuple[CurveNoise
             means = [float(np.average(c.loss_T, weights=c.targets_T)) for c in (own, *curves)]
             variance += len(curves) * float(np.var(means, ddof=1))
             df += len(curves)
-    return (CurveNoise(math.sqrt(variance / df), df) if df else None), ([] if df else short)
+            settled = settled and last - at >= SETTLED and not _grows([own, *curves])
+    return (CurveNoise(math.sqrt(variance / df), df, settled) if df else None), ([] if df else short)
+
+
+def _grows(curves: list[Curve]) -> bool:
+    """Whether the last quarter of a stretch has them farther apart than the quarter before."""
+    ends = np.linspace(0, len(curves[0].loss_T), 5).astype(int)[2:]
+    means = [[float(c.loss_T[start:end].mean()) for c in curves] for start, end in pairwise(ends)]
+    before, after = (float(np.std(of)) for of in means)
+    return after > GROWS * before
 
 
 def _stretch(run: Path, first: int, last: int) -> Curve | None:

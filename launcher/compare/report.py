@@ -102,8 +102,9 @@ def noise_words(comparison: Comparison) -> str | None:
     if noise is None or comparison.verdict == "identical" or comparison.same_weights:
         return None
     size = f"the run's own wobble from checkpoint to checkpoint: {_digits(noise)} %"
-    if comparison.twins is not None:
-        size = f"what twins of the run differ by ({_digits(noise)} %, {comparison.twins.df} twins)"
+    if comparison.twins is not None and comparison.noise_by_twins:
+        so_far = "" if comparison.twins.settled else "; still moving apart: a lower bound"
+        size = f"what twins of the run differ by ({_digits(noise)} %, {comparison.twins.df} twins{so_far})"
         if comparison.origin.of == "two runs":
             size += ", which holds nothing of what seeds do"
     elif comparison.origin.of == "two runs":
@@ -112,7 +113,7 @@ def noise_words(comparison: Comparison) -> str | None:
         return f"one optimizer step apart: the verdict is about these two sets of weights; {size}"
     clear = comparison.verdict != "no difference seen"
     if clear and comparison.below_noise:
-        by = "2·√2 × the wobble" if comparison.twins is None else "what twins of the run may differ by"
+        by = "what twins of the run may differ by" if comparison.noise_by_twins else "2·√2 × the wobble"
         return (
             f"the difference is clear on this set, but within {by} ({_bound(comparison)}): "
             "another checkpoint nearby may say otherwise"
@@ -253,7 +254,8 @@ def _run_noise(comparison: RunComparison) -> list[str]:
         rows = _some([row for row in twins.rows if row.at == longest])
         parts = [f"{_digits(row.percent)} % after {row.since} steps" for row in rows]
         lines.append(
-            f"twins: {twins.df}, scores differ by {_digits(twins.percent)} % (sd: training noise, measured); "
+            f"twins: {twins.df}, scores differ by {_digits(twins.percent)} % (sd: training noise, measured"
+            f"{'' if twins.settled else '; it grows still'}); "
             f"{', '.join(parts)}"
         )
     found = [p.versus_previous for p in comparison.checkpoints if p.versus_previous is not None]
@@ -264,7 +266,7 @@ def _run_noise(comparison: RunComparison) -> list[str]:
         if versus.verdict in ("better", "worse") and versus.below_noise and not versus.one_step
     ]
     if below:
-        by = "2·√2 × the wobble" if twins is None else "what twins may differ by"
+        by = "what twins may differ by" if found[-1].noise_by_twins else "2·√2 × the wobble"
         lines.append(f"within {by} ({_bound(found[-1])}): the change at step {', '.join(below)}")
     return lines
 

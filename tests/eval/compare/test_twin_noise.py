@@ -58,8 +58,16 @@ def test_a_verdict_between_two_checkpoints_goes_by_the_twins(run: Path) -> None:
     half = made.ci95_percent[1] - made.difference.percent
     reach = stats.t.ppf(0.975, 3) * math.sqrt(2) * sd
     assert upper_bound(made, "run") == pytest.approx(made.difference.percent + math.hypot(half, reach), rel=1e-9)
-    assert made.to_json()["twins"] == {"percent": sd, "degrees_of_freedom": 3, "steps": 300}
+    assert made.to_json()["twins"] == {"percent": sd, "degrees_of_freedom": 3, "steps": 300, "settled": True}
     assert replace(made, twins=replace(made.twins, percent=100.0)).below_noise
+    growing = replace(made, twins=replace(made.twins, settled=False), wobble_percent=None)
+    assert growing.below_noise == made.below_noise
+    assert (made.limited_by, growing.limited_by) == (("training noise",) * 2 if made.below_noise else (None, "unknown"))
+    with pytest.raises(ConfigError, match="still move apart after 300 steps"):
+        upper_bound(growing, "run")
+    wobbling = replace(growing, wobble_percent=10 * sd)  # the larger of the two counts
+    assert wobbling.noise_percent == 10 * sd
+    assert wobbling.noise_bound_percent == pytest.approx(2 * math.sqrt(2) * 10 * sd)
     with pytest.raises(ConfigError, match="vernier twin RUN measures it"):
         upper_bound(replace(made, twins=None, wobble_percent=None), "run")
 

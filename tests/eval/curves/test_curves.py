@@ -284,3 +284,17 @@ def test_what_is_more_than_twins_differ_by_is_told_also_where_it_wanders(tmp_pat
     for number, gain in enumerate((0.002, -0.001, 0.001), start=1):
         twin_of(a, 0, number, read_curve(a).loss_T - gain)
     assert compare_training(a, b).verdict == "lower"
+
+
+def test_to_be_more_than_twins_that_still_move_apart_says_nothing(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    a, b = pair
+    growing = 1e-4 * np.exp(np.arange(STEPS) / 120)
+    twin_of(a, 0, 1, read_curve(a).loss_T + growing)
+    twin_of(a, 0, 2, read_curve(a).loss_T - growing)
+    found = compare_training(a, b)
+    assert found.to_json()["twins"]["settled"] is False
+    assert any("twins still move apart" in caution for caution in found.cautions)
+    assert found.p == found.whole.p  # of these two runs, as without twins
+    wander = 0.02 * np.cos(np.pi * np.arange(STEPS) / STEPS) - 0.05
+    other = write_run(tmp_path / "c", FALLING + WINDOWS + own_noise(2) + wander)
+    assert compare_training(a, other).verdict == "cannot be told"

@@ -49,7 +49,8 @@ def test_what_twins_differ_by_is_told_and_gates_go_by_it(run: Path) -> None:
     assert [row["runs"] for row in content["twins"]["by_steps"]] == [3]
     pair = (f"{run}@10", f"{run}@20")
     assert "above what twins of the run differ by" in vernier("compare", *pair).stdout
-    assert "of runs, with their noise" in vernier("compare", *pair, "--gate", "better", "--of", "run").stdout
+    refused = vernier("compare", *pair, "--gate", "better", "--of", "run", code=2).stderr
+    assert "twins of the run still move apart after 10 steps" in refused
 
 
 def test_asked_again_it_makes_only_what_is_not_there(run: Path) -> None:

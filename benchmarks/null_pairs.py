@@ -132,10 +132,10 @@ def spread_of_twins(folder: Path) -> None:
     """What s1 and its twins differ by, since each split: scores, and means of 20 steps of the training curve."""
     run = folder / "s1"
     noise = noise_of_run(run)
-    print(f"\nTwins of s1: {noise.df} degrees of freedom, scores differ by {noise.percent:.3f} % (sd)")
+    print(f"\nTwins of s1: {noise.df} degrees of freedom, scores differ by {noise.percent:.2g} % (sd)")
     for at, twins in twins_of(run).items():
         scores = {row.since: row for row in noise.rows if row.at == at}
-        told = ", ".join(f"{since}: {row.percent:.4f}" for since, row in scores.items())
+        told = ", ".join(f"{since}: {row.percent:.2g}" for since, row in scores.items())
         print(f"  from step {at}, {len(twins)} twins; sd of scores in % after so many steps: {told}")
         curves = [read_curve(one) for one in (run, *twins)]
         parts = []
@@ -145,7 +145,7 @@ def spread_of_twins(folder: Path) -> None:
                 float(np.mean(c.loss_T[(c.step_T >= low) & (c.step_T < high)])) for c in curves if c.step_T[-1] >= high
             ]
             if len(means) > 1:
-                parts.append(f"{since}: {100 * np.std(means, ddof=1) / np.mean(means):.4f}")
+                parts.append(f"{since}: {100 * np.std(means, ddof=1) / np.mean(means):.2g}")
         print(f"    sd of the training loss (means of 20 steps) in %: {', '.join(parts)}")
         print(f"    cost: {len(twins)} × {int(curves[-1].step_T[-1]) - at} steps")
     seeds = [mean_loss(read_table(next((folder / f"s{s}").glob("losses/*/step-00000480@*")))) for s in range(1, 6)]

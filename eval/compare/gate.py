@@ -44,8 +44,8 @@ def upper_bound(comparison: Comparison, question: Question) -> float:
         return upper
     if found.twins is not None and not found.noise_is_known:
         raise ConfigError(
-            f"--of run: twins of the run still move apart after {found.twins.since} steps, so what they differ by is a "
-            "lower bound; make longer ones (vernier twin RUN --at 0 --steps N), or take --of weights"
+            f"--of run: what twins of the run differ by, after {found.twins.since} steps, is a lower bound, as vernier "
+            "compare RUN says; make longer ones from the start (vernier twin RUN --steps N), or take --of weights"
         )
     if found.noise_percent is None:
         raise ConfigError(

@@ -53,9 +53,10 @@ NOTHING = TwinNoise(math.nan, 0, 0)
 def noise_of_run(run: Path, scale: Scale | None = None) -> TwinNoise:
     """What the twins of a run differ by, by the tables that were scored in one way.
 
-    Of each split the last half of what is scored counts, where the twins are farthest apart: the mean variance there,
-    with as many degrees of freedom as there are twins (scores of one twin a few steps apart are not independent).
-    Documents are the same for all, so little of their error is in it; what is makes it larger.
+    The earliest split counts: what chance does before a split is not in its twins. Of it the last half of what is
+    scored, where the twins are farthest apart: the mean variance there, with as many degrees of freedom as there are
+    twins (scores of one twin a few steps apart are not independent). Documents are the same for all, so little of their
+    error is in it; what is makes it larger. `rows` has all splits.
 
     Args:
         scale: the way of scoring; None: that of most of the run's tables.
@@ -77,18 +78,13 @@ def noise_of_run(run: Path, scale: Scale | None = None) -> TwinNoise:
             rows += _spreads(at, [run, *twins], scale)
         except DataError as error:
             problems.append(str(error))
-    variance, df = 0.0, 0
-    for at in dict.fromkeys(row.at for row in rows):
-        own = [row for row in rows if row.at == at]
-        late = [row for row in own if 2 * row.since >= own[-1].since]
-        more = max(row.runs for row in late) - 1
-        variance += more * float(np.mean([row.percent**2 for row in late]))
-        df += more
-    if not df:
+    if not rows:
         return TwinNoise(math.nan, 0, 0, problems=(*problems, "no two of these runs are scored at one step yet"))
-    since = max(row.since for row in rows)
-    doubts = _doubts(rows, since)
-    return TwinNoise(math.sqrt(variance / df), df, since, not doubts, tuple(rows), (*problems, *doubts))
+    own = [row for row in rows if row.at == rows[0].at]
+    late = [row for row in own if 2 * row.since >= own[-1].since]
+    df, percent = max(row.runs for row in late) - 1, math.sqrt(float(np.mean([row.percent**2 for row in late])))
+    doubts = _doubts(own, max(most_scored(run)[1]))
+    return TwinNoise(percent, df, own[-1].since, not doubts, tuple(rows), (*problems, *doubts))
 
 
 def told(noise: TwinNoise) -> TwinNoise | None:
@@ -124,12 +120,17 @@ def _spreads(at: int, runs: Iterable[Path], scale: Scale) -> list[TwinSpread]:
     ]
 
 
-def _doubts(rows: list[TwinSpread], since: int) -> list[str]:
+def _doubts(own: list[TwinSpread], last: int) -> list[str]:
+    """Why what twins of one split differ by is less than the noise of a run whose last scored step is `last`."""
+    at, since, bound = own[0].at, own[-1].since, "it is a lower bound"
+    out = []
+    if at:
+        out.append(f"twins from step {at}: what chance did before is not in them, so {bound}")
     if since < SETTLED:
-        return [f"twins of {since} steps: noise grows for longer than that, so it is a lower bound"]
-    for at in dict.fromkeys(row.at for row in rows):
-        own = [row for row in rows if row.at == at]
-        before = [row.percent for row in own if 2 * row.since <= own[-1].since]
-        if before and own[-1].percent > GROWS * max(before):
-            return [f"twins from step {at} still move apart after {own[-1].since} steps: it is a lower bound"]
-    return []
+        out.append(f"twins of {since} steps: noise grows for longer than that, so {bound}")
+    elif 2 * (at + since) < last:
+        out.append(f"twins end at step {at + since} of {last}, so {bound}")
+    before = [row.percent for row in own if 2 * row.since <= since]
+    if before and own[-1].percent > GROWS * max(before):
+        out.append(f"twins from step {at} still move apart after {since} steps: {bound}")
+    return out

@@ -55,7 +55,8 @@ def twins_of(run: Path) -> dict[int, list[Path]]:
 def curve_noise(runs: Iterable[Path], first: int, last: int) -> tuple[CurveNoise | None, list[str]]:
     """(what twins of these runs tell of a stretch of steps, pooled; which twins do not have all of it).
 
-    A twin counts where it has made all of the steps, and was split off before the first.
+    A twin counts where it has made all of the steps, and was split off before the first; of a run those of the earliest
+    such split.
     """
     variance, df, short, settled = 0.0, 0, [], True
     for run in dict.fromkeys(run.resolve() for run in runs):
@@ -68,7 +69,8 @@ def curve_noise(runs: Iterable[Path], first: int, last: int) -> tuple[CurveNoise
             means = [float(np.average(c.loss_T, weights=c.targets_T)) for c in (own, *curves)]
             variance += len(curves) * float(np.var(means, ddof=1))
             df += len(curves)
-            settled = settled and last - at >= SETTLED and not _grows([own, *curves])
+            settled = settled and at == 0 and last - at >= SETTLED and not _grows([own, *curves])
+            break
     return (CurveNoise(math.sqrt(variance / df), df, settled) if df else None), ([] if df else short)
 
 

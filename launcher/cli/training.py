@@ -82,12 +82,12 @@ def train(
     return after_training(found, code, console=people())
 
 
-@app.command(epilog=example("vernier twin runs/demo", "vernier twin runs/demo --at 0 --count 3 --steps 200"))
+@app.command(epilog=example("vernier twin runs/demo", "vernier twin runs/demo --at 240 --count 3 --steps 200"))
 def twin(
     run: RunArgument,
     at: Annotated[
-        int | None, typer.Option(min=0, help="Step to start from: 0, or one with a checkpoint; default the last such.")
-    ] = None,
+        int, typer.Option(min=0, help="Step to start from: 0, the start, or one that has a checkpoint still.")
+    ] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many twins.")] = 2,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps each makes; default to the run's end, at most 1,000.")

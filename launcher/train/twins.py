@@ -27,11 +27,11 @@ SCORED_AFTER = (50, 200, 1000)  # steps since the split at which twins are score
 
 @dataclass(frozen=True)
 class TwinsAsked:
-    """Twins of a run. `at`: the step that they start from, None: the last that leaves any; `steps`: how many each
+    """Twins of a run. `at`: the step that they start from, 0 being the weights it began with; `steps`: how many each
     makes, None: to the run's end, at most a thousand; `train`: not only their folders are made."""
 
     count: int = 2
-    at: int | None = None
+    at: int = 0
     steps: int | None = None
     train: bool = True
 
@@ -76,19 +76,16 @@ def after_training(config: Config, code: int, *, console: Console) -> int:
     return run_twin(run.path, TwinsAsked(asked.count, kept[-1], config.steps - kept[-1]), console=console)
 
 
-def _split(run: RunDir, config: Config, asked: int | None) -> int:
-    """The step that twins start from."""
+def _split(run: RunDir, config: Config, asked: int) -> int:
+    """The step that twins start from, if the run still has it."""
     kept = [0, *run.whole_steps(run.checkpoints)]
-    left = [step for step in kept if step < config.steps]
-    if asked is None:
-        return left[-1]
     if asked not in kept:
         there = ", ".join(map(str, kept))
         raise ConfigError(
             f"--at: {run.path} has no checkpoint of step {asked}; it has {there} (0: the start). "
             "checkpoint.keep_every keeps more of them"
         )
-    if asked not in left:
+    if asked >= config.steps:
         raise ConfigError(f"--at: step {asked} is the last of {run.path}; there is nothing to train after it")
     return asked
 

@@ -17,7 +17,7 @@ def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_run, path)
     config = (path / "config.yaml").read_text()
     (path / "config.yaml").write_text(config.replace(str(tiny_run), str(path)))
-    vernier("twin", path)
+    vernier("twin", path, "--at", 10)
     return path
 
 
@@ -43,6 +43,7 @@ def test_what_twins_differ_by_is_told_and_gates_go_by_it(run: Path) -> None:
     said = vernier("compare", run).stdout
     assert "twins: 2, scores differ by" in said
     assert "twins of 10 steps: noise grows for longer than that" in said
+    assert "twins from step 10: what chance did before is not in them" in said
     content = json.loads(vernier("compare", run, "--json").stdout)
     assert (content["twins"]["degrees_of_freedom"], content["twins"]["steps"]) == (2, 10)
     assert 0 < content["twins"]["percent"] < 0.01
@@ -50,12 +51,12 @@ def test_what_twins_differ_by_is_told_and_gates_go_by_it(run: Path) -> None:
     pair = (f"{run}@10", f"{run}@20")
     assert "above what twins of the run differ by" in vernier("compare", *pair).stdout
     refused = vernier("compare", *pair, "--gate", "better", "--of", "run", code=2).stderr
-    assert "twins of the run still move apart after 10 steps" in refused
+    assert "what twins of the run differ by, after 10 steps, is a lower bound" in refused
 
 
 def test_asked_again_it_makes_only_what_is_not_there(run: Path) -> None:
     before = (run / "twins/step-00000010.1/metrics.jsonl").read_bytes()
-    vernier("twin", run, "--count", 1)
+    vernier("twin", run, "--at", 10, "--count", 1)
     assert (run / "twins/step-00000010.1/metrics.jsonl").read_bytes() == before
 
 

@@ -348,7 +348,7 @@ def test_targets_that_mean_nothing_are_refused_with_what_there_is(tmp_path: Path
     (tmp_path / "model" / "config.json").touch()
     with pytest.raises(DataError, match=r"step 7 of .* is not scored; scored steps: 0, 10"):
         resolve_target(f"{run}@7")
-    with pytest.raises(DataError, match="'last' is not a step; scored steps: 0, 10"):
+    with pytest.raises(DataError, match="'last' is not a step, or last3, say; scored steps: 0, 10"):
         resolve_target(f"{run}@last")
     with pytest.raises(DataError, match=r"no step is scored in both.*0, 10.*5"):
         resolve_pair(str(run), str(other))

@@ -13,6 +13,7 @@ from conftest import vernier
 
 from eval.reference.set import ReferenceSet, load_reference
 from eval.scoring.losses import IGNORED
+from eval.statistics import by_cluster
 from eval.tables import LossTable, read_table
 
 L = 64  # sequence_length of tests/tiny.yaml
@@ -138,10 +139,11 @@ def test_two_tokenizers_are_compared_in_bits_per_byte_document_by_document(
     assert [found[side]["loss"] for side in "ab"] == pytest.approx([a, b], rel=1e-12)
     assert found["difference"]["bits_per_byte"] == pytest.approx(b - a, rel=1e-9)
     assert found["difference"]["percent"] == pytest.approx(100 * (b - a) / a, rel=1e-9)
-    # The error of the ratio ΣD/ΣA by the delta method, documents as clusters (docs/design.md, section 2).
+    # The error of the ratio ΣD/ΣA by the delta method, families of documents as clusters (docs/design.md, section 2).
     ratio = (b_D - a_D).sum() / a_D.sum()
-    residual_D = b_D - a_D - ratio * a_D
-    n = len(residual_D)
-    error = math.sqrt(n / (n - 1) * (residual_D**2).sum()) / a_D.sum()
+    family_D = table.cluster[np.unique(table.document, return_index=True)[1]]
+    residual_C = by_cluster(b_D - a_D - ratio * a_D, family_D)
+    n = len(residual_C)
+    error = math.sqrt(n / (n - 1) * (residual_C**2).sum()) / a_D.sum()
     assert found["difference"]["se_percent"] == pytest.approx(100 * error, rel=1e-9)
     assert found["difference"]["win_rate"] == pytest.approx((b_D < a_D).mean())

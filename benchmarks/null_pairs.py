@@ -7,14 +7,15 @@ weights are better" of two seeds is true; "the recipe is better", "beyond what t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from configs.errors import ConfigError
-from eval.compare.gate import gate_holds, upper_bound
+from eval.compare.gate import Question, gate_holds, upper_bound
 from eval.compare.recipes import compare_groups, noise_of_seeds
 from eval.compare.twins import noise_of_run
 from eval.curves.pairing import read_curve
@@ -54,11 +55,15 @@ def _pair(folder: Path, pair: tuple[str, str], step: int = 480) -> Any:
 
 def _of_weights(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
     found = [_pair(folder, pair) for pair in pairs]
-    clear = [one for one in found if one.verdict in ("better", "worse")]
-    _count("compare: these weights differ (they do)", found, lambda one: one in clear)
+    clear = list(filter(_is_clear, found))
+    _count("compare: these weights differ (they do)", found, _is_clear)
     _count("… of these, without the words 'these weights' and a caution", clear, lambda one: not _said(one))
     _count("… as if nothing limited it (limited_by null)", clear, lambda one: one.limited_by is None)
     _count("gate --of recipe is not refused", found, lambda one: not _refused(one))
+
+
+def _is_clear(one: Any) -> bool:
+    return one.verdict in ("better", "worse")
 
 
 def _said(one: Any) -> bool:
@@ -83,14 +88,13 @@ def _of_recipes(folder: Path) -> None:
     ]
     groups = [[[str(folder / name) for name in half] for half in pair] for pair in halves]
     found = [compare_groups(a, b) for a, b in groups]
-    told = lambda one: one.verdict in ("better", "worse")  # noqa: E731
-    _count("--against, two seeds and two others of one recipe", found, told)
+    _count("--against, two seeds and two others of one recipe", found, _is_clear)
     singles = [(f"{g}{i}", f"{g}{j}", "q" if g == "s" else "s") for g in "sq" for i, j in combinations(range(1, 6), 2)]
     carried = [
         compare_groups([str(folder / a)], [str(folder / b)], seeds_from=[f"{folder}/{other}*"])
         for a, b, other in singles
     ]
-    _count("--against, one run of each, seeds' noise from the other rate", carried, told)
+    _count("--against, one run of each, seeds' noise from the other rate", carried, _is_clear)
     board = compare_targets([str(folder / f"s{seed}") for seed in range(1, 6)], Options()).to_json()
     said = any("of one recipe" in caution for caution in board["cautions"])
     print(f"  leaderboard of s1–s5: says that they are of one recipe: {'yes' if said else 'no'}")
@@ -100,17 +104,18 @@ def _of_recipes(folder: Path) -> None:
 
 def _beyond_twins(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:
     found = [_pair(folder, pair, step) for pair in pairs for step in STEPS]
-    clear = [one for one in found if one.verdict in ("better", "worse")]
-    _count(f"compare at {len(STEPS)} steps: these weights differ", found, lambda one: one in clear)
-    _count("… and by more than twins do", found, lambda one: one in clear and not one.below_noise)
-    gates = [(pair, step) for pair in (*pairs, *((b, a) for a, b in pairs)) for step in STEPS]
-    for question in ("weights", "run"):
+    _count(f"compare at {len(STEPS)} steps: these weights differ", found, _is_clear)
+    _count("… and by more than chance in training does", found, lambda one: _is_clear(one) and not one.below_noise)
+    both_ways = [*found, *(_pair(folder, (b, a), step) for a, b in pairs for step in STEPS)]
+    for question in get_args(Question)[:2]:  # the third is refused
+        _count(f"gate better --of {question}, both ways", both_ways, partial(_holds, question))
 
-        def holds(case: tuple[tuple[str, str], int], question: str = question) -> bool:
-            one = _pair(folder, *case)
-            return gate_holds(one, "better", upper_percent=upper_bound(one, question))  # type: ignore[arg-type]
 
-        _count(f"gate better --of {question}, both ways", gates, holds)
+def _holds(question: Question, one: Any) -> bool:
+    try:
+        return gate_holds(one, "better", upper_percent=upper_bound(one, question))
+    except ConfigError:  # refused, since the twins are a lower bound
+        return False
 
 
 def _training(folder: Path, pairs: Sequence[tuple[str, str]]) -> None:

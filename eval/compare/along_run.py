@@ -19,8 +19,8 @@ from configs.errors import DataError
 from configs.run.directory import RunDir, read_jsonl, step_name
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
 from eval.compare.provenance import ONE_RUN, provenance
-from eval.compare.targets import Found, most_scored, tables_of_run
-from eval.compare.twins import TwinNoise, noise_of_run, told, way_of
+from eval.compare.targets import Found, Scale, most_scored, tables_of_run, way_of
+from eval.compare.twins import TwinNoise, noise_of_run, told
 from eval.scored import planned_comparisons
 from eval.statistics import by_cluster, clustered_ratio, holm, holm_shares, wobble_percent
 from eval.tables import LossTable, read_table
@@ -201,21 +201,18 @@ class _Wobble:
         return wobble_percent(self.steps, self.losses, np.stack(self.influence))
 
 
-def wobble_of(run_dir: Path, like: Path) -> float | None:
-    """The wobble of a run, in percent, from all its tables that were scored in the same way as the table `like`.
+def wobble_of(run_dir: Path, scale: Scale) -> float | None:
+    """The wobble of a run, in percent, from all its tables that were scored in one way.
 
-    None where it cannot be told: too few tables, a broken one among them, or `like` is only part of one.
+    None where it cannot be told: too few tables, or a broken one among them.
     """
+    wobble = _Wobble()
     try:
-        for paths in tables_of_run(run_dir).values():
-            if any(path.resolve() == like.resolve() for path in paths.values()):
-                wobble = _Wobble()
-                for step, path in sorted(paths.items()):
-                    wobble.add(step, read_table(path))
-                return wobble.percent()
+        for step, path in sorted(tables_of_run(run_dir)[scale].items()):
+            wobble.add(step, read_table(path))
     except DataError:  # a table that nobody asked about does not stop a comparison
         return None
-    return None
+    return wobble.percent()
 
 
 @dataclass(frozen=True)
@@ -239,8 +236,8 @@ class KnownNoise:
         way = path.parent, path.name.partition("@")[2]  # objective, dtype, a part or not
         if way not in self._known:
             scale = way_of(one.run, one.path)
-            twins = None if scale is None else told(noise_of_run(one.run, scale))
-            self._known[way] = _OwnNoise(wobble_of(one.run, one.path), twins)
+            known = (None, None) if scale is None else (wobble_of(one.run, scale), told(noise_of_run(one.run, scale)))
+            self._known[way] = _OwnNoise(*known)
         return self._known[way]
 
 

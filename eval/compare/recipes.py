@@ -20,11 +20,11 @@ from configs.load import is_named, leaves, load_config
 from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.compare.pair import ALPHA, Comparison, Verdict, compare_tables, finite
-from eval.compare.sweep import mean_loss, mean_over_seeds, with_seeds
+from eval.compare.sweep import mean_over_seeds, with_seeds
 from eval.compare.targets import Scale, find_run, tables_of_run
 from eval.curves.pairing import NOT_THE_EXPERIMENT, changed_between, data_of
 from eval.statistics import samples_needed
-from eval.tables import LossTable, read_table
+from eval.tables import LossTable, mean_loss, read_table
 
 MOST_SEEDS = 10_000
 
@@ -235,18 +235,17 @@ def compare_seeds(
         mean_over_seeds(tables_a, of_a), mean_over_seeds(tables_b, of_b), names=names, alpha=alpha
     )
     found, scale = documents.difference, 100 / documents.a.loss
+    own = [scale * np.array(list(group.losses.values())) for group in (a, b)]
     if paired:
         d_S = scale * np.array([b.losses[seed] - a.losses[seed] for seed in shared])
         sd, df = float(np.std(d_S, ddof=1)), float(len(shared) - 1)
         se = sd / math.sqrt(len(shared))
-    else:
-        own = [scale * np.array(list(group.losses.values())) for group in (a, b)]
-    if not paired and earlier is not None:
+    elif earlier is not None:
         within = [(len(x) - 1) * float(np.var(x, ddof=1)) for x in own if len(x) > 1]
         df = float(earlier.df + sum(len(x) - 1 for x in own))
         one = math.sqrt((earlier.df * earlier.percent**2 + sum(within)) / df)
         se, sd = one * math.sqrt(sum(1 / len(x) for x in own)), one * math.sqrt(2)
-    elif not paired:
+    else:
         parts = [float(np.var(x, ddof=1)) / len(x) for x in own]
         se, sd = math.sqrt(sum(parts)), math.sqrt(sum(float(np.var(x, ddof=1)) for x in own))
         df = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, own, strict=True)) if se else 1.0

@@ -17,7 +17,7 @@ from configs.errors import DataError
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
 from eval.statistics import PairedDifference, clustered_ratio, holm
 from eval.statistics.paired import t_quantile, two_sided_p
-from eval.tables import LossTable, mean_table
+from eval.tables import LossTable, mean_loss, mean_table
 
 Floats = NDArray[np.float64]
 
@@ -137,11 +137,6 @@ def rank(scored: Mapping[str, Mapping[int, LossTable]], *, alpha: float = ALPHA)
         pairs=pairs,
         cautions=tuple(_cautions(scored, best, order, compared)),
     )
-
-
-def mean_loss(table: LossTable) -> float:
-    """Nats per token of a table."""
-    return float(table.loss.sum()) / float(table.tokens.sum(dtype=np.int64))
 
 
 def _check_same(scored: Mapping[str, Mapping[int, LossTable]]) -> None:

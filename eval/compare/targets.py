@@ -107,6 +107,17 @@ def most_scored(run: Path) -> tuple[Scale, dict[int, Path], list[Scale]]:
     return best, found[best], [scale for scale in found if scale is not best]
 
 
+def way_of(run: Path, table: Path) -> Scale | None:
+    """The way in which one of a run's whole tables was scored; None for any other file."""
+    try:
+        for scale, paths in tables_of_run(run).items():
+            if any(path.resolve() == table.resolve() for path in paths.values()):
+                return scale
+    except DataError:
+        return None
+    return None
+
+
 def find_run(text: str) -> Path | None:
     """The run directory that a path, or a bare name under `runs/`, means; None where there is none."""
     given = Path(text)
@@ -185,7 +196,7 @@ def _more(target: Target, tables: dict[int, Path]) -> tuple[Path, ...] | None:
 
 
 def _with_more(target: Target, path: Path) -> tuple[Path, ...]:
-    if target.run is None:
+    if target.run is None or target.last is None:
         return ()
     found = tables_of_run(target.run).values()
     return next((_more(target, tables) or () for tables in found if path in tables.values()), ())
@@ -218,9 +229,8 @@ def find_tables(texts: Sequence[str]) -> list[Found]:
     """
     targets = [parse_target(text) for text in texts]
     options = [_options(target) for target in targets]
-    runs_alone = len(targets) > 1 and all(
-        target.run is not None and target.step is target.last is None for target in targets
-    )
+    alone = [target.run is not None and target.step is None and target.last is None for target in targets]
+    runs_alone = len(targets) > 1 and all(alone)
     paths = _best_paths(options, runs_alone=runs_alone)
     if paths is None:
         raise DataError(

@@ -83,24 +83,13 @@ def noise_of_run(run: Path, scale: Scale | None = None) -> TwinNoise:
     own = [row for row in rows if row.at == rows[0].at]
     late = [row for row in own if 2 * row.since >= own[-1].since]
     df, percent = max(row.runs for row in late) - 1, math.sqrt(float(np.mean([row.percent**2 for row in late])))
-    doubts = _doubts(own, max(most_scored(run)[1]))
+    doubts = _doubts(own, max(tables_of_run(run)[scale]))
     return TwinNoise(percent, df, own[-1].since, not doubts, tuple(rows), (*problems, *doubts))
 
 
 def told(noise: TwinNoise) -> TwinNoise | None:
     """The noise where anything is known of it."""
     return noise if noise.df else None
-
-
-def way_of(run: Path, table: Path) -> Scale | None:
-    """The way in which one of a run's whole tables was scored."""
-    try:
-        for scale, paths in tables_of_run(run).items():
-            if any(path.resolve() == table.resolve() for path in paths.values()):
-                return scale
-    except DataError:
-        return None
-    return None
 
 
 def _spreads(at: int, runs: Iterable[Path], scale: Scale) -> list[TwinSpread]:

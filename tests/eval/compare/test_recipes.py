@@ -13,8 +13,8 @@ from test_compare import a_table, write_run
 
 from configs.errors import ConfigError, DataError
 from eval.compare.recipes import Group, SeedNoise, compare_groups, compare_seeds
-from eval.compare.sweep import mean_loss, seed_noise
-from eval.tables import LossTable, read_table
+from eval.compare.sweep import seed_noise
+from eval.tables import LossTable, mean_loss, read_table
 
 
 def group(name: str, effects: dict[int, float]) -> tuple[Group, dict[int, LossTable]]:

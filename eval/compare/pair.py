@@ -136,9 +136,7 @@ class Comparison:
     def noise_percent(self) -> float | None:
         """Standard deviation of one checkpoint by the noise of training: by twins where there are any, else the wobble;
         of twins that have not settled the larger of the two. None where it cannot be told."""
-        if self.twins is None:
-            return self.wobble_percent
-        return self.twins.percent if self.noise_by_twins else self.wobble_percent
+        return self.twins.percent if self.twins is not None and self.noise_by_twins else self.wobble_percent
 
     @property
     def noise_by_twins(self) -> bool:
@@ -148,7 +146,9 @@ class Comparison:
     @property
     def noise_is_known(self) -> bool:
         """Whether what is above the noise is above it for good: twins that still move apart are a lower bound."""
-        return self.wobble_percent is not None or (self.twins is not None and self.twins.settled)
+        if self.twins is not None and self.noise_by_twins:
+            return self.twins.settled
+        return self.wobble_percent is not None
 
     @property
     def noise_bound_percent(self) -> float | None:

@@ -111,3 +111,13 @@ def test_of_several_splits_the_earliest_counts_and_a_late_one_alone_is_a_lower_b
     assert alone.percent < 0.01
     assert not alone.settled
     assert "twins from step 200: what chance did before is not in them, so it is a lower bound" in alone.problems
+
+
+def test_a_wobble_below_unsettled_twins_does_not_make_their_bound_known(run: Path) -> None:
+    a, b = find_tables([f"{run}@300", f"{run}@400"])
+    made = with_noise(compare_tables(read_table(a.path), read_table(b.path)), a, b, KnownNoise())
+    assert made.twins is not None
+    growing = replace(made, twins=replace(made.twins, settled=False), wobble_percent=made.twins.percent / 2)
+    assert not growing.noise_is_known
+    with pytest.raises(ConfigError, match="is a lower bound"):
+        upper_bound(growing, "run")

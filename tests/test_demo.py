@@ -41,7 +41,7 @@ def test_it_ends_with_the_table_its_files_and_the_board(demo: tuple[Path, str]) 
     run, said = demo
     assert len(re.findall(r"^ *\d+ +[\d,]+ +\d\.\d+ ± \d\.\d+", said, re.MULTILINE)) >= 5
     assert f"vernier board {run}" in said
-    assert re.search(r"One optimizer step, 150 → 151: paired t = −?[\d.]+ \(clustered by document\)", said)
+    assert re.search(r"One optimizer step, 150 → 151: paired t = −?[\d.]+ \(clustered by family: [\d ]+ of", said)
 
 
 @pytest.mark.long

@@ -32,14 +32,17 @@ def measure(data: Path, run_dir: Path) -> None:
     from trainer.data.shards import Windows
     from trainer.engine.build import make_engine
     from trainer.loop import Batch, micro_batches
-    from trainer.model.build import TrainableLM, hf_config, make_model, parameter_count
+    from trainer.model.build import hf_config, make_model
+    from trainer.objectives import objective_of
+    from trainer.objectives.objective import parameter_count
     from trainer.order import windows_at
 
     config = resolve(load_config("demo", [f"data.dir={data}", f"run.dir={run_dir}", *SETTINGS]))
     run = RunDir(config.run_dir)
     run.checkpoints.mkdir(parents=True)
     ranks = join(1)
-    model = TrainableLM(make_model(config, hf_config(config.model, load_dataset_facts(data))))
+    objective = objective_of(config)
+    model = objective.module(make_model(config, hf_config(config.model, load_dataset_facts(data))))
     parameters = parameter_count(model)
     engine, _ = make_engine(config, model, 1)
     windows = Windows(config.data_dir, config.sequence_length)
@@ -52,8 +55,8 @@ def measure(data: Path, run_dir: Path) -> None:
         started = time.perf_counter()
         chosen = windows_at(position, batch=config.batch.global_, windows=len(windows), seed=config.seed)
         batch = Batch(position, chosen, targets=chosen.size * config.sequence_length)
-        for ids_BT, target_BT, *_ in micro_batches(windows, batch, config, ranks, config.batch.micro):
-            engine.backward(engine(ids_BT, target_BT))
+        for inputs, _ in micro_batches(objective, windows, batch, config, ranks):
+            engine.backward(engine(**inputs))
             at = time.perf_counter()
             memory.wait_until_taken()
             waits.append(time.perf_counter() - at)

@@ -63,6 +63,16 @@ class ReferenceSettings(Settings):
     min_shared_run: Positive = Field(50, description="documents that share so many consecutive tokens stay on one side")
 
 
+class ObjectiveSettings(Settings):
+    """What is learnt, and by which loss; one file each under trainer/objectives/."""
+
+    name: Literal["causal", "masked"] = Field(
+        "causal", description="causal: each token from those before it; masked: hidden tokens from both sides"
+    )
+    mask_ratio: Fraction = Field(0.15, description="masked: the part of a window's tokens that is asked for")
+    whole_words: bool = Field(False, description="masked: all tokens of a word are asked for, or none")
+
+
 class ModelSettings(Settings):
     """`path` of a Hugging Face model directory, or `type` with that model's own config fields."""
 
@@ -256,6 +266,7 @@ class Config(Settings):
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
     reference: ReferenceSettings = ReferenceSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
     model: ModelSettings
     batch: BatchSettings
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -21,6 +21,7 @@ from trainer.data.prepare import load_dataset_facts, no_target
 from trainer.data.shards import Windows
 from trainer.model.build import check_model_settings
 from trainer.model.effects import loss_is_off
+from trainer.objectives import objective_of
 
 
 def check_run(
@@ -74,9 +75,15 @@ def check_run(
 
 def _check_reference(config: Config, tokenizer: str, hf: Any, tell: Callable[[str], None] | None) -> None:
     """Refuses a reference set that the model, once trained, could not be scored on; tells of other windows."""
-    directory = config.reference_dir
+    directory, objective = config.reference_dir, objective_of(config)
     read_manifest(directory, "reference")
     facts = read_reference_facts(directory)
+    own = facts.get("objective", "causal")
+    if own not in objective.scored_as:
+        raise ConfigError(
+            f"objective.name: {config.objective.name}, and {directory} is for the objective {own}; prepare the data "
+            "anew with this config (--fresh, or another data.dir), or set eval.reference"
+        )
     if facts["tokenizer"]["fingerprint"] != tokenizer:
         raise ConfigError(
             f"eval.reference: {directory} has another tokenizer than the data; tokenize it again: "

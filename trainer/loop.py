@@ -17,7 +17,6 @@ import torch
 from configs.load import micro_batch
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
-from eval.scoring.losses import IGNORED
 from trainer.callbacks.dispatch import Callbacks
 from trainer.callbacks.metrics import memory_gib
 from trainer.checkpoint.checkpoint import Clock
@@ -32,6 +31,7 @@ from trainer.faults.guards import Guard
 from trainer.faults.injected import forward_of
 from trainer.faults.watchdog import Watchdog
 from trainer.model.dropout import WindowDropout
+from trainer.objectives import Objective
 from trainer.order import Int64s, share_of, window_seeds, windows_at
 from trainer.stop_requests import Asked, Requests
 from trainer.utilisation import Utilisation
@@ -60,6 +60,7 @@ class Loop:
 
     engine: Any
     config: Config
+    objective: Objective
     data: Windows
     ranks: Ranks
     clock: Clock
@@ -111,7 +112,7 @@ class Loop:
             return None
         size, count = self.config.batch.global_, len(self.data)
         windows = windows_at(position, batch=size, windows=count, seed=self.config.seed)
-        targets = int(self.data.target_counts(windows).sum())  # of the whole global batch, known to every rank
+        targets = self.objective.count(self.data, windows, position)  # of all of it, known to every rank
         if targets == 0:  # all prompts: an update would only decay the weights
             self.guard.without_targets(self.clock)
             return None
@@ -130,10 +131,10 @@ class Loop:
         sums_2 = torch.zeros((2,), dtype=torch.float64, device=self.ranks.device)
         # DeepSpeed divides by accumulation and ranks; what is left is the mean over the global batch's targets.
         scale = (self.config.batch.global_ // self.micro) / batch.targets
-        for ids_BT, target_BT, seeds in micro_batches(self.data, batch, self.config, self.ranks, self.micro):
+        for inputs, seeds in micro_batches(self.objective, self.data, batch, self.config, self.ranks):
             self.watchdog.mark(self.clock.step)
             with self.dropout.windows(seeds):  # a function of each window's place in the data, not of rank or history
-                loss = self.forward(ids_BT, target_BT, batch.position)
+                loss = self.forward(inputs, batch.position)
             self.engine.backward(loss * scale)
             added = self.engine.module.added
             sums_2[0] += loss.detach()
@@ -222,16 +223,13 @@ class Loop:
 
 
 def micro_batches(
-    data: Windows, batch: Batch, config: Config, ranks: Ranks, micro: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
-    """This rank's part of a global batch: (ids [B, T], targets [B, T], a seed a window), int64 on the device."""
+    objective: Objective, data: Windows, batch: Batch, config: Config, ranks: Ranks
+) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
+    """This rank's part of a global batch: (what the model takes, tensors [micro, …] on the device; a seed a
+    window)."""
+    micro = micro_batch(config, ranks.world)
     for chosen in share_of(batch.windows, rank=ranks.rank, world=ranks.world, micro=micro):
-        rows, scored = data.rows(chosen)
-        block = torch.from_numpy(rows)
-        # The targets are written to: of one window `contiguous` would copy nothing, and the ids would change with them.
-        ids_BT, target_BT = block[:, :-1].contiguous(), block[:, 1:].clone()
-        if scored is not None:
-            target_BT[~torch.from_numpy(scored)] = IGNORED
+        inputs = objective.inputs(data, chosen, batch.position)
         if ranks.device.type == "cuda":
-            ids_BT, target_BT = (t.pin_memory().to(ranks.device, non_blocking=True) for t in (ids_BT, target_BT))
-        yield ids_BT, target_BT, window_seeds(config.seed, batch.position, chosen)
+            inputs = {name: t.pin_memory().to(ranks.device, non_blocking=True) for name, t in inputs.items()}
+        yield inputs, window_seeds(config.seed, batch.position, chosen)

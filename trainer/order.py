@@ -38,6 +38,13 @@ def window_seeds(seed: int, position: int, windows: Int64s) -> list[int]:
     return [int(one) for one in state >> np.uint64(1)]
 
 
+def draws(seeds: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.uint64]:
+    """`count` random numbers from each seed [n], uint64 [n, count]: SplitMix64's outputs, started there."""
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return _mix(seeds[:, None] + steps)
+
+
 def permute(index: Int64s, size: int, key: int) -> Int64s:
     """The places of `index` (int64 [n], each in 0..size-1) under a pseudo-random permutation of 0..size-1.
 

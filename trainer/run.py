@@ -37,9 +37,11 @@ from trainer.faults.guards import Guard, recent_losses
 from trainer.faults.lock import RunLock
 from trainer.faults.watchdog import Watchdog
 from trainer.loop import Loop, Outcome
-from trainer.model.build import TrainableLM, checkpoints_activations, make_model, parameter_count
+from trainer.model.build import checkpoints_activations, make_model
 from trainer.model.dropout import WindowDropout
 from trainer.model.effects import check_losses
+from trainer.objectives import objective_of
+from trainer.objectives.objective import parameter_count
 from trainer.utilisation import Utilisation, peak_flops
 
 
@@ -93,10 +95,12 @@ class Training:
         if self.checkpoint is None:  # else its steps were made with what fits
             self.config, adaptations = fitted(given, adaptations, run, ranks, hf)
         self.passed_over = set(adaptations.passed_over)
-        model = TrainableLM(make_model(self.config, hf))
+        self.objective = objective_of(self.config)
+        model: Any = self.objective.module(make_model(self.config, hf))
         if self.twin is not None and self.checkpoint is None:
             self.twin.move_model(model.lm)
-        check_losses(self.config.model.fields, hf.model_type, adds=model.adds)
+        if self.objective.kind == "causal":
+            check_losses(self.config.model.fields, hf.model_type, adds=model.adds)
         self.parameters = parameter_count(model)
         peak, work = peak_flops(self.config), Work.of(model_shapes(model.lm), self.config.sequence_length)
         self.utilisation = Utilisation(work, ranks.world, peak) if peak is not None else None
@@ -164,6 +168,7 @@ class Training:
         loop = Loop(
             self.engine,
             self.config,
+            self.objective,
             self.data,
             self.ranks,
             self.clock,
@@ -175,7 +180,7 @@ class Training:
             self.watchdog,
             self.utilisation,
         )
-        making, can_checkpoint = lambda: loop.clock.step + 1, checkpoints_activations(self.hf)
+        making, can_checkpoint = lambda: loop.clock.step + 1, checkpoints_activations(self.hf, self.objective.kind)
         with adapting_to_memory(self.config, self.run, self.ranks, step=making, checkpoints=can_checkpoint):
             outcome = loop.run()
         if not outcome.stopped:

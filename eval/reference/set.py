@@ -49,7 +49,8 @@ class ReferenceSet:
     `input_ids` holds the ids of sample i at `offsets[i]:offsets[i + 1]`: at most `sequence_length` + 1,
     of which the targets from `labels_from[i]` on are scored (target j is predicted from the ids before it).
     Documents of one family share a long run of tokens; it is called by the number of its first document.
-    `objective` is "prompt" where a document has a prompt, which is context only; else "causal".
+    `objective` is "prompt" where a document has a prompt, which is context only, "masked" where a masked LM is to be
+    scored; else "causal".
     """
 
     directory: Path
@@ -114,6 +115,7 @@ def build_reference(
     decontamination: dict[str, Any] | None = None,
     prompts: Sequence[str] | None = None,
     families: Sequence[int] | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Writes the reference set of `texts`, in their order, as the whole directory `directory`.
 
@@ -124,6 +126,7 @@ def build_reference(
         decontamination: what was done to keep them out of the training data, for the record.
         prompts: of each text, "" where it has none.
         families: of each text, a number that those share which have long passages in common; None: none have.
+        objective: that the set is for; None: "prompt" where there is a prompt, else "causal".
 
     Returns:
         What `reference.json` says.
@@ -145,7 +148,7 @@ def build_reference(
     related = family_D is not None and len(np.unique(family_D)) < len(family_D)
     facts = {
         "name": name,
-        **({"objective": "prompt"} if prompted else {}),
+        **({"objective": objective or "prompt"} if objective or prompted else {}),
         "fingerprints": {"text": text_fingerprint, "tokens": tokens_fingerprint},
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
@@ -248,6 +251,7 @@ def retokenize(
         decontamination=facts["decontamination"],
         prompts=prompts,
         families=None if (family_D := read_families(reference_dir)) is None else family_D.tolist(),
+        objective=facts.get("objective"),
     )
     assert made["fingerprints"]["text"] == facts["fingerprints"]["text"]
     return load_reference(out_dir, check=False)

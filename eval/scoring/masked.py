@@ -152,9 +152,7 @@ def _chosen(
 
 
 def _loaded(directory: Path, dtype: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForMaskedLM
-
-    model = load_checked(AutoModelForMaskedLM, "masked LM", directory, dtype, trust_remote_code)
+    model = load_checked("masked", directory, dtype, trust_remote_code)
     if getattr(model.config, "is_encoder_decoder", False):
         raise DataError(f"{directory}: is an encoder-decoder, not a masked LM that predicts what it is fed")
     return model
@@ -178,7 +176,7 @@ def make_scorer(
         raise DataError(f"objective: {objective!r} is none of {', '.join(OBJECTIVES)}")
     special = special_ids(reference.directory / "tokenizer")
     model = _loaded(directory, dtype, trust_remote_code)
-    longest, takes = int(np.diff(reference.offsets).max()) + 1, _positions(model)
+    longest, takes = int(np.diff(reference.offsets).max()) + 1, positions(model)
     if takes is not None and takes < longest:  # looked at before it is on a GPU, where it would end the process
         raise DataError(
             f"{directory}: takes {takes} tokens, the reference set's windows have up to {longest} with CLS and SEP; "
@@ -188,7 +186,7 @@ def make_scorer(
     return MaskedScorer(model.to(device), objective, reference, special, device)
 
 
-def _positions(model: Any) -> int | None:
+def positions(model: Any) -> int | None:
     """How many tokens the model takes, None where nothing bounds them."""
     limits = [getattr(model.config, key, None) for key in ("max_position_embeddings", "n_positions")]
     for name, module in model.named_modules():
@@ -208,7 +206,7 @@ class MaskedScorer:
         self, model: Any, objective: str, reference: ReferenceSet, special: SpecialIds, device: torch.device
     ) -> None:
         self.model, self.objective, self.special, self.device = model, objective, special, device
-        self.encoder = _encoder(model)
+        self.encoder = encoder_of(model)
         self.chunk = chunk_length(int(model.config.get_text_config().vocab_size))
         length = reference.sequence_length
         bins = np.arange(length + 2) - 1  # by the target's place among the causal ones, as for other objectives
@@ -225,6 +223,13 @@ class MaskedScorer:
     @torch.no_grad()
     def score_batch(self, reference: ReferenceSet, batch: int) -> SampleLosses:
         """Losses of the samples of `batch`, ascending."""
+        was_training = self.model.training
+        self.model.eval()
+        found = self._scored(reference, batch)
+        self.model.train(was_training)
+        return found
+
+    def _scored(self, reference: ReferenceSet, batch: int) -> SampleLosses:
         if self.objective == "masked":
             fed = masked_batch(reference, batch, self.special, seed_of=reference.tokens_fingerprint)
             row, place = np.nonzero(fed.target != IGNORED)
@@ -262,7 +267,7 @@ class MaskedScorer:
                     target_N[mine],
                 )
             )
-            logits_NV = _logits_at(self.model, self.encoder, ids, attention, row, place).float()
+            logits_NV = logits_at(self.model, self.encoder, ids, attention, row, place).float()
             nll.append(F.cross_entropy(logits_NV, target, reduction="none").double().cpu().numpy())
             hit.append((logits_NV.argmax(-1) == target).long().cpu().numpy())
         return np.concatenate(nll), np.concatenate(hit)
@@ -297,7 +302,7 @@ class MaskedScorer:
         )
 
 
-def _encoder(model: Any) -> Any | None:
+def encoder_of(model: Any) -> Any | None:
     """The encoder of a masked LM whose logits at a place hang on nothing but its hidden state there, else None.
 
     Then logits are made at masked places only. It is tried on a few tokens rather than believed.
@@ -305,26 +310,44 @@ def _encoder(model: Any) -> Any | None:
     encoder = model.base_model
     if encoder is model:
         return None
+    was_training = model.training
+    model.eval()
+    try:
+        return _tried(model, encoder)
+    finally:
+        model.train(was_training)
+
+
+def _tried(model: Any, encoder: Any) -> Any | None:
     device = next(model.parameters()).device
     line = torch.arange(1, 9, device=device) % model.config.get_text_config().vocab_size
     ids = torch.stack([line, line.flip(0)])
     row, place = torch.tensor([0, 0, 1], device=device), torch.tensor([2, 7, 5], device=device)
     with torch.no_grad():
-        whole = _logits_at(model, None, ids, torch.ones_like(ids, dtype=torch.bool), row, place)
+        whole = logits_at(model, None, ids, torch.ones_like(ids, dtype=torch.bool), row, place)
         try:
-            parts = _logits_at(model, encoder, ids, torch.ones_like(ids, dtype=torch.bool), row, place)
+            parts = logits_at(model, encoder, ids, torch.ones_like(ids, dtype=torch.bool), row, place)
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
             return None  # its head wants more than hidden states
     alike = whole.shape == parts.shape and bool((whole - parts).abs().max() <= 0.01 * whole.abs().max())
     return encoder if alike else None
 
 
-def _logits_at(
-    model: Any, encoder: Any | None, ids: torch.Tensor, attention: torch.Tensor, row: torch.Tensor, place: torch.Tensor
+def logits_at(
+    model: Any,
+    encoder: Any | None,
+    ids: torch.Tensor,
+    attention: torch.Tensor | None,
+    row: torch.Tensor,
+    place: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits [N, V] at (row, place) of ids [B, T]; with `encoder` the head sees no other places."""
+    """Logits [N, V] at (row, place) of ids [B, T]; with `encoder` the head sees no other places.
+
+    `attention`: bool [B, T], False where padded; None: nothing is.
+    """
+    mask = None if attention is None else attention.long()
     if encoder is None:
-        return model(input_ids=ids, attention_mask=attention.long()).logits[row, place]
+        return model(input_ids=ids, attention_mask=mask).logits[row, place]
 
     def select(_: Any, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
@@ -334,6 +357,6 @@ def _logits_at(
 
     hook = encoder.register_forward_hook(select)
     try:
-        return model(input_ids=ids, attention_mask=attention.long()).logits[0]
+        return model(input_ids=ids, attention_mask=mask).logits[0]
     finally:
         hook.remove()

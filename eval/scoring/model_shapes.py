@@ -16,7 +16,7 @@ import torch
 
 from configs.errors import ConfigError
 from configs.memory.scoring import ModelShapes
-from eval.scoring.models import quiet_libraries, why
+from eval.scoring.models import KINDS, auto_model, quiet_libraries, why
 
 # What the types call the same thing. A name that most configs have comes first.
 WIDTH = ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "ffn_hidden_size")
@@ -25,22 +25,20 @@ CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_
 AFTER_THE_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # gemma2, granite, cohere
 
 
-def on_meta(hf: Any, *, trust_remote_code: bool = False) -> Any:
-    """The causal LM of a Hugging Face config. Every tensor has a shape and no memory.
+def on_meta(hf: Any, kind: str = "causal", *, trust_remote_code: bool = False) -> Any:
+    """The model, of one of `KINDS`, of a Hugging Face config. Every tensor has a shape and no memory.
 
     Raises:
         ConfigError: transformers cannot build it; why, and what to do.
     """
-    from transformers import AutoModelForCausalLM
-
     own = copy.deepcopy(hf)  # it is written to
     try:
         with quiet_libraries(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(own, trust_remote_code=trust_remote_code)
+            return auto_model(kind).from_config(own, trust_remote_code=trust_remote_code)
     except Exception as error:  # each model class raises its own kinds
         what_to_do = ", or take another model" if isinstance(error, ImportError) else "; check its fields"
         raise ConfigError(
-            f"model: transformers cannot build type {hf.model_type} as a causal LM: {why(error)}{what_to_do}"
+            f"model: transformers cannot build type {hf.model_type} as a {KINDS[kind][1]}: {why(error)}{what_to_do}"
         ) from None
 
 

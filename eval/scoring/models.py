@@ -19,7 +19,26 @@ from eval.reference.set import ReferenceSet, tokenizer_fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+# Kinds of model: transformers' class that makes one, and what people call it.
+KINDS = {
+    "causal": ("AutoModelForCausalLM", "causal LM"),
+    "masked": ("AutoModelForMaskedLM", "masked LM"),
+}
 DEQUANTIZE = "dequantize the model and save it anew (transformers: model.dequantize(), then save_pretrained(DIR))"
+
+
+def auto_model(kind: str) -> Any:
+    """transformers' class that makes models of one of `KINDS`."""
+    import transformers
+
+    return getattr(transformers, KINDS[kind][0])
+
+
+def makes(kind: str, model_type: str) -> bool:
+    """Whether transformers has a model of one of `KINDS` for a config's `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in auto_model(kind)._model_mapping
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -219,9 +238,7 @@ def load_for_scoring(directory: Path, dtype: str, device: torch.device, *, trust
     Raises:
         DataError: it is no causal LM, or its weights do not fit its config.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = load_checked(AutoModelForCausalLM, "causal LM", directory, dtype, trust_remote_code)
+    model = load_checked("causal", directory, dtype, trust_remote_code)
     check_causal(directory, model, lambda ids: model(input_ids=ids, use_cache=False).logits)
     return model.to(device)
 
@@ -242,17 +259,17 @@ def quiet_libraries() -> Iterator[None]:
         of_torch.setLevel(level)
 
 
-def load_checked(auto: Any, kind: str, directory: Path, dtype: str, trust_remote_code: bool) -> Any:
-    """The model that transformers' class `auto` makes of a directory, on the CPU, for inference.
+def load_checked(kind: str, directory: Path, dtype: str, trust_remote_code: bool) -> Any:
+    """The model, of one of `KINDS`, in a directory, on the CPU, for inference.
 
     Raises:
-        DataError: it is no such model (`kind` in words), or its weights do not fit its config.
+        DataError: it is no such model, or its weights do not fit its config.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        model, info = auto.from_pretrained(
+        model, info = auto_model(kind).from_pretrained(
             directory,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -261,7 +278,7 @@ def load_checked(auto: Any, kind: str, directory: Path, dtype: str, trust_remote
             output_loading_info=True,
         )
     except Exception as error:  # each model class raises its own kinds
-        raise DataError(f"{directory}: transformers cannot load it as a {kind}: {why(error)}") from error
+        raise DataError(f"{directory}: transformers cannot load it as a {KINDS[kind][1]}: {why(error)}") from error
     check_loaded(directory, info)
     return model.eval().requires_grad_(False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from configs.memory.scoring import placement
 from eval.distributed.ranks import Ranks
 from eval.reference.set import ReferenceSet
 from eval.scoring.losses import LOGITS_BYTES, Scorer
-from eval.scoring.masked import make_scorer
+from eval.scoring.masked import OBJECTIVES, make_scorer
 from eval.scoring.model_shapes import model_shapes, on_meta
 from eval.scoring.models import load_for_scoring, read_config
 
@@ -40,9 +40,10 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
         DataError: the models cannot be scored so, or fit on no rank.
     """
     scorer: Any
+    how = replace(how, objective=how.objective or reference.objective)
     sharded = _is_sharded(models, reference, ranks, how)
     trust = how.trust_remote_code
-    if how.objective in ("masked", "pll"):
+    if how.objective in OBJECTIVES:
         if len(models) > 1:
             raise DataError(f"--ensemble: is not there for the objective {how.objective}")
         scorer = make_scorer(how.objective, models[0], how.dtype, reference, ranks.device, trust_remote_code=trust)
@@ -61,7 +62,7 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
 
 def _is_sharded(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: Scoring) -> bool:
     """Whether the model's weights are spread over the ranks: as asked, or where one device does not hold them."""
-    plain = len(models) == 1 and how.objective not in ("masked", "pll")
+    plain = len(models) == 1 and how.objective not in OBJECTIVES
     if how.weights != "auto":
         if how.weights == "sharded" and not plain:
             raise DataError("--weights: an ensemble or masked objective is scored with replicated weights only")

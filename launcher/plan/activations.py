@@ -28,6 +28,8 @@ class ModelSize:
         self,
         model: Any,
         *,
+        kind: str = "causal",
+        targets: float = 1.0,
         sequence_length: int,
         precision: str,
         checkpointing: bool,
@@ -37,6 +39,8 @@ class ModelSize:
         """
         Args:
             model: as transformers builds it, on the meta device.
+            kind: of model, in `eval.scoring.models.KINDS`.
+            targets: the part of a window's tokens that logits are made for.
             whole_logits: logits are more than head(hidden), so those of a micro-batch are held at once.
             on_gpu: attention that drops weights does not store them there; on CPU it does.
         """
@@ -46,6 +50,7 @@ class ModelSize:
             for name in ATTENTION_DROPOUT & set(vars(hf)):
                 setattr(hf, name, 0.0)
         self.hf, self.sequence_length, self.precision = hf, sequence_length, precision
+        self.kind, self.targets = kind, targets
         self.checkpointing, self.whole_logits = checkpointing, whole_logits
         self.tensors = _tensors(model)
         self.found: dict[int, Activations | None] = {}
@@ -98,14 +103,14 @@ def _run(size: ModelSize, micro: int) -> Activations | None:
 def _fake_model(size: ModelSize, dtype: Any) -> tuple[Any, Any]:
     """(fake mode, the model on fake CPU tensors): SDPA does not store its weights there, as on a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
 
+    from eval.scoring.models import auto_model
     from trainer.model.dropout import drops, recompute_contexts
 
     if dtype not in size.models:
         mode = FakeTensorMode()
         with mode:
-            model = AutoModelForCausalLM.from_config(size.hf, dtype=dtype)
+            model = auto_model(size.kind).from_config(size.hf, dtype=dtype)
             model.train()
             if size.checkpointing:
                 again = {"context_fn": recompute_contexts} if drops(model) else {}
@@ -118,17 +123,15 @@ def _pass(size: ModelSize, micro: int, dtype: Any) -> Activations:
     """One forward and backward pass."""
     import torch
 
-    from eval.scoring.losses import training_loss
     from trainer.model.dropout import WindowDropout
 
     with warnings.catch_warnings(), _one_sequence_a_window():
         warnings.simplefilter("ignore")
         mode, model = _fake_model(size, dtype)
         live = _live_storages([*model.parameters(), *model.buffers()])
-        decoder, head = model.get_decoder(), model.get_output_embeddings()
+        layers = model.get_decoder() if size.kind == "causal" else model.base_model
         handles = [parameter.register_post_accumulate_grad_hook(live.take_gradient) for parameter in model.parameters()]
-        handles.append(decoder.register_forward_hook(partial(_after_layers, live)))
-        vocabulary = int(model.config.get_text_config().vocab_size)
+        handles.append(layers.register_forward_hook(partial(_after_layers, live)))
         with mode:
             ids_BT = torch.zeros(micro, size.sequence_length, dtype=torch.long)
             with live:
@@ -136,14 +139,7 @@ def _pass(size: ModelSize, micro: int, dtype: Any) -> Activations:
                     torch.autocast("cpu", torch.bfloat16, enabled=size.precision == "amp"),
                     WindowDropout(model).windows(range(micro)),
                 ):
-                    if size.whole_logits:
-                        logits = model(input_ids=ids_BT, use_cache=False).logits.float()
-                        loss = torch.nn.functional.cross_entropy(
-                            logits.flatten(0, 1), ids_BT.flatten(), reduction="sum"
-                        )
-                        del logits
-                    else:
-                        loss = training_loss((decoder, head), ids_BT, ids_BT, vocabulary)
+                    loss = _loss(size, model, ids_BT)
                 loss.backward()
         for handle in handles:
             handle.remove()
@@ -155,6 +151,27 @@ def _pass(size: ModelSize, micro: int, dtype: Any) -> Activations:
         loose=live.most_loose,
         loose_with_gradients=live.most_loose_with_gradients,
     )
+
+
+def _loss(size: ModelSize, model: Any, ids_BT: Any) -> Any:
+    """The loss of some windows [B, T], made as in training."""
+    import torch
+
+    from eval.scoring.losses import training_loss
+    from eval.scoring.masked import logits_at
+
+    entropy = torch.nn.functional.cross_entropy
+    if size.kind == "masked":
+        rows, tokens = ids_BT.shape
+        place = torch.arange(max(1, round(size.targets * tokens))).repeat(rows)
+        row = torch.arange(rows).repeat_interleave(len(place) // rows)
+        logits_NV = logits_at(model, model.base_model, ids_BT, None, row, place)
+        return entropy(logits_NV.float(), ids_BT[row, place], reduction="sum")
+    if size.whole_logits:
+        logits = model(input_ids=ids_BT, use_cache=False).logits.float()
+        return entropy(logits.flatten(0, 1), ids_BT.flatten(), reduction="sum")
+    parts = model.get_decoder(), model.get_output_embeddings()
+    return training_loss(parts, ids_BT, ids_BT, int(model.config.get_text_config().vocab_size))
 
 
 @contextmanager

@@ -49,10 +49,11 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
             home = step.home
         from eval.scoring.model_shapes import model_shapes, on_meta, stored_parameters
         from eval.scoring.models import read_config
+        from trainer.model.build import kind_of
 
         name = str(read_json(home / "config.json").get("model_type") or settings.path.name)
         try:
-            built = on_meta(read_config(home))
+            built = on_meta(read_config(home), kind_of(config))
         except (ConfigError, DataError):  # training would refuse it
             notes.append("transformers cannot build it: counted as stored in its safetensors files, attention left out")
             return Model(name, stored_parameters(home), tuple(notes))
@@ -67,9 +68,10 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
                 f"entries ({'data.tokenizer' if config.data.tokenizer else 'data.vocab_size'})"
             )
     from eval.scoring.model_shapes import model_shapes, on_meta  # torch comes with it
-    from trainer.model.build import hf_config
+    from trainer.model.build import hf_config, kind_of
 
-    built = on_meta(hf_config(settings, facts))
+    kind = kind_of(config)
+    built = on_meta(hf_config(settings, facts, kind), kind)
     shapes = model_shapes(built)
     return Model(str(settings.type), shapes.parameters, tuple(notes), built, shapes)
 
@@ -113,6 +115,8 @@ def model_size(model: Model, config: Config, *, on_gpu: bool) -> Any:
 
     return ModelSize(
         model.built,
+        kind=config.objective.name,
+        targets=config.objective.mask_ratio if config.objective.name == "masked" else 1.0,
         sequence_length=config.sequence_length,
         precision=config.precision or "fp32",
         checkpointing=config.gradient_checkpointing,

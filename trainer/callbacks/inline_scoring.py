@@ -17,10 +17,12 @@ from eval.distributed.ranks import Ranks
 from eval.reference.set import load_reference
 from eval.scoring.evaluator import RunScores
 from eval.scoring.losses import Head, Scorer
-from eval.scoring.models import DTYPES
+from eval.scoring.masked import MaskedScorer, special_ids
+from eval.scoring.models import DTYPES, auto_model
 from eval.scoring.score import cpu_threads, score_reference, table_meta
 from trainer.checkpoint.snapshot import dtype_of, weights_of
 from trainer.engine import zero_state
+from trainer.model.build import kind_of
 
 
 class InlineScoring:
@@ -41,17 +43,24 @@ class InlineScoring:
         # Under amp ZeRO-3 gathers weights in 16 bits for its matrix products: not what the snapshot holds.
         sharded = config.zero.stage == 3
         rounded = config.precision == "amp" and sharded
-        parts = engine.module.parts()
+        kind = kind_of(config)
+        parts = engine.module.parts() if kind == "causal" else None
         plain_head = parts is not None and isinstance(parts[1], torch.nn.Linear)
         self.direct = held == DTYPES[self.dtype] == DTYPES[dtype_of(config)] and not rounded
         self.direct &= plain_head or not sharded
-        self.scorer = Scorer(
-            engine.module.lm if self.direct else _empty_copy(hf, DTYPES[self.dtype], ranks.device),
-            self.reference.sequence_length,
-            parts=parts if self.direct else None,
-            device=ranks.device,
-            gather_head=self._whole_head if self.direct and sharded else None,
-        )
+        model = engine.module.lm if self.direct else _empty_copy(hf, kind, DTYPES[self.dtype], ranks.device)
+        self.scorer: Any
+        if kind == "causal":
+            self.scorer = Scorer(
+                model,
+                self.reference.sequence_length,
+                parts=parts if self.direct else None,
+                device=ranks.device,
+                gather_head=self._whole_head if self.direct and sharded else None,
+            )
+        else:
+            special = special_ids(self.reference.directory / "tokenizer")
+            self.scorer = MaskedScorer(model, kind, self.reference, special, ranks.device)
         self.scores = RunScores(self.run, self.reference, self.dtype) if ranks.is_rank_zero else None
         if self.scores is not None:
             self.scores.tell_untold()
@@ -134,9 +143,7 @@ class InlineScoring:
             self.scores.close()
 
 
-def _empty_copy(hf: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _empty_copy(hf: Any, kind: str, dtype: torch.dtype, device: torch.device) -> Any:
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+        model = auto_model(kind).from_config(hf, dtype=dtype)
     return model.eval().requires_grad_(False).to(device)

@@ -138,6 +138,7 @@ def _settings(config: Config) -> dict[str, Any]:
     data, given = config.data, config.data.tokenizer
     source = [data.source] if isinstance(data.source, str) else list(data.source)
     return {
+        "objective.name": config.objective.name,
         "seed": config.seed,
         "sequence_length": config.sequence_length,
         "data.source": source,
@@ -155,7 +156,7 @@ def _found(final: Path, settings: dict[str, Any], given: Path | None) -> dict[st
         raise ConfigError(f"data.dir: {final} is there and is no prepared data (no {MANIFEST}); choose another")
     check_data(final, at_most=sys.maxsize)
     facts = load_dataset_facts(final)
-    before = facts.get("settings", {})
+    before = {"objective.name": "causal", **facts.get("settings", {})}  # of data of before there were others
     for key in settings:
         if before.get(key) != settings[key]:
             raise ConfigError(
@@ -226,6 +227,7 @@ def _build(
             [text for d in documents for text in (d.prompt, d.text) if text],
             given=config.data.tokenizer,
             vocab_size=config.data.vocab_size,
+            masks=config.objective.name == "masked",
         )
     with phases.phase("tokenizing", len(documents)):
         documents, encoded, masks = _encoded(tokenizer, documents, phases.step)
@@ -249,6 +251,7 @@ def _build(
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "prefix_id": tokenizer.prefix_id,
+        "pad_id": tokenizer.special.get("pad_token"),
         "fingerprints": {
             "data": hashlib.sha256(f"{sha256} {tokenizer.fingerprint}".encode()).hexdigest(),
             "tokenizer": tokenizer.fingerprint,
@@ -337,6 +340,7 @@ def _reference(
         decontamination=record,
         prompts=[d.prompt for d in chosen],
         families=split.families,
+        objective="masked" if config.objective.name == "masked" else None,
     )
     stored = _stored(part / "reference", tokenizer)
     run = config.reference.min_shared_run

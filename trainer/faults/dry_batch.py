@@ -19,7 +19,7 @@ from configs.memory.saving import training_state
 from configs.run.directory import RunDir
 from configs.schema import Config
 from eval.distributed.ranks import PeerFailure, Ranks
-from eval.scoring.models import quiet_libraries
+from eval.scoring.models import auto_model, quiet_libraries
 from trainer.faults.adaptations import (
     Adaptations,
     adapt,
@@ -30,7 +30,8 @@ from trainer.faults.adaptations import (
     no_memory,
 )
 from trainer.faults.injected import forward_of
-from trainer.model.build import TrainableLM, checkpoint_activations, checkpoints_activations
+from trainer.model.build import checkpoint_activations, checkpoints_activations
+from trainer.objectives import objective_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,7 +56,9 @@ def fitted(given: Config, before: Adaptations, run: RunDir, ranks: Ranks, hf: An
             return config, before
         said = f"rank {ranks.rank} ran out of memory in a trial of step 1" if error is not None else ""
         _, said = ranks.first_message(said)
-        next_try = less_memory(config, ranks.world, before, checkpoints=checkpoints_activations(hf))
+        next_try = less_memory(
+            config, ranks.world, before, checkpoints=checkpoints_activations(hf, objective_of(config).kind)
+        )
         if next_try is None:
             if error is None:
                 raise PeerFailure(said)
@@ -88,25 +91,23 @@ def _error_of(config: Config, ranks: Ranks, hf: Any) -> Exception | None:
 
 
 def _try(config: Config, ranks: Ranks, hf: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
-    device = ranks.device
+    device, objective = ranks.device, objective_of(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet_libraries():
         with torch.device(device):
-            lm = AutoModelForCausalLM.from_config(copy.deepcopy(hf), dtype=DTYPES.get(str(config.precision)))
+            lm = auto_model(objective.kind).from_config(copy.deepcopy(hf), dtype=DTYPES.get(str(config.precision)))
         if config.gradient_checkpointing:
             checkpoint_activations(lm)
-        model = TrainableLM(lm).train()
+        model: Any = objective.module(lm)
+        model.train()
         beside = torch.empty(_held_beside(model, config, ranks), dtype=torch.uint8, device=device)
-        shape = micro_batch(config, ranks.world), config.sequence_length
-        ids_BT = torch.zeros(shape, dtype=torch.int64, device=device)
+        inputs = {name: t.to(device) for name, t in objective.dry(micro_batch(config, ranks.world)).items()}
         with torch.autocast(device.type, torch.bfloat16) if config.precision == "amp" else nullcontext():
-            loss = forward_of(model, config)(ids_BT, ids_BT, -1)
+            loss = forward_of(model, config)(inputs, -1)
         loss.backward()
         del beside
 
 
-def _held_beside(model: TrainableLM, config: Config, ranks: Ranks) -> int:
+def _held_beside(model: Any, config: Config, ranks: Ranks) -> int:
     """Bytes that the optimizer will hold on the device. At stage 2 gradients go as they come, but for a rank's part."""
     state = training_state(
         sum(parameter.numel() for parameter in model.parameters()),

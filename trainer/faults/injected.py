@@ -10,23 +10,26 @@ import torch
 
 from configs.fault_injection import asked
 from configs.schema import Config
+from trainer.objectives.objective import rows_of
 
-Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+Inputs = dict[str, torch.Tensor]
+Forward = Callable[[Inputs, int], torch.Tensor]
 
 
 def forward_of(engine: Any, config: Config) -> Forward:
-    """(ids [B, T], targets [B, T], data position) → the loss in nats, a scalar; the engine's own where no fault is
-    asked for."""
+    """(inputs of a micro-batch, data position) → the loss in nats, a scalar; the engine's own where no fault is asked
+    for."""
     faults = asked()
     if faults is None:
-        return lambda ids_BT, target_BT, position: engine(ids_BT, target_BT)
+        return lambda inputs, position: engine(**inputs)
 
-    def forward(ids_BT: torch.Tensor, target_BT: torch.Tensor, position: int) -> torch.Tensor:
+    def forward(inputs: Inputs, position: int) -> torch.Tensor:
         limit = math.inf if faults.windows is None or config.gradient_checkpointing else faults.windows
-        if len(ids_BT) > limit:
-            raise torch.OutOfMemoryError(f"VERNIER_FAULTS: {len(ids_BT)} windows are more than the {limit} that fit")
+        rows = rows_of(inputs)
+        if rows > limit:
+            raise torch.OutOfMemoryError(f"VERNIER_FAULTS: {rows} windows are more than the {limit} that fit")
         factor = math.nan if position in faults.nan else 100.0 if position in faults.spike else 1.0
-        loss: torch.Tensor = engine(ids_BT, target_BT) * factor
+        loss: torch.Tensor = engine(**inputs) * factor
         return loss
 
     return forward

@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from configs.errors import ConfigError
 from configs.schema import Config, ModelSettings
 from eval.distributed.ranks import environment_ranks, seed_everything
-from eval.scoring.losses import IGNORED, loss_of_hidden, split_model, training_loss
+from eval.scoring.masked import positions
 from eval.scoring.model_shapes import on_meta
-from eval.scoring.models import check_loaded, check_model, quantization, quiet_libraries, sees_the_future
+from eval.scoring.models import (
+    KINDS,
+    auto_model,
+    check_loaded,
+    check_model,
+    makes,
+    quantization,
+    quiet_libraries,
+    sees_the_future,
+)
 from trainer.checkpoint.warm_start import check_step, find_step, load_masters
 from trainer.engine.decay import check_patterns
-from trainer.model.auxiliary import added_loss, adds_loss, hidden_states_of
+from trainer.model.auxiliary import adds_loss
 from trainer.model.dropout import drops, recompute_contexts
 from trainer.model.effects import check_fields, check_losses, fields_read, run_once, without_effect
 
@@ -27,18 +35,19 @@ WIDEST_TRIED = 1536  # one layer of this takes half a second
 MOST_TRIED = 20_000_000  # parameters of a model that is tried as a whole
 
 
-def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
+def hf_config(settings: ModelSettings, facts: dict[str, Any], kind: str = "causal") -> Any:
     """The Hugging Face config that the settings describe.
 
     Args:
         facts: of the prepared data (`vocab_size`, `eos_id`), which fill in what the settings leave open.
+        kind: of model, in `eval.scoring.models.KINDS`.
 
     Raises:
         ConfigError: unknown model type or field, or a combination that the config class refuses.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    called = KINDS[kind][1]
     if settings.path is not None:
         step = find_step(settings.path)
         if step is None:
@@ -50,36 +59,39 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any]) -> Any:
             config = AutoConfig.from_pretrained(home, local_files_only=True, trust_remote_code=False)
         except (ValueError, OSError) as error:
             raise ConfigError(f"model.path: {settings.path}: {str(error).strip().splitlines()[0]}") from None
-        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise ConfigError(f"model.path: {settings.path} is a {config.model_type}, which is no causal LM")
+        if not makes(kind, config.model_type):
+            raise ConfigError(f"model.path: {settings.path} is a {config.model_type}, which is no {called}")
         return config
-    kind = str(settings.type)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+    named = str(settings.type)
+    if not makes(kind, named):
+        near = difflib.get_close_matches(named, [name for name in CONFIG_MAPPING if makes(kind, name)], n=3)
         raise ConfigError(
-            f"model.type: {kind!r} is no causal LM that transformers knows"
+            f"model.type: {named!r} is no {called} that transformers knows"
             + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     method = quantization(settings.fields)
     if method is not None:
         raise ConfigError(f"model.quantization_config: {method}; quantized weights are not trained; leave it out")
     fields = {"vocab_size": facts["vocab_size"], **settings.fields}
-    default = CONFIG_MAPPING[kind]()
+    default = CONFIG_MAPPING[named]()
     known = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
     for key in fields:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"model.{key}: {kind} has no such field" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ConfigError(
+                f"model.{key}: {named} has no such field" + (f"; did you mean {near[0]}?" if near else "")
+            )
     for key in ("bos_token_id", "eos_token_id"):
         if key in known:
             fields.setdefault(key, facts["eos_id"])
     if getattr(default, "pad_token_id", None) is not None:
-        fields.setdefault("pad_token_id", None)  # a default beyond a small vocabulary would be an index error
+        # A default beyond a small vocabulary would be an index error; what is fed to a causal LM is never padded.
+        fields.setdefault("pad_token_id", None if kind == "causal" else facts.get("pad_id"))
     try:
-        return AutoConfig.for_model(kind, **fields)
+        return AutoConfig.for_model(named, **fields)
     except Exception as error:  # each config class raises its own kinds
         cause = error.__cause__ or error
-        raise ConfigError(f"model: {kind} refuses these fields: {str(cause).strip().splitlines()[0]}") from None
+        raise ConfigError(f"model: {named} refuses these fields: {str(cause).strip().splitlines()[0]}") from None
 
 
 def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_fingerprint: str) -> Any:
@@ -88,7 +100,8 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
     Raises:
         ConfigError: what does not fit, and what to change.
     """
-    hf = hf_config(config.model, facts)
+    kind = kind_of(config)
+    hf = hf_config(config.model, facts, kind)
     text = hf.get_text_config()
     problems = []
     if text.vocab_size < facts["vocab_size"]:
@@ -101,7 +114,7 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
         problems.append(
             f"sequence_length: {config.sequence_length} is longer than the model's max_position_embeddings ({longest})"
         )
-    if config.gradient_checkpointing and not checkpoints_activations(hf):
+    if config.gradient_checkpointing and not checkpoints_activations(hf, kind):
         problems.append(
             f"gradient_checkpointing: {hf.model_type} has none in transformers; leave it out, and lower batch.micro or "
             "raise zero.stage where memory is short"
@@ -117,19 +130,39 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
             )
     if problems:
         raise ConfigError(*problems)
-    built = on_meta(hf)  # refuses what transformers cannot build
+    built = on_meta(hf, kind)  # refuses what transformers cannot build
     check_patterns([name for name, p in built.named_parameters() if p.requires_grad], config.optimizer.no_decay)
-    check_looks_back(config, hf)
-    if config.model.fields and environment_ranks()[2] == 0:
-        check_effects(config.model, facts, hf)
+    if kind == "masked":
+        check_positions(config, built)
+    if kind == "causal":
+        check_looks_back(config, hf)
+        if config.model.fields and environment_ranks()[2] == 0:
+            check_effects(config.model, facts, hf)
     return hf
 
 
-def checkpoints_activations(hf: Any) -> bool:
-    """Whether transformers can checkpoint the activations of this kind of causal LM."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def kind_of(config: Config) -> str:
+    """The kind of model that a config trains, in `eval.scoring.models.KINDS`."""
+    return config.objective.name
 
-    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)].supports_gradient_checkpointing)
+
+def check_positions(config: Config, model: Any) -> None:
+    """Refuses a masked LM that has no positions for a window with CLS and SEP.
+
+    Raises:
+        ConfigError: it has not; what would do.
+    """
+    takes, fed = positions(model), config.sequence_length + 2
+    if takes is not None and takes < fed:
+        raise ConfigError(
+            f"sequence_length: {config.sequence_length} and CLS and SEP are {fed} tokens, the model takes {takes}; "
+            f"use {takes - 2}, or raise model.max_position_embeddings by {fed - takes}"
+        )
+
+
+def checkpoints_activations(hf: Any, kind: str = "causal") -> bool:
+    """Whether transformers can checkpoint the activations of this type of model."""
+    return bool(auto_model(kind)._model_mapping[type(hf)].supports_gradient_checkpointing)
 
 
 def check_effects(settings: ModelSettings, facts: dict[str, Any], hf: Any) -> None:
@@ -159,7 +192,7 @@ def check_effects(settings: ModelSettings, facts: dict[str, Any], hf: Any) -> No
             *(f"model.{name}: a {hf.model_type} never reads it, so it has no effect; leave it out" for name in idle)
         )
     if small:  # else the ranks will say
-        check_losses(settings.fields, hf.model_type, adds=TrainableLM(model).adds)
+        check_losses(settings.fields, hf.model_type, adds=adds_loss(model))
 
 
 def check_looks_back(config: Config, hf: Any) -> None:
@@ -178,7 +211,7 @@ def check_looks_back(config: Config, hf: Any) -> None:
     kind, where = f"model.type: {hf.model_type}", "model.is_decoder: true"
     if config.model.path is not None:
         kind, where = f"model.path: {config.model.path}", '"is_decoder": true in its config.json'
-    what_to_do = f"set {where} to train it as a causal LM (there is no masked training yet)"
+    what_to_do = f"set objective.name: masked, or {where} to train it as a causal LM"
     if switch:
         what_to_do = "take another type: a decoder such as llama or gpt2, or bert with is_decoder: true"
     try:
@@ -227,10 +260,8 @@ def _one_layer(hf: Any) -> Any:
 
 def _random(hf: Any) -> Any:
     """A model at random, on the CPU, without a word of transformers'."""
-    from transformers import AutoModelForCausalLM
-
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(hf), dtype=torch.float32)  # which writes to it
+        return auto_model("causal").from_config(copy.deepcopy(hf), dtype=torch.float32)  # which writes to it
 
 
 def _home(path: Path | None) -> Path | None:
@@ -240,13 +271,12 @@ def _home(path: Path | None) -> Path | None:
 
 
 def make_model(config: Config, hf: Any) -> Any:
-    """The causal LM in fp32 on the CPU, the same on every rank: random from `seed`, or read from `model.path`."""
-    from transformers import AutoModelForCausalLM
-
+    """The model in fp32 on the CPU, the same on every rank: random from `seed`, or read from `model.path`."""
+    auto = auto_model(kind_of(config))
     seed_everything(config.seed)
     home = _home(config.model.path)
     if home is not None:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto.from_pretrained(
             home,
             dtype=torch.float32,
             local_files_only=True,
@@ -258,7 +288,7 @@ def make_model(config: Config, hf: Any) -> Any:
         if step is not None and step.checkpoint is not None:
             load_masters(model, step.checkpoint)
     else:
-        model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
+        model = auto.from_config(hf, dtype=torch.float32)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
@@ -268,78 +298,3 @@ def checkpoint_activations(model: Any) -> None:
     """Has a model compute its activations again in the backward pass, with the same dropout."""
     again = {"context_fn": recompute_contexts} if drops(model) else {}
     model.gradient_checkpointing_enable({"use_reentrant": False, **again})
-
-
-class TrainableLM(nn.Module):
-    """A causal LM whose forward pass gives a micro-batch's summed loss, as DeepSpeed wants it: one module, one call.
-
-    Raises:
-        ConfigError: the model's own loss is one that is not trained here.
-    """
-
-    def __init__(self, lm: Any) -> None:
-        super().__init__()
-        # Held as `lm` only; listing decoder and head again would double the parameters' names.
-        self.lm = lm
-        self.split = split_model(lm) is not None
-        self.adds = adds_loss(lm)  # something to its language loss
-        self.added: torch.Tensor | None = None  # so much, in the last forward pass
-        if self.adds:
-            self.split = self.split and _adds_without_logits(lm)
-
-    def parts(self) -> tuple[Any, Any] | None:
-        """(decoder, head), where logits are head(decoder(ids))."""
-        return (self.lm.get_decoder(), self.lm.get_output_embeddings()) if self.split else None
-
-    def forward(self, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-        """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar.
-
-        Of a model that adds to its mean loss over a micro-batch, with that times the targets; which is in `added`.
-        """
-        vocab_size = int(self.lm.config.get_text_config().vocab_size)
-        parts = self.parts()
-        if parts is not None and not self.adds:
-            return training_loss(parts, ids_BT, target_BT, vocab_size)
-        mean = None  # that is added
-        if parts is not None:
-            with hidden_states_of(parts[0]) as hidden:
-                mean, _ = added_loss(self.lm, ids_BT, keep=1)
-            loss = loss_of_hidden(hidden[0], target_BT, parts[1], vocab_size)
-        else:
-            if self.adds:
-                mean, logits = added_loss(self.lm, ids_BT)
-            else:
-                logits = self.lm(input_ids=ids_BT, use_cache=False).logits
-            loss = nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-        if mean is None:
-            return loss
-        more = mean * (target_BT != IGNORED).sum()
-        self.added = more.detach()
-        return loss + more
-
-
-@torch.no_grad()
-def _adds_without_logits(lm: Any) -> bool:
-    """Whether what a model adds to its loss is the same without most of its logits, its decoder showing its states."""
-    ids_BT = torch.arange(1, 9, device=next(lm.parameters()).device)[None] % lm.config.get_text_config().vocab_size
-    was_training = lm.training
-    lm.train()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            whole, _ = added_loss(lm, ids_BT)
-            torch.manual_seed(0)
-            with hidden_states_of(lm.get_decoder()) as hidden:
-                part, _ = added_loss(lm, ids_BT, keep=1)
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False
-    finally:
-        lm.train(was_training)
-    return len(hidden) == 1 and torch.equal(whole, part)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Trainable parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

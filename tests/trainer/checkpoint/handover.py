@@ -12,7 +12,8 @@ from trainer.checkpoint.async_save import HostCopy
 from trainer.checkpoint.checkpoint import copy_checkpoint, load_checkpoint, write_checkpoint
 from trainer.data.prepare import load_dataset_facts
 from trainer.engine.build import make_engine
-from trainer.model.build import TrainableLM, hf_config, make_model
+from trainer.model.build import hf_config, make_model
+from trainer.objectives import TrainableLM
 
 
 def main(arguments: list[str]) -> None:

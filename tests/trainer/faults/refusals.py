@@ -13,7 +13,8 @@ from configs.load import load_config
 from eval.distributed.ranks import join, leave, set_determinism
 from trainer.engine import zero_state
 from trainer.engine.build import grad_norm_before_step, import_deepspeed, make_engine
-from trainer.model.build import TrainableLM, make_model
+from trainer.model.build import make_model
+from trainer.objectives import TrainableLM
 
 BATCHES = 4
 REFUSED = 2

@@ -138,7 +138,7 @@ def test_faults_bend_losses_and_take_memory_only_where_asked(monkeypatch: pytest
     ids = torch.zeros((3, 4))
 
     def loss(position: int, windows: int = 2, config: Config = config) -> float:
-        return forward_of(lambda *_: torch.tensor(2.0), config)(ids[:windows], ids[:windows], position).item()
+        return forward_of(lambda **_: torch.tensor(2.0), config)({"ids_BT": ids[:windows]}, position).item()
 
     try:
         for words, spoken in (("", False), ("nan=3 spike=4 windows=2", True)):

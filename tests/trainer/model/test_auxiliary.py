@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.errors import ConfigError
 from configs.schema import ModelSettings
-from trainer.model.build import TrainableLM, check_effects, hf_config
+from trainer.model.build import check_effects, hf_config
+from trainer.objectives import TrainableLM
 
 SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -11,8 +11,9 @@ from conftest import ROOT, TINY
 
 from configs.load import load_config
 from eval.scoring.score import cpu_threads
-from trainer.model.build import TrainableLM, make_model
+from trainer.model.build import make_model
 from trainer.model.dropout import WindowDropout
+from trainer.objectives import TrainableLM
 from trainer.order import mixed_seed
 
 WINDOWS, LENGTH, VOCABULARY = 8, 12, 64

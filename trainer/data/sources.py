@@ -15,8 +15,8 @@ from typing import NamedTuple
 from configs.errors import ConfigError, DataError
 from configs.schema import DataSettings
 from eval.reference.windows import document_sha256
-from trainer.data.columns import COLUMN_SUFFIXES, is_saved_data_set, rows_of_file, rows_of_saved
 from trainer.data.read_report import ReadReport
+from trainer.data.rows.columns import COLUMN_SUFFIXES, is_saved_data_set, rows_of_file, rows_of_saved
 
 STDLIB = "python-stdlib"
 TEXT_SUFFIXES = frozenset(

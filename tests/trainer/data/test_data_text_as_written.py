@@ -13,7 +13,7 @@ import pytest
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataSettings
-from trainer.data.columns import rows_of_file, rows_of_saved
+from trainer.data.rows.columns import rows_of_file, rows_of_saved
 from trainer.data.sources import read_documents
 
 TYPED = ["parquet", "arrow", "arrow-file", "saved", "splits"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.data.refusals import broken, no_column, not_utf8
+from trainer.data.rows.refusals import broken, no_column, not_utf8
 
 _BOM = b"\xef\xbb\xbf"
 _MOST_KEYS_NAMED = 100

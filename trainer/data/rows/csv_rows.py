@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from trainer.data.refusals import broken, no_column, not_utf8
+from trainer.data.rows.refusals import broken, no_column, not_utf8
 
 
 def csv_rows(path: Path, wanted: Mapping[str, str]) -> Iterator[tuple[str, tuple[str | None, ...]]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from trainer.data.arrow_rows import arrow_rows, parquet_rows, saved_rows
-from trainer.data.csv_rows import csv_rows
-from trainer.data.json_rows import json_rows
-from trainer.data.refusals import broken
+from trainer.data.rows.arrow_rows import arrow_rows, parquet_rows, saved_rows
+from trainer.data.rows.csv_rows import csv_rows
+from trainer.data.rows.json_rows import json_rows
+from trainer.data.rows.refusals import broken
 
 _Reader = Callable[[Path, Mapping[str, str]], Iterator[tuple[str, tuple[Any, ...]]]]
 _READERS: dict[str, _Reader] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import VernierError
-from trainer.data.refusals import broken, no_column
+from trainer.data.rows.refusals import broken, no_column
 
 ROWS_AT_ONCE = 1000
 _FILE_FORMAT = b"ARROW1"  # how Arrow's file format begins; its streams do not

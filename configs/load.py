@@ -44,6 +44,10 @@ OWNED_BY_US = {
 }
 
 
+# How documents may come into windows, where an objective leaves no choice of all.
+PACKINGS = {"masked": ("stream",), "instruct": ("documents", "none"), "classify": ("none",)}
+
+
 def find_config(name: str | Path, beside: Path | None = None) -> Path:
     """The file that `name` means: a path, a file beside the one that names it, or a shipped recipe's name.
 
@@ -173,6 +177,14 @@ def _contradictions(config: Config) -> Iterator[str]:
     late = [step for step in config.snapshot.at if step > config.steps]
     if late:
         yield f"snapshot.at: {late[0]} is after the last step (steps: {config.steps})"
+    possible = PACKINGS.get(config.objective.name, ("stream", "documents", "none"))
+    if config.packing not in possible:
+        yield (
+            f"data.packing: {config.packing} does not go with objective.name: {config.objective.name}; "
+            f"use {' or '.join(possible)}"
+        )
+    if config.objective.name in ("masked", "classify") and config.data.prompt_field is not None:
+        yield f"data.prompt_field: has no meaning with objective.name: {config.objective.name}; leave it out"
     if config.zero.offload == "cpu" and config.zero.stage == 0:
         yield "zero.offload: cpu needs zero.stage 1, 2 or 3, and zero.stage is 0"
     flat = set(_flat_keys(config.deepspeed))

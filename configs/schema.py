@@ -47,6 +47,16 @@ class DataSettings(Settings):
     prompt_field: str | None = Field(
         None, description="column that holds a prompt to the text: context, neither trained on nor scored"
     )
+    messages_field: str = Field(
+        "messages", description="instruct: column of conversations, unless prompt_field and text_field are a turn each"
+    )
+    tools_field: str | None = Field(None, description="instruct: column of the tools that a conversation may call")
+    label_field: str = Field("label", description="classify: column of labels")
+    packing: Literal["stream", "documents", "none"] | None = Field(
+        None,
+        description="stream: documents end to end, cut into windows; documents: whole ones, several a window, none "
+        "seeing another; none: one a window; default stream, of instruct documents, of classify none",
+    )
     max_bytes: Positive | None = Field(None, description="take documents, in random order, up to this many bytes")
     tokenizer: Path | None = Field(None, description="directory of a Hugging Face tokenizer; trained here when absent")
     vocab_size: Annotated[int, Field(ge=257)] = Field(8192, description="entries of the tokenizer that is trained here")
@@ -66,11 +76,20 @@ class ReferenceSettings(Settings):
 class ObjectiveSettings(Settings):
     """What is learnt, and by which loss; one file each under trainer/objectives/."""
 
-    name: Literal["causal", "masked"] = Field(
-        "causal", description="causal: each token from those before it; masked: hidden tokens from both sides"
+    name: Literal["causal", "masked", "instruct", "classify"] = Field(
+        "causal",
+        description="causal: each token from those before it; masked: hidden tokens from both sides; instruct: what "
+        "the assistant says in conversations; classify: a label of each text",
     )
     mask_ratio: Fraction = Field(0.15, description="masked: the part of a window's tokens that is asked for")
     whole_words: bool = Field(False, description="masked: all tokens of a word are asked for, or none")
+    problem: Literal["single", "several", "regression"] = Field(
+        "single", description="classify: one label a text, several of them, or a number"
+    )
+    labels: list[str] | None = Field(None, description="classify: all there may be, in order; null: those in the data")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="classify: balanced: rare labels count for more in training, each as much as any other"
+    )
 
 
 class ModelSettings(Settings):
@@ -287,6 +306,11 @@ class Config(Settings):
         if not NAME_PATTERN.fullmatch(value):
             raise ValueError("use up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit")
         return value
+
+    @property
+    def packing(self) -> str:
+        """How documents come into windows."""
+        return self.data.packing or {"instruct": "documents", "classify": "none"}.get(self.objective.name, "stream")
 
     @property
     def run_dir(self) -> Path:

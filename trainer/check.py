@@ -16,9 +16,9 @@ from eval.reference.set import tokenizer_fingerprint
 from trainer.callbacks.baseline import check_baseline
 from trainer.callbacks.dispatch import find_callbacks
 from trainer.checkpoint.resume_compat import check_changes
+from trainer.data.examples import open_windows
 from trainer.data.integrity import AT_START_BYTES
 from trainer.data.prepare import load_dataset_facts, no_target
-from trainer.data.shards import Windows
 from trainer.model.build import check_model_settings
 from trainer.model.effects import loss_is_off
 from trainer.objectives import objective_of
@@ -45,6 +45,7 @@ def check_run(
     # A rank that `vernier` has started comes after its check; and each node's first hashes all beside the training.
     first = environment_ranks()[2] == 0 and not is_supervised()
     facts = load_dataset_facts(config.data_dir, AT_START_BYTES if first else 0)
+    check_prepared_for(config, facts)
     fingerprint = tokenizer_fingerprint(config.data_dir / "tokenizer")
     hf = check_model_settings(config, facts, fingerprint)
     if tell is not None and loss_is_off(hf):
@@ -56,7 +57,7 @@ def check_run(
         if first and not config.reference_dir.is_relative_to(config.data_dir):
             verify(config.reference_dir, "reference")
         _check_reference(config, fingerprint, hf, tell)
-    windows = Windows(config.data_dir, config.sequence_length)
+    windows = open_windows(config, config.data_dir, facts["prefix_id"])
     if len(windows) < 1:
         raise ConfigError(
             f"sequence_length: {config.sequence_length} is longer than all training tokens; prepare more data"
@@ -71,6 +72,21 @@ def check_run(
     if not fresh:
         check_changes(config, extend=extend, force=force)
     return facts, hf
+
+
+def check_prepared_for(config: Config, facts: dict[str, Any]) -> None:
+    """Refuses data that was prepared for another objective, or to be packed otherwise.
+
+    Raises:
+        ConfigError: it was.
+    """
+    before = {"objective.name": "causal", "data.packing": "stream", **facts.get("settings", {})}
+    for key, now in (("objective.name", config.objective.name), ("data.packing", config.packing)):
+        if before[key] != now:
+            raise ConfigError(
+                f"{key}: {now}, and {config.data_dir} was prepared with {before[key]}; prepare it anew with this "
+                "config: vernier prepare CONFIG --fresh, or another data.dir"
+            )
 
 
 def _check_reference(config: Config, tokenizer: str, hf: Any, tell: Callable[[str], None] | None) -> None:

@@ -21,7 +21,7 @@ from trainer.callbacks.dispatch import Callbacks
 from trainer.callbacks.metrics import memory_gib
 from trainer.checkpoint.checkpoint import Clock
 from trainer.checkpoint.checkpointer import Checkpointer, Due
-from trainer.data.shards import Windows
+from trainer.data.examples import AnyWindows
 from trainer.delayed_metrics import DelayedMetrics
 from trainer.engine.build import grad_norm_before_step, set_learning_rate
 from trainer.engine.schedule import learning_rate
@@ -61,7 +61,7 @@ class Loop:
     engine: Any
     config: Config
     objective: Objective
-    data: Windows
+    data: AnyWindows
     ranks: Ranks
     clock: Clock
     requests: Requests
@@ -223,7 +223,7 @@ class Loop:
 
 
 def micro_batches(
-    objective: Objective, data: Windows, batch: Batch, config: Config, ranks: Ranks
+    objective: Objective, data: AnyWindows, batch: Batch, config: Config, ranks: Ranks
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
     """This rank's part of a global batch: (what the model takes, tensors [micro, …] on the device; a seed a
     window)."""

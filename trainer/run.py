@@ -25,8 +25,8 @@ from trainer.callbacks.progress import ProgressLine
 from trainer.checkpoint.checkpoint import Clock, clear_up, load_checkpoint
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.find_whole import find_whole_checkpoint
+from trainer.data.examples import open_windows
 from trainer.data.integrity import DataWatch
-from trainer.data.shards import Windows
 from trainer.engine.build import make_engine
 from trainer.engine.ema import EmaWeights
 from trainer.engine.twin import read_twin
@@ -111,7 +111,7 @@ class Training:
         self.accumulation = self.config.batch.global_ // (ranks.world * self.micro)
         decay = self.config.ema.decay
         self.average = EmaWeights(self.engine, decay) if decay is not None else None
-        self.data = Windows(self.config.data_dir, self.config.sequence_length)
+        self.data = open_windows(self.config, self.config.data_dir, facts["prefix_id"])
         self.clock = Clock()
 
     def resume(self) -> None:

@@ -7,6 +7,7 @@ turn is what stands there with the message and not before it. Nothing is found b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from configs.errors import DataError
 
 SPEAKER = "assistant"
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what begins the assistant's part of a template
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class ChatTemplate:
                 "chat_template.jinja into its folder"
             )
         self.directory, self.setting = directory, setting
-        self.marks = "generation" in template if isinstance(template, str) else False
+        self.marks = isinstance(template, str) and MARKED.search(template) is not None
         self.special = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
 
     def encode(

@@ -21,6 +21,17 @@ from configs.errors import DataError
 from configs.facts import read_reference_facts
 from configs.files.atomic import read_manifest, verify, whole_directory, write_json
 from configs.run.directory import tables_folder
+from eval.reference.chat import Example
+from eval.reference.examples import EXAMPLES, encode_examples, example_samples
+from eval.reference.files import (
+    read_documents,
+    read_families,
+    read_labels,
+    read_samples,
+    write_documents,
+    write_samples,
+)
+from eval.reference.labels import Labels
 from eval.reference.tokenizer import (
     TextTokenizer,
     check_repeatable,
@@ -73,6 +84,8 @@ class ReferenceSet:
     offsets: NDArray[np.int64]
     objective: str = "causal"
     family: NDArray[np.int64] | None = None  # of each sample's document; None: each is one of its own
+    scored: NDArray[np.bool_] | None = None  # of each of `input_ids`: a target or not; None: from `labels_from` on
+    labels: Labels | None = None  # of each sample, where a classifier is to be scored
 
     @property
     def short_name(self) -> str:
@@ -88,6 +101,16 @@ class ReferenceSet:
         """The samples that are scored together as `batch`, ascending, int64 [B]."""
         order_N, starts = self._by_batch
         return order_N[starts[batch] : starts[batch + 1]]
+
+    def batch_scored(self, batch: int) -> NDArray[np.bool_] | None:
+        """Which ids of `batch_inputs` are targets, bool [B, T]; None: those from the first scored one on."""
+        if self.scored is None:
+            return None
+        rows, (_, _, lengths) = self.batch_samples(batch), self.batch_inputs(batch)
+        out_BT = np.zeros((len(rows), int(lengths.max())), bool)
+        for row, sample in enumerate(rows.tolist()):
+            out_BT[row, : lengths[row]] = self.scored[self.offsets[sample] : self.offsets[sample + 1]]
+        return out_BT
 
     def batch_inputs(self, batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """(ids int64 [B, T] padded with 0 on the right, first scored target int64 [B], length int64 [B])."""
@@ -116,6 +139,8 @@ def build_reference(
     prompts: Sequence[str] | None = None,
     families: Sequence[int] | None = None,
     objective: str | None = None,
+    examples: Sequence[Example] | None = None,
+    labels: Labels | None = None,
 ) -> dict[str, Any]:
     """Writes the reference set of `texts`, in their order, as the whole directory `directory`.
 
@@ -127,6 +152,8 @@ def build_reference(
         prompts: of each text, "" where it has none.
         families: of each text, a number that those share which have long passages in common; None: none have.
         objective: that the set is for; None: "prompt" where there is a prompt, else "causal".
+        examples: each text as it is fed, where it is fed whole.
+        labels: of each text, for a classifier.
 
     Returns:
         What `reference.json` says.
@@ -134,16 +161,25 @@ def build_reference(
     Raises:
         DataError: fewer than two documents.
     """
-    kept, documents, cut = cut_documents(texts, tokenizer, sequence_length, max_windows, prompts)
+    if examples is None:
+        kept, documents, cut = cut_documents(texts, tokenizer, sequence_length, max_windows, prompts)
+        own_texts, own_prompts = [d.text for d in documents], [d.prompt for d in documents]
+    else:
+        kept, own_texts, own_prompts, documents = list(range(len(texts))), list(texts), [""] * len(texts), []
+        longer = [example.cut for example in examples if example.cut]
+        cut = {"max_windows": None, "documents_cut": len(longer), "tokens_cut": sum(longer)}
     sources = [sources[at] for at in kept]
-    if len(documents) < 2:
-        raise DataError(f"reference: {len(documents)} documents are left, at least 2 are needed")
-    samples = make_samples(documents, tokenizer.prefix_id, sequence_length, batch, block_samples)
-    sha256s = [document_sha256(d.text, d.prompt) for d in documents]
+    if len(kept) < 2:
+        raise DataError(f"reference: {len(kept)} documents are left, at least 2 are needed")
+    if examples is None:
+        samples = make_samples(documents, tokenizer.prefix_id, sequence_length, batch, block_samples)
+    else:
+        samples = example_samples(str(objective), examples, batch, block_samples)
+    sha256s = [document_sha256(text, prompt) for text, prompt in zip(own_texts, own_prompts, strict=True)]
     text_fingerprint = hashlib.sha256("\n".join(sha256s).encode()).hexdigest()
     tokens_fingerprint = _tokens_fingerprint(text_fingerprint, tokenizer.fingerprint, sequence_length, samples)
     tokens_D = np.bincount(samples.document, weights=samples.tokens)
-    prompted = any(d.prompt for d in documents)
+    prompted = any(own_prompts)
     family_D = None if families is None else _first_members([families[at] for at in kept])
     related = family_D is not None and len(np.unique(family_D)) < len(family_D)
     facts = {
@@ -159,7 +195,7 @@ def build_reference(
         "batch": batch,
         "block_samples": block_samples,
         "counts": {
-            "documents": len(documents),
+            "documents": len(kept),
             **({"families": len(np.unique(family_D))} if related and family_D is not None else {}),
             "samples": len(samples.document),
             "tokens": int(samples.tokens.sum()),
@@ -170,16 +206,19 @@ def build_reference(
             "effective_documents": float(tokens_D.sum() ** 2 / (tokens_D**2).sum()),
         },
         "cut": {**cut, "largest_share_wanted": LARGEST_SHARE},
+        **({"labels": labels.facts()} if labels is not None else {}),
         "drawn": drawn or {},
         "decontamination": decontamination or {},
     }
     with whole_directory(directory, {"kind": KIND, "name": name, "fingerprints": facts["fingerprints"]}) as part:
         copy_tokenizer_files(tokenizer.directory, part / "tokenizer")
-        own: dict[str, Sequence[Any]] = {"prompt": [d.prompt for d in documents]} if prompted else {}
+        own: dict[str, Sequence[Any]] = {"prompt": own_prompts} if prompted else {}
+        if labels is not None:
+            own["label"] = labels.given
         if related and family_D is not None:  # a set without is the same files as ever
             own["family"] = family_D.tolist()
-        _write_documents(part / "documents.parquet", sources, [d.text for d in documents], sha256s, own)
-        _write_samples(part / "samples.parquet", samples)
+        write_documents(part / "documents.parquet", sources, own_texts, sha256s, own)
+        write_samples(part / "samples.parquet", samples)
         write_json(part / "reference.json", facts)
     return facts
 
@@ -195,8 +234,8 @@ def load_reference(directory: Path, check: bool = True) -> ReferenceSet:
     else:
         read_manifest(directory, KIND)
     facts = read_reference_facts(directory)
-    samples = _read_samples(directory / "samples.parquet")
-    prints = facts["fingerprints"]
+    samples = read_samples(directory / "samples.parquet")
+    prints, labels = facts["fingerprints"], facts.get("labels")
     if check:
         found = _tokens_fingerprint(
             prints["text"], facts["tokenizer"]["fingerprint"], facts["sequence_length"], samples
@@ -215,6 +254,7 @@ def load_reference(directory: Path, check: bool = True) -> ReferenceSet:
         batch_count=facts["counts"]["batches"],
         sample=np.arange(len(samples.document), dtype=np.int64),
         objective=facts.get("objective", "causal"),
+        labels=None if labels is None else Labels.of(labels, read_labels(directory)),
         family=None if (family_D := read_families(directory)) is None else family_D[samples.document],
         **samples.arrays(),
     )
@@ -237,13 +277,18 @@ def retokenize(
     sources, texts, prompts = read_documents(reference_dir)
     tokenizer = open_tokenizer(tokenizer_dir, "--tokenizer")
     check_repeatable(tokenizer, texts, "--tokenizer")
+    objective, length = facts.get("objective"), sequence_length or facts["sequence_length"]
+    examples = None
+    if objective in EXAMPLES:
+        examples = encode_examples(objective, texts, tokenizer_dir, length, setting="--tokenizer")
+    labels = facts.get("labels")
     made = build_reference(
         out_dir,
         sources,
         texts,
         tokenizer,
         name=facts["name"],
-        sequence_length=sequence_length or facts["sequence_length"],
+        sequence_length=length,
         batch=facts["batch"],
         block_samples=facts["block_samples"],
         max_windows=None,
@@ -251,7 +296,9 @@ def retokenize(
         decontamination=facts["decontamination"],
         prompts=prompts,
         families=None if (family_D := read_families(reference_dir)) is None else family_D.tolist(),
-        objective=facts.get("objective"),
+        objective=objective if objective != "prompt" else None,
+        examples=examples,
+        labels=None if labels is None else Labels.of(labels, read_labels(reference_dir)),
     )
     assert made["fingerprints"]["text"] == facts["fingerprints"]["text"]
     return load_reference(out_dir, check=False)
@@ -265,106 +312,7 @@ def _tokens_fingerprint(text: str, tokenizer: str, sequence_length: int, samples
     return digest.hexdigest()
 
 
-def read_documents(directory: Path) -> tuple[list[str], list[str], list[str]]:
-    """(sources, texts, prompts) of a reference set's documents, in its order; a prompt is "" where there is none.
-
-    Raises:
-        DataError: they are missing or damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = directory / "documents.parquet"
-    try:
-        there = pq.read_schema(path).names
-        asked = ["source", "text", *(["prompt"] if "prompt" in there else [])]
-        table = pq.read_table(path, columns=asked, page_checksum_verification=True)
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        said = str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as a reference set's documents ({said})") from None
-    texts = table["text"].to_pylist()
-    prompts = table["prompt"].to_pylist() if "prompt" in there else [""] * len(texts)
-    return table["source"].to_pylist(), texts, prompts
-
-
-def read_families(directory: Path) -> NDArray[np.int64] | None:
-    """The family of each document, called by the number of its first, int64 [D]; None where the set does not say.
-
-    Raises:
-        DataError: the documents are missing or damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = directory / "documents.parquet"
-    try:
-        if "family" not in pq.read_schema(path).names:
-            return None
-        return np.asarray(pq.read_table(path, columns=["family"])["family"], dtype=np.int64)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        said = str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as a reference set's documents ({said})") from None
-
-
 def _first_members(families: Sequence[int]) -> NDArray[np.int64]:
     """The place of the first document of each one's family, int64 [D]."""
     _, first, index_D = np.unique(np.asarray(families), return_index=True, return_inverse=True)
     return first[index_D].astype(np.int64)
-
-
-def _write_documents(
-    path: Path, sources: Sequence[str], texts: Sequence[str], sha256s: Sequence[str], own: dict[str, Sequence[Any]]
-) -> None:
-    """`own`: columns that not every set has, by name."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number_D = pa.array(np.arange(len(texts), dtype=np.int64))
-    # large_string: the 32-bit offsets of plain strings end at 2 GiB of text.
-    columns = {
-        "document": number_D,
-        "sha256": pa.array(sha256s, pa.string()),
-        "source": pa.array(sources, pa.string()),
-        "text": pa.array(texts, pa.large_string()),
-        "order": number_D,
-    }
-    kinds = {"prompt": pa.large_string(), "family": pa.int64()}
-    columns |= {name: pa.array(values, kinds[name]) for name, values in own.items()}
-    pq.write_table(pa.table(columns), path, write_page_checksum=True)
-
-
-def _write_samples(path: Path, samples: Samples) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    ids = pa.LargeListArray.from_arrays(pa.array(samples.offsets), pa.array(samples.input_ids))
-    table = pa.table(
-        {
-            "sample": pa.array(np.arange(len(samples.document), dtype=np.int64)),
-            "document": pa.array(samples.document),
-            "block": pa.array(samples.block),
-            "batch": pa.array(samples.batch),
-            "input_ids": ids,
-            "labels_from": pa.array(samples.labels_from),
-            "tokens": pa.array(samples.tokens),
-            "bytes": pa.array(samples.bytes),
-        }
-    )
-    pq.write_table(table, path, write_page_checksum=True)
-
-
-def _read_samples(path: Path) -> Samples:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        ids = table["input_ids"]
-        lengths = np.asarray(pa.compute.list_value_length(ids), dtype=np.int64)
-        columns = {
-            name: np.asarray(table[name]) for name in ("document", "block", "batch", "labels_from", "tokens", "bytes")
-        }
-        flat = np.asarray(pa.compute.list_flatten(ids))
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as a reference set's samples ({error})") from None
-    return Samples(input_ids=flat, offsets=np.concatenate([[0], np.cumsum(lengths)]), **columns)

@@ -46,10 +46,12 @@ class Samples:
     bytes: NDArray[np.int32]
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
+    scored: NDArray[np.bool_] | None = None  # of each of `input_ids`: whether it is a target; None: from labels_from on
 
     def arrays(self) -> dict[str, Any]:
         """Its arrays by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in named.items() if array is not None}
 
 
 def rolling_windows(tokens: int, sequence_length: int) -> list[tuple[int, int, int]]:
@@ -168,11 +170,11 @@ def make_samples(
             done = upto
     lengths_N = np.asarray([len(row) for row in ids], np.int64)
     document_N = np.asarray(document, np.int64)
-    block_N = _blocks(document_N, block_samples)
+    block_N, batch_N = blocks_and_batches(document_N, lengths_N, block_samples, batch)
     return Samples(
         document=document_N,
         block=block_N,
-        batch=_batches(block_N, lengths_N, batch),
+        batch=batch_N,
         labels_from=np.asarray(labels_from, np.int32),
         tokens=np.asarray(tokens, np.int32),
         bytes=np.asarray(sizes, np.int32),
@@ -231,6 +233,14 @@ def _byte_ends(document: TokenizedDocument) -> NDArray[np.int64]:
     out = np.concatenate([[0], upto[document.ends]])
     out[-1] = upto[-1]
     return out
+
+
+def blocks_and_batches(
+    document_N: NDArray[np.int64], lengths_N: NDArray[np.int64], block_samples: int, batch: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(block, batch) of samples in order, by their documents and lengths, each int32 [samples]."""
+    block_N = _blocks(document_N, block_samples)
+    return block_N, _batches(block_N, lengths_N, batch)
 
 
 def _blocks(document_N: NDArray[np.int64], block_samples: int) -> NDArray[np.int32]:

@@ -120,12 +120,21 @@ def mixture_nll(
     return nll_N, sum_NV.argmax(dim=-1) == target_N
 
 
+def positions(position_BT: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a model is told of positions [B, T]: nothing where they run on, as some take none."""
+    return {} if position_BT is None else {"position_ids": position_BT}
+
+
 def training_loss(
-    parts: tuple[Any, Head], ids_BT: torch.Tensor, target_BT: torch.Tensor, vocab_size: int
+    parts: tuple[Any, Head],
+    ids_BT: torch.Tensor,
+    target_BT: torch.Tensor,
+    vocab_size: int,
+    position_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of negative log likelihood over the targets that are not IGNORED (nats, fp32 scalar, differentiable)."""
     decoder, head = parts
-    hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+    hidden_BTH = decoder(input_ids=ids_BT, **positions(position_BT), use_cache=False).last_hidden_state
     return loss_of_hidden(hidden_BTH, target_BT, head, vocab_size)
 
 
@@ -268,22 +277,33 @@ class Scorer:
 
     def score_batch(self, reference: ReferenceSet, batch: int) -> SampleLosses:
         """Losses of the samples of `batch`, ascending."""
-        return self.score(*(torch.from_numpy(a) for a in reference.batch_inputs(batch)))
+        ids, first_B, length_B = (torch.from_numpy(a) for a in reference.batch_inputs(batch))
+        wanted = reference.batch_scored(batch)
+        return self.score(ids, first_B, length_B, None if wanted is None else torch.from_numpy(wanted))
 
     @torch.no_grad()
-    def score(self, ids: torch.Tensor, first_target_B: torch.Tensor, length_B: torch.Tensor) -> SampleLosses:
+    def score(
+        self,
+        ids: torch.Tensor,
+        first_target_B: torch.Tensor,
+        length_B: torch.Tensor,
+        wanted_BT: torch.Tensor | None = None,
+    ) -> SampleLosses:
         """Losses of a batch.
 
         Args:
             ids: int64 [B, T + 1], padded on the right (what follows a sample's end cannot reach its loss).
             first_target_B: int64 [B], index in `ids` of a sample's first scored target.
             length_B: int64 [B], ids of a sample.
+            wanted_BT: bool [B, T + 1], which ids are scored; None: those from the first target on.
         """
         was_training = self.model.training
         self.model.eval()
         ids, first_target_B, length_B = (t.to(self.device) for t in (ids, first_target_B, length_B))
         index_T = torch.arange(1, ids.shape[1], device=self.device)
         scored_BT = (index_T >= first_target_B[:, None]) & (index_T < length_B[:, None])
+        if wanted_BT is not None:
+            scored_BT &= wanted_BT.to(self.device)[:, 1:]
         nll_BT, hit_BT = self.losses(ids[:, :-1], ids[:, 1:], scored_BT)
         self.model.train(was_training)
         bins_TK = self.bins_TK[: scored_BT.shape[1]]

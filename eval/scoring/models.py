@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 KINDS = {
     "causal": ("AutoModelForCausalLM", "causal LM"),
     "masked": ("AutoModelForMaskedLM", "masked LM"),
+    "classify": ("AutoModelForSequenceClassification", "classifier"),
 }
 DEQUANTIZE = "dequantize the model and save it anew (transformers: model.dequantize(), then save_pretrained(DIR))"
 
@@ -318,8 +320,17 @@ def sees_the_future(
     return not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
 
 
-def check_loaded(directory: Path, info: dict[str, Any]) -> None:
-    """Refuses a model some of whose weights transformers had to make up (`info`: its loading info)."""
+def check_loaded(directory: Path, info: dict[str, Any], made_up: str = "") -> None:
+    """Refuses a model some of whose weights transformers had to make up (`info`: its loading info).
+
+    Args:
+        made_up: pattern of names that may be.
+
+    Raises:
+        DataError: the first that is not there, or has another shape.
+    """
     for what in ("missing_keys", "mismatched_keys"):
-        if info.get(what):
-            raise DataError(f"{directory}: {what.replace('_', ' ')} in its weights: {sorted(map(str, info[what]))[0]}")
+        names = sorted(str(one[0] if isinstance(one, tuple) else one) for one in info.get(what) or ())
+        names = [name for name in names if not (made_up and re.match(made_up, name))]
+        if names:
+            raise DataError(f"{directory}: {what.replace('_', ' ')} in its weights: {names[0]}")

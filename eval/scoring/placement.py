@@ -12,6 +12,7 @@ from configs.errors import ConfigError, DataError
 from configs.memory.scoring import placement
 from eval.distributed.ranks import Ranks
 from eval.reference.set import ReferenceSet
+from eval.scoring.classify import make_classify_scorer
 from eval.scoring.losses import LOGITS_BYTES, Scorer
 from eval.scoring.masked import OBJECTIVES, make_scorer
 from eval.scoring.model_shapes import model_shapes, on_meta
@@ -43,9 +44,11 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
     how = replace(how, objective=how.objective or reference.objective)
     sharded = _is_sharded(models, reference, ranks, how)
     trust = how.trust_remote_code
-    if how.objective in OBJECTIVES:
-        if len(models) > 1:
-            raise DataError(f"--ensemble: is not there for the objective {how.objective}")
+    if how.objective in (*OBJECTIVES, "classify") and len(models) > 1:
+        raise DataError(f"--ensemble: is not there for the objective {how.objective}")
+    if how.objective == "classify":
+        scorer = make_classify_scorer(models[0], how.dtype, reference, ranks.device, trust_remote_code=trust)
+    elif how.objective in OBJECTIVES:
         scorer = make_scorer(how.objective, models[0], how.dtype, reference, ranks.device, trust_remote_code=trust)
     elif sharded:
         length = reference.sequence_length
@@ -62,10 +65,10 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
 
 def _is_sharded(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: Scoring) -> bool:
     """Whether the model's weights are spread over the ranks: as asked, or where one device does not hold them."""
-    plain = len(models) == 1 and how.objective not in OBJECTIVES
+    plain = len(models) == 1 and how.objective not in (*OBJECTIVES, "classify")
     if how.weights != "auto":
         if how.weights == "sharded" and not plain:
-            raise DataError("--weights: an ensemble or masked objective is scored with replicated weights only")
+            raise DataError(f"--weights: {how.objective} or an ensemble is scored with replicated weights only")
         return how.weights == "sharded"
     if not plain:
         return False

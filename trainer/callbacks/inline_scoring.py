@@ -15,6 +15,7 @@ from configs.run.directory import RunDir, step_name
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
 from eval.reference.set import load_reference
+from eval.scoring.classify import ClassifyScorer
 from eval.scoring.evaluator import RunScores
 from eval.scoring.losses import Head, Scorer
 from eval.scoring.masked import MaskedScorer, special_ids
@@ -58,6 +59,8 @@ class InlineScoring:
                 device=ranks.device,
                 gather_head=self._whole_head if self.direct and sharded else None,
             )
+        elif kind == "classify":
+            self.scorer = ClassifyScorer(model, self.reference, ranks.device)
         else:
             special = special_ids(self.reference.directory / "tokenizer")
             self.scorer = MaskedScorer(model, kind, self.reference, special, ranks.device)

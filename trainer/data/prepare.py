@@ -21,10 +21,14 @@ from configs.files.locks import take_flock
 from configs.files.opening import open_to_write
 from configs.schema import Config
 from configs.yaml.text import as_written
+from eval.reference.chat import said_in
 from eval.reference.set import build_reference, load_reference, read_documents, tokenizer_fingerprint
 from eval.reference.tokenizer import TextTokenizer, open_tokenizer
+from trainer.data.encode import Encoded, encode
+from trainer.data.examples import AnyWindows, open_windows, write_labels
 from trainer.data.families import joined, sharing
 from trainer.data.integrity import FACTS, KIND, check_data
+from trainer.data.rows.fields import fields_of
 from trainer.data.shards import FOLDER, Windows, write_shards
 from trainer.data.sources import Document
 from trainer.data.sources import read_documents as read_sources
@@ -139,6 +143,7 @@ def _settings(config: Config) -> dict[str, Any]:
     source = [data.source] if isinstance(data.source, str) else list(data.source)
     return {
         "objective.name": config.objective.name,
+        "data.packing": config.packing,
         "seed": config.seed,
         "sequence_length": config.sequence_length,
         "data.source": source,
@@ -147,8 +152,22 @@ def _settings(config: Config) -> dict[str, Any]:
         "data.max_bytes": data.max_bytes,
         "data.tokenizer": None if given is None else tokenizer_fingerprint(given),
         "data.vocab_size": data.vocab_size if given is None else None,
+        **_of_objective(config),
         **{f"reference.{k}": v for k, v in config.reference.model_dump(mode="json").items()},
     }
+
+
+def _of_objective(config: Config) -> dict[str, Any]:
+    """The settings that decide what an objective prepares, beside those that all have."""
+    data, objective = config.data, config.objective
+    match objective.name:
+        case "instruct":
+            return {"data.messages_field": data.messages_field, "data.tools_field": data.tools_field}
+        case "classify":
+            own = {"objective.problem": objective.problem, "objective.labels": objective.labels}
+            return {"data.label_field": data.label_field, **own}
+        case _:
+            return {}
 
 
 def _found(final: Path, settings: dict[str, Any], given: Path | None) -> dict[str, Any]:
@@ -156,7 +175,8 @@ def _found(final: Path, settings: dict[str, Any], given: Path | None) -> dict[st
         raise ConfigError(f"data.dir: {final} is there and is no prepared data (no {MANIFEST}); choose another")
     check_data(final, at_most=sys.maxsize)
     facts = load_dataset_facts(final)
-    before = {"objective.name": "causal", **facts.get("settings", {})}  # of data of before there were others
+    # What an earlier version prepared could be nothing else.
+    before = {"objective.name": "causal", "data.packing": "stream", **facts.get("settings", {})}
     for key in settings:
         if before.get(key) != settings[key]:
             raise ConfigError(
@@ -219,33 +239,39 @@ def _build(
 ) -> dict[str, Any]:
     phases = _Phases(say, progress)
     with phases.phase("reading"):
-        documents, read = read_sources(config.data, config.seed, phases.step)
+        documents, read = read_sources(config.data, config.seed, phases.step, fields_of(config.data, config.objective))
         phases.step(len(documents), len(documents))
+    said = said_in if config.objective.name == "instruct" else str
     with phases.phase("tokenizer", len(documents)):
         tokenizer = make_tokenizer(
             part / "tokenizer",
-            [text for d in documents for text in (d.prompt, d.text) if text],
+            [text for d in documents for text in (d.prompt, said(d.text)) if text],
             given=config.data.tokenizer,
             vocab_size=config.data.vocab_size,
-            masks=config.objective.name == "masked",
+            masks=config.objective.name in ("masked", "classify"),
         )
     with phases.phase("tokenizing", len(documents)):
-        documents, encoded, masks = _encoded(tokenizer, documents, phases.step)
+        encoded = encode(config, tokenizer, documents, phases.step)
+        documents, masks = encoded.documents, encoded.masks
     with phases.phase("splitting", len(documents)):
-        split = split_by_family(encoded, [d.sha256 for d in documents], config.reference, config.seed)
+        split = split_by_family(encoded.related, [d.sha256 for d in documents], config.reference, config.seed)
     with phases.phase("reference set", len(split.reference)):
-        reference, training, decontamination = _reference(part, config, tokenizer, documents, encoded, split)
+        reference, training, decontamination = _reference(part, config, tokenizer, encoded, split)
     with phases.phase("shards", len(training)):
         shards = write_shards(
             part / FOLDER,
-            (encoded[i] for i in phases.counted(training)),
-            tokenizer.eos_id,
+            (encoded.ids[i] for i in phases.counted(training)),
+            tokenizer.eos_id if encoded.examples is None else None,
             tokenizer.vocab_size,
             scored=(masks[i] for i in training) if masks is not None else None,
         )
-    windows, without = _windows(part, config, shards["tokens"])
+    labels = None if encoded.labels is None else encoded.labels.take(training)
+    if labels is not None:
+        write_labels(part, labels.numbers)
+    windows, without = _windows(part, config, shards["tokens"], tokenizer.prefix_id)
     sha256 = shards.pop("sha256")
-    trained = {"windows": windows, "windows_without_target": without, "bytes": _bytes(documents, training)}
+    trained = {"windows": len(windows), "windows_without_target": without, "bytes": _bytes(documents, training)}
+    trained |= encoded.facts(training) | ({} if isinstance(windows, Windows) else {"fill": round(windows.fill(), 4)})
     facts: dict[str, Any] = {
         "name": config.name,
         "vocab_size": tokenizer.vocab_size,
@@ -260,6 +286,7 @@ def _build(
         },
         "read": read.as_dict(),
         "train": {**shards, **trained},
+        **({} if labels is None else {"labels": labels.facts()}),
         "reference": {**reference["counts"], "max_windows": reference["cut"]["max_windows"]},
         "decontamination": decontamination,
         "tokenizer_trained": config.data.tokenizer is None,
@@ -272,46 +299,31 @@ def _build(
     return facts
 
 
-def _encoded(
-    tokenizer: TextTokenizer, documents: list[Document], step: Callable[[int, int], None]
-) -> tuple[list[Document], list[NDArray[np.uint32]], list[NDArray[np.bool_]] | None]:
-    """(documents of which the tokenizer leaves something, their ids, which of these are trained on: None: all)."""
-    encoded = tokenizer.encode([d.text for d in documents], step)
-    kept = [i for i, ids in enumerate(encoded) if len(ids)]
-    documents, encoded = [documents[i] for i in kept], [encoded[i] for i in kept]
-    if not any(d.prompt for d in documents):
-        return documents, encoded, None
-    # Each by itself, as the reference set has it: no token lies across the end of a prompt.
-    prompts = tokenizer.encode([d.prompt for d in documents])
-    masks = [np.arange(len(p) + len(ids)) >= len(p) for p, ids in zip(prompts, encoded, strict=True)]
-    return documents, [np.concatenate(pair) for pair in zip(prompts, encoded, strict=True)], masks
-
-
-def _windows(part: Path, config: Config, tokens: int) -> tuple[int, int]:
-    """(training windows, those of them without a target).
+def _windows(part: Path, config: Config, tokens: int, prefix: int) -> tuple[AnyWindows, int]:
+    """(training windows, how many of them are without a target).
 
     Raises:
         DataError: there is none to train on.
     """
-    windows = max(0, (tokens - 1) // config.sequence_length)
-    if windows < 1:
+    if config.packing == "stream" and tokens <= config.sequence_length:
         raise DataError(
             f"data.source: {tokens} training tokens: no window of {config.sequence_length} + 1; "
             "give more data, or lower sequence_length or reference.max_fraction"
         )
-    found = Windows(part, config.sequence_length)
-    without = int((found.target_counts(np.arange(windows)) == 0).sum())
-    if without == windows:
-        raise DataError(no_target(config.sequence_length, windows))
-    return windows, without
+    found = open_windows(config, part, prefix)
+    if not len(found):
+        raise DataError("data.source: no document is left to train on; give more, or lower reference.max_fraction")
+    without = int((found.target_counts(np.arange(len(found))) == 0).sum())
+    if without == len(found):
+        raise DataError(no_target(config.sequence_length, len(found)))
+    return found, without
 
 
 def _reference(
     part: Path,
     config: Config,
     tokenizer: TextTokenizer,
-    documents: Sequence[Document],
-    encoded: Sequence[NDArray[np.uint32]],
+    encoded: Encoded,
     split: Split,
 ) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
     """Writes the reference set; gives (its facts, the training documents, the decontamination record).
@@ -319,12 +331,13 @@ def _reference(
     What shares a run with the set *as stored* is looked for last: a document cut short may end in other
     tokens than it had there, so a training document can come to share a run with it. That one is dropped.
     """
-    chosen = [documents[i] for i in split.reference]
+    chosen, related = [encoded.documents[i] for i in split.reference], encoded.related
     drawn = {"seed": config.seed, "documents": config.reference.documents} | {
         "max_fraction": config.reference.max_fraction,
         "rule": "families in an order keyed by content and seed, whole, until the documents are reached",
     }
-    lengths_D = np.asarray([len(encoded[i]) for i in split.reference], np.int64)
+    lengths_D = np.asarray([len(encoded.ids[i]) for i in split.reference], np.int64)
+    examples, labels, objective = encoded.examples, encoded.labels, config.objective.name
     record = {**split.record, "tokenizer_trained_on": "all documents, the reference set's included"}
     facts = build_reference(
         part / "reference",
@@ -340,14 +353,19 @@ def _reference(
         decontamination=record,
         prompts=[d.prompt for d in chosen],
         families=split.families,
-        objective="masked" if config.objective.name == "masked" else None,
+        objective=None if objective == "causal" else objective,
+        examples=None if examples is None else [examples[i] for i in split.reference],
+        labels=None if labels is None else labels.take(split.reference),
     )
-    stored = _stored(part / "reference", tokenizer)
+    if examples is None:
+        stored = _stored(part / "reference", tokenizer)
+    else:
+        stored = joined([related[i] for i in split.reference])
     run = config.reference.min_shared_run
     training = list(split.training)
-    guilty = sharing(*joined([encoded[i] for i in training]), *stored, run)
+    guilty = sharing(*joined([related[i] for i in training]), *stored, run)
     training = [i for i, bad in zip(training, guilty.tolist(), strict=True) if not bad]
-    across = int(sharing(*joined([encoded[i] for i in training]), *stored, run).sum())
+    across = int(sharing(*joined([related[i] for i in training]), *stored, run).sum())
     return (
         facts,
         training,

@@ -28,6 +28,7 @@ class ReadReport:
     empty: int = 0
     without_prompt: int = 0  # of the documents that are used, where prompts were asked for
     duplicates: int = 0
+    other_label: int = 0  # of the duplicates, those with another label than the one that stays
     beyond_max_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -39,6 +40,7 @@ class ReadReport:
             "documents_empty": self.empty,
             "documents_without_prompt": self.without_prompt,
             "documents_duplicate": self.duplicates,
+            "duplicates_with_another_label": self.other_label,
             "documents_beyond_max_bytes": self.beyond_max_bytes,
             "bytes": self.bytes,
             "files_of_other_kinds": len(self.other_kinds),
@@ -63,6 +65,7 @@ def left_out(read: Mapping[str, Any], text_field: str) -> Iterator[str]:
         f"without {text_field!r} (null or not there)": read.get("documents_missing", 0),
         "empty": read["documents_empty"],
         "exact duplicates": read["documents_duplicate"],
+        "of these with another label than the one that stays": read.get("duplicates_with_another_label", 0),
         "beyond data.max_bytes": read["documents_beyond_max_bytes"],
         "files not readable": read["files_skipped"],
         "files of kinds that are not read": read.get("files_of_other_kinds", 0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,13 @@ _COUNT_CHUNK = 2**24  # tokens of the mask that are counted at once
 def write_shards(
     directory: Path,
     documents: Iterable[NDArray[Any]],
-    eos_id: int,
+    eos_id: int | None,
     vocab_size: int,
     scored: Iterable[NDArray[np.bool_]] | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Writes `documents`, each followed by EOS, as shards of at most `shard_tokens` tokens into `directory`.
+    """Writes `documents`, each followed by EOS (None: by nothing), as shards of at most `shard_tokens` tokens into
+    `directory`.
 
     `train-00000.npy` holds ids (uint16 where the vocabulary allows, else uint32), `train-00000.documents.npy`
     the places in the whole stream where documents start that start in this shard (int64).
@@ -49,9 +50,10 @@ def write_shards(
         mask = None if masks is None else np.asarray(next(masks), bool)
         if mask is not None and len(mask) != len(ids):
             raise DataError(f"shards: a mask of {len(mask)} entries for a document of {len(ids)} tokens")
-        if mask is not None:
-            mask = np.append(mask, mask[-1:] if len(mask) else True)
-        writer.add(np.append(ids, eos_id).astype(dtype), mask)
+        if eos_id is not None:
+            ids = np.append(ids, eos_id)
+            mask = None if mask is None else np.append(mask, mask[-1:] if len(mask) else True)
+        writer.add(ids.astype(dtype), mask)
     return writer.finish()
 
 
@@ -107,6 +109,16 @@ class _ShardWriter:
         }
 
 
+class Fed(NamedTuple):
+    """Windows as a causal LM is fed them: `ids` and `targets` int64 [n, T]; `scored` bool [n, T], which targets are
+    trained on (None: all); `positions` int64 [n, T], of each token in its document (None: they run on)."""
+
+    ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    scored: NDArray[np.bool_] | None = None
+    positions: NDArray[np.int64] | None = None
+
+
 class Windows:
     """The training windows of a data set: window w is ids[w·L : w·L + L + 1] of the whole stream.
 
@@ -125,13 +137,14 @@ class Windows:
             raise DataError(f"data.dir: a shard is missing in {folder}; prepare the data again with --fresh")
         self.sequence_length = sequence_length
         self._paths = names
-        self._shards = [_mapped(p) for p in names]
+        self._shards = [mapped(p) for p in names]
         masks = [p.with_name(f"{p.stem}.scored.npy") for p in names]
-        self._masks = [_mapped(p) for p in masks] if any(p.exists() for p in masks) else None
+        self._masks = [mapped(p) for p in masks] if any(p.exists() for p in masks) else None
         lengths = [len(shard) for shard in self._shards]
         if self._masks is not None and [len(mask) for mask in self._masks] != lengths:
             raise DataError(f"data.dir: masks and shards in {folder} are not of one length")
         self._ends = np.cumsum(lengths)
+        self.tokens, self.masked = int(self._ends[-1]), self._masks is not None
         self._counts: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -147,6 +160,26 @@ class Windows:
         places = indices[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         ids = self._taken(self._shards, places).astype(np.int64)
         return ids, None if self._masks is None else self._taken(self._masks, places[:, 1:])
+
+    def fed(self, indices: NDArray[np.int64]) -> Fed:
+        """Windows [n] as a causal LM is fed them.
+
+        Raises:
+            IndexError: there is no such window.
+        """
+        ids, scored = self.rows(indices)
+        return Fed(ids[:, :-1], ids[:, 1:], scored)
+
+    def at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+        """(ids, which of them are trained on, None: all) at places [...] of the whole stream, both [...]."""
+        ids = self._taken(self._shards, places).astype(np.int64)
+        return ids, None if self._masks is None else self._taken(self._masks, places)
+
+    def mask(self, first: int, stop: int) -> NDArray[np.bool_]:
+        """Which tokens from one place to another are trained on, bool [stop - first]."""
+        if self._masks is None:
+            return np.ones(stop - first, bool)
+        return self._taken(self._masks, np.arange(first, stop))
 
     def target_counts(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many targets of each window are trained on, int64 [n]."""
@@ -166,7 +199,7 @@ class Windows:
         self._check(indices)
         if not len(indices):
             return np.empty(0, np.int64)
-        starts = np.concatenate([_mapped(p.with_name(f"{p.stem}.documents.npy")) for p in self._paths])
+        starts = np.concatenate([mapped(p.with_name(f"{p.stem}.documents.npy")) for p in self._paths])
         places = indices[:, None] * self.sequence_length + np.array([0, self.sequence_length])
         first, last = np.searchsorted(starts, places, side="right").T - 1
         return np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
@@ -196,7 +229,12 @@ class Windows:
             yield self._taken(masks, places).reshape(last - first, length).sum(axis=1)
 
 
-def _mapped(path: Path) -> NDArray[Any]:
+def mapped(path: Path) -> NDArray[Any]:
+    """The array [...] in a file, read as it is looked at.
+
+    Raises:
+        DataError: it is missing, or cut short.
+    """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs.errors import ConfigError, DataError
-from configs.schema import DataSettings
+from configs.schema import DataSettings, ObjectiveSettings
 from eval.reference.windows import document_sha256
 from trainer.data.read_report import ReadReport
 from trainer.data.rows.columns import COLUMN_SUFFIXES, is_saved_data_set, rows_of_file, rows_of_saved
+from trainer.data.rows.fields import Fields, Row, fields_of
 
 STDLIB = "python-stdlib"
 TEXT_SUFFIXES = frozenset(
@@ -70,12 +71,14 @@ _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 class Document(NamedTuple):
     """A text and where it came from: a path below the source, with `#row` where a file has many.
 
-    With a `prompt` the document is prompt and text, and the text alone is trained on and scored.
+    With a `prompt` the document is prompt and text, and the text alone is trained on and scored. `label`: what a
+    classifier is to say of it.
     """
 
     source: str
     text: str
     prompt: str = ""
+    label: str = ""
 
     @property
     def sha256(self) -> str:
@@ -94,25 +97,25 @@ def content_key(purpose: str, seed: int, sha256: str) -> str:
 
 
 def read_documents(
-    settings: DataSettings, seed: int, progress: Callable[[int], None] | None = None
+    settings: DataSettings, seed: int, progress: Callable[[int], None] | None = None, fields: Fields | None = None
 ) -> tuple[list[Document], ReadReport]:
     """All distinct documents of `settings.source`, up to `max_bytes`, in a random order keyed by content.
 
     Args:
         progress: told how many documents were read so far.
+        fields: what is read of a row; None: a text, and a prompt where the settings name one.
 
     Raises:
-        ConfigError: a path that is not there, a kind of file that is not read, a column that is missing, or
-            no prompt where `prompt_field` is set.
+        ConfigError: a path that is not there, a kind of file that is not read, a column that is missing or holds
+            something else, or no prompt where `prompt_field` is set.
         DataError: a broken file, or no document at all.
     """
     report = ReadReport()
-    if settings.prompt_field == settings.text_field:
-        raise ConfigError(f"data.prompt_field: {settings.prompt_field!r} is data.text_field as well; name another")
+    fields = fields or fields_of(settings, ObjectiveSettings())
     names = [settings.source] if isinstance(settings.source, str) else list(settings.source)
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     found: list[tuple[str, Document]] = []
-    for document in _all_rows(names, settings, report):
+    for document in _all_rows(names, fields, report):
         report.rows += 1
         if progress is not None and report.rows % 1000 == 0:
             progress(report.rows)
@@ -122,14 +125,15 @@ def read_documents(
         sha256 = document.sha256
         if sha256 in seen:
             report.duplicates += 1
+            report.other_label += seen[sha256] != document.label
             continue
-        seen.add(sha256)
+        seen[sha256] = document.label
         found.append((content_key("corpus", seed, sha256), document))
     found.sort(key=lambda item: item[0])
     documents = _up_to([document for _, document in found], settings.max_bytes, report)
     if not documents:
         raise DataError(_nothing_found(names, settings, report))
-    if settings.prompt_field is not None:
+    if "prompt_field" in fields.wanted and not fields.only_rows:
         report.without_prompt = sum(not document.prompt for document in documents)
         if report.without_prompt == len(documents):
             raise ConfigError(
@@ -168,43 +172,43 @@ def _nothing_found(names: list[str], settings: DataSettings, report: ReadReport)
     return f"data.source: no text in {', '.join(names)}; {looked}{first}"
 
 
-def _all_rows(names: list[str], settings: DataSettings, report: ReadReport) -> Iterator[Document]:
+def _all_rows(names: list[str], fields: Fields, report: ReadReport) -> Iterator[Document]:
     if not names:
         raise ConfigError(f"data.source: is an empty list; name files or folders, or {STDLIB}")
     for name in names:
         path = Path(name).expanduser()
         if name == STDLIB:
-            yield from _standard_library(settings, report)
+            yield from _standard_library(fields, report)
         elif path.is_dir() and is_saved_data_set(path):
-            yield from _saved(path, path.name, settings, report)
+            yield from _saved(path, path.name, fields, report)
         elif path.is_dir():
-            yield from _folder(path, settings, report)
+            yield from _folder(path, fields, report)
         elif path.exists() or path.is_symlink():
             if path.suffix.lower() not in TEXT_SUFFIXES | COLUMN_SUFFIXES:
                 kinds = ".txt .md .py … .jsonl .json .csv .parquet .arrow"
                 raise ConfigError(
                     f"data.source: {name} is none of the kinds that are read ({kinds}); unpack what is packed"
                 )
-            yield from _file(path, path.name, settings, report, named=True)
+            yield from _file(path, path.name, fields, report, named=True)
         else:
             raise ConfigError(f"data.source: {name} does not exist")
 
 
-def _standard_library(settings: DataSettings, report: ReadReport) -> Iterator[Document]:
+def _standard_library(fields: Fields, report: ReadReport) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     # Its `.py` files are the source: what lies beside them is not passed over.
     for path in _walk(root, ReadReport(skipped=report.skipped), without=_NOT_SOURCE):
         if path.suffix == ".py":
-            yield from _file(path, f"{STDLIB}/{path.relative_to(root).as_posix()}", settings, report)
+            yield from _file(path, f"{STDLIB}/{path.relative_to(root).as_posix()}", fields, report)
 
 
-def _folder(root: Path, settings: DataSettings, report: ReadReport) -> Iterator[Document]:
+def _folder(root: Path, fields: Fields, report: ReadReport) -> Iterator[Document]:
     for path in _walk(root, report, without={"__pycache__"}):
         name = f"{root.name}/{path.relative_to(root).as_posix()}"
         if path.is_dir():
-            yield from _saved(path, name, settings, report)
+            yield from _saved(path, name, fields, report)
         elif path.suffix.lower() in TEXT_SUFFIXES | COLUMN_SUFFIXES:
-            yield from _file(path, name, settings, report)
+            yield from _file(path, name, fields, report)
         else:
             report.other_kinds.append(name)
 
@@ -227,22 +231,22 @@ def _walk(root: Path, report: ReadReport, without: set[str]) -> Iterator[Path]:
         yield from (folder / n for n in sorted([*saved, *shown]))
 
 
-def _saved(path: Path, name: str, settings: DataSettings, report: ReadReport) -> Iterator[Document]:
+def _saved(path: Path, name: str, fields: Fields, report: ReadReport) -> Iterator[Document]:
     report.files += 1
     try:
-        rows = list(rows_of_saved(path, settings.text_field, settings.prompt_field))
+        rows = list(rows_of_saved(path, fields))
     except UnicodeDecodeError as error:
         report.skipped.append(f"{name}: not UTF-8 ({error.reason})")
     else:
         yield from _documents(rows, name, report)
 
 
-def _file(path: Path, name: str, settings: DataSettings, report: ReadReport, named: bool = False) -> Iterator[Document]:
+def _file(path: Path, name: str, fields: Fields, report: ReadReport, named: bool = False) -> Iterator[Document]:
     report.files += 1
     if path.suffix.lower() in COLUMN_SUFFIXES:
         try:
             # All its rows before the first is given on: a file that turns out to be broken is left out whole.
-            rows = list(rows_of_file(path, settings.text_field, settings.prompt_field))
+            rows = list(rows_of_file(path, fields))
         except UnicodeDecodeError as error:
             report.skipped.append(f"{name}: not UTF-8 ({error.reason})")
         except OSError as error:
@@ -251,11 +255,17 @@ def _file(path: Path, name: str, settings: DataSettings, report: ReadReport, nam
             # In a folder of sources a .json file is most often somebody's settings, not a corpus.
             if named or path.suffix.lower() != ".json":
                 raise
-            wanted = [repr(column) for column in (settings.text_field, settings.prompt_field) if column is not None]
+            wanted = map(repr, fields.wanted.values())
             why = "not JSON" if isinstance(error, DataError) else f"no rows with {' and '.join(wanted)}"
             report.skipped.append(f"{name}: {why}")
         else:
             yield from _documents(rows, name, report)
+        return
+    if fields.only_rows:
+        columns = " and ".join(map(repr, fields.wanted.values()))
+        if named:
+            raise ConfigError(f"data.source: {path} has no columns; expected rows with {columns} (.jsonl, .csv, …)")
+        report.other_kinds.append(name)
         return
     try:
         # Bytes, not read_text(): line ends stay as they are. A byte order mark is no text.
@@ -268,12 +278,12 @@ def _file(path: Path, name: str, settings: DataSettings, report: ReadReport, nam
         yield Document(name, text)
 
 
-def _documents(rows: list[tuple[str | None, str]], name: str, report: ReadReport) -> Iterator[Document]:
+def _documents(rows: list[Row], name: str, report: ReadReport) -> Iterator[Document]:
     if not rows:
         report.without_rows.append(name)
-    for row, (text, prompt) in enumerate(rows):
-        if text is None:
+    for number, row in enumerate(rows):
+        if row.text is None:
             report.rows += 1
             report.missing += 1
         else:
-            yield Document(f"{name}#{row}", text, prompt)
+            yield Document(f"{name}#{number}", row.text, row.prompt, row.label)

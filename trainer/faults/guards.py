@@ -24,7 +24,7 @@ from configs.schema import Config
 from eval.distributed.ranks import Ranks
 from trainer.callbacks.metrics import lines_up_to
 from trainer.checkpoint.checkpoint import STATE, Clock
-from trainer.data.shards import Windows
+from trainer.data.examples import AnyWindows
 from trainer.faults.adaptations import RestartRequested, read_adaptations, write_adaptations
 from trainer.order import windows_at
 
@@ -83,7 +83,7 @@ class Guard:
         config: Config,
         run: RunDir,
         ranks: Ranks,
-        data: Windows,
+        data: AnyWindows,
         *,
         losses: Sequence[float],
         passed_over: Iterable[int],

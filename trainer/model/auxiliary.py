@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.errors import ConfigError
+from eval.scoring.losses import positions
 
 ALIKE = 1e-5  # of a loss: two sums of the same fp32 numbers
 ADDING = ("loss", "coef", "smooth", "mtp", "nextn", "ngram")  # in names of fields that change a loss
@@ -39,10 +40,13 @@ def loss_function(lm: Any, function: Any) -> Iterator[None]:
             lm._loss_function = before
 
 
-def added_loss(lm: Any, ids_BT: torch.Tensor, *, keep: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def added_loss(
+    lm: Any, ids_BT: torch.Tensor, *, keep: int = 0, position_BT: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the model adds to its mean loss over this micro-batch: fp32 scalar; logits [B, keep or T, V])."""
     with loss_function(lm, no_language_loss):
-        out = lm(input_ids=ids_BT, labels=ids_BT, use_cache=False, **({"logits_to_keep": keep} if keep else {}))
+        own = positions(position_BT) | ({"logits_to_keep": keep} if keep else {})
+        out = lm(input_ids=ids_BT, labels=ids_BT, use_cache=False, **own)
     return out.loss, out.logits
 
 

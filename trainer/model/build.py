@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any], kind: str = "causa
             raise ConfigError(f"model.path: {settings.path}: {str(error).strip().splitlines()[0]}") from None
         if not makes(kind, config.model_type):
             raise ConfigError(f"model.path: {settings.path} is a {config.model_type}, which is no {called}")
-        return config
+        return with_labels(config, facts) if kind == "classify" else config
     named = str(settings.type)
     if not makes(kind, named):
         near = difflib.get_close_matches(named, [name for name in CONFIG_MAPPING if makes(kind, name)], n=3)
@@ -88,10 +89,24 @@ def hf_config(settings: ModelSettings, facts: dict[str, Any], kind: str = "causa
         # A default beyond a small vocabulary would be an index error; what is fed to a causal LM is never padded.
         fields.setdefault("pad_token_id", None if kind == "causal" else facts.get("pad_id"))
     try:
-        return AutoConfig.for_model(named, **fields)
+        made = AutoConfig.for_model(named, **fields)
+        return with_labels(made, facts) if kind == "classify" else made
     except Exception as error:  # each config class raises its own kinds
         cause = error.__cause__ or error
         raise ConfigError(f"model: {named} refuses these fields: {str(cause).strip().splitlines()[0]}") from None
+
+
+def with_labels(hf: Any, facts: dict[str, Any]) -> Any:
+    """A classifier's config with the labels and the padding of the data in `facts`, as far as it knows them."""
+    labels = facts.get("labels")
+    if labels is not None:
+        kinds = {"single": "single_label_classification", "several": "multi_label_classification"}
+        hf.problem_type = kinds.get(labels["problem"], "regression")
+        names = labels["names"] or ["LABEL_0"]
+        hf.id2label, hf.label2id = dict(enumerate(names)), {name: at for at, name in enumerate(names)}
+    if getattr(hf, "pad_token_id", None) is None:  # a decoder's head looks at the last token that is none
+        hf.pad_token_id = facts.get("pad_id") if facts.get("pad_id") is not None else facts["eos_id"]
+    return hf
 
 
 def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_fingerprint: str) -> Any:
@@ -134,6 +149,8 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
     check_patterns([name for name, p in built.named_parameters() if p.requires_grad], config.optimizer.no_decay)
     if kind == "masked":
         check_positions(config, built)
+    if config.packing == "documents":
+        check_keeps_apart(hf)
     if kind == "causal":
         check_looks_back(config, hf)
         if config.model.fields and environment_ranks()[2] == 0:
@@ -143,7 +160,33 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
 
 def kind_of(config: Config) -> str:
     """The kind of model that a config trains, in `eval.scoring.models.KINDS`."""
-    return config.objective.name
+    return {"instruct": "causal"}.get(config.objective.name, config.objective.name)
+
+
+@torch.no_grad()
+def check_keeps_apart(hf: Any) -> None:
+    """Refuses a model in which packed documents would see one another: one layer of it is tried, by each node's first
+    rank. What cannot be run so is left to the ranks.
+
+    Raises:
+        ConfigError: they would; and what to do.
+    """
+    if environment_ranks()[2] != 0:
+        return
+    try:
+        model = _one_layer(hf)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        ids = torch.arange(1, 9)[None] % vocabulary
+        other = torch.cat([(ids[:, :4] + 1) % vocabulary, ids[:, 4:]], dim=1)
+        position = torch.arange(4).repeat(2)[None]
+        a, b = (model(input_ids=one, position_ids=position, use_cache=False).logits[0, 4:] for one in (ids, other))
+    except Exception:  # each model class raises its own kinds; perhaps only as one layer
+        a = b = torch.zeros(1)
+    if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())):
+        raise ConfigError(
+            f"data.packing: documents: in a {hf.model_type} a document sees those before it in its window, since it "
+            "carries a state from token to token; use data.packing: none"
+        )
 
 
 def check_positions(config: Config, model: Any) -> None:
@@ -282,8 +325,9 @@ def make_model(config: Config, hf: Any) -> Any:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **({"config": hf, "ignore_mismatched_sizes": True} if config.objective.name == "classify" else {}),
         )
-        check_loaded(home, info)
+        check_loaded(home, info, made_up=_head(model) if config.objective.name == "classify" else "")
         step = find_step(config.model.path) if config.model.path is not None else None
         if step is not None and step.checkpoint is not None:
             load_masters(model, step.checkpoint)
@@ -292,6 +336,11 @@ def make_model(config: Config, hf: Any) -> Any:
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
+
+
+def _head(model: Any) -> str:
+    """Pattern of the names of a classifier's own weights, which a model that was trained for something else lacks."""
+    return rf"(?!{re.escape(model.base_model_prefix)}\.)|{re.escape(model.base_model_prefix)}\.pooler\."
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -8,10 +8,16 @@ from collections.abc import Callable
 
 from configs.schema import Config
 from trainer.objectives.causal import Causal, TrainableLM
+from trainer.objectives.classify import Classify
 from trainer.objectives.masked import Masked
 from trainer.objectives.objective import Objective
 
-OBJECTIVES: dict[str, Callable[[Config], Objective]] = {"causal": Causal, "masked": Masked}
+OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
+    "causal": Causal,
+    "masked": Masked,
+    "instruct": Causal,  # of conversations: data and scoring know which tokens are the assistant's
+    "classify": Classify,
+}
 
 __all__ = ["OBJECTIVES", "Objective", "TrainableLM", "objective_of"]
 

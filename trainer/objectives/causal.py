@@ -11,33 +11,33 @@ import torch
 from torch import nn
 
 from configs.schema import Config
-from eval.scoring.losses import IGNORED, loss_of_hidden, split_model, training_loss
-from trainer.data.shards import Windows
+from eval.scoring.losses import IGNORED, loss_of_hidden, positions, split_model, training_loss
+from trainer.data.examples import AnyWindows
 from trainer.model.auxiliary import added_loss, adds_loss, hidden_states_of
 from trainer.order import Int64s
 
 
 class Causal:
-    """A window's tokens, each a target but those of prompts."""
+    """A window's tokens, each a target but those of prompts; of conversations those that the assistant says."""
 
     kind = "causal"
-    scored_as: tuple[str, ...] = ("causal", "prompt")
 
     def __init__(self, config: Config) -> None:
         self.length = config.sequence_length
+        self.scored_as: tuple[str, ...] = ("instruct",) if config.objective.name == "instruct" else ("causal", "prompt")
 
-    def count(self, data: Windows, windows: Int64s, position: int) -> int:
+    def count(self, data: AnyWindows, windows: Int64s, position: int) -> int:
         return int(data.target_counts(windows).sum())
 
-    def inputs(self, data: Windows, windows: Int64s, position: int) -> dict[str, torch.Tensor]:
-        """Ids and targets of windows [n], each int64 [n, T]."""
-        rows, scored = data.rows(windows)
-        block = torch.from_numpy(rows)
-        # The targets are written to: of one window `contiguous` would copy nothing, and the ids would change with them.
-        ids_BT, target_BT = block[:, :-1].contiguous(), block[:, 1:].clone()
-        if scored is not None:
-            target_BT[~torch.from_numpy(scored)] = IGNORED
-        return {"ids_BT": ids_BT, "target_BT": target_BT}
+    def inputs(self, data: AnyWindows, windows: Int64s, position: int) -> dict[str, torch.Tensor]:
+        """Ids and targets of windows [n], and positions where documents are packed: each int64 [n, T]."""
+        fed = data.fed(windows)
+        # Copies: the targets are written to, and in a stream they share their memory with the ids.
+        ids_BT, target_BT = torch.from_numpy(fed.ids.copy()), torch.from_numpy(fed.targets.copy())
+        if fed.scored is not None:
+            target_BT[~torch.from_numpy(fed.scored)] = IGNORED
+        out = {"ids_BT": ids_BT, "target_BT": target_BT}
+        return out if fed.positions is None else {**out, "position_BT": torch.from_numpy(fed.positions)}
 
     def dry(self, rows: int) -> dict[str, torch.Tensor]:
         """As `inputs`, of nothing, [rows, T]."""
@@ -69,25 +69,28 @@ class TrainableLM(nn.Module):
         """(decoder, head), where logits are head(decoder(ids))."""
         return (self.lm.get_decoder(), self.lm.get_output_embeddings()) if self.split else None
 
-    def forward(self, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, ids_BT: torch.Tensor, target_BT: torch.Tensor, position_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Sum of the negative log likelihood over targets that are not IGNORED: nats, scalar.
 
+        Positions that begin again keep attention inside each document (transformers makes the mask of them).
         Of a model that adds to its mean loss over a micro-batch, with that times the targets; which is in `added`.
         """
         vocab_size = int(self.lm.config.get_text_config().vocab_size)
         parts = self.parts()
         if parts is not None and not self.adds:
-            return training_loss(parts, ids_BT, target_BT, vocab_size)
+            return training_loss(parts, ids_BT, target_BT, vocab_size, position_BT)
         mean = None  # that is added
         if parts is not None:
             with hidden_states_of(parts[0]) as hidden:
-                mean, _ = added_loss(self.lm, ids_BT, keep=1)
+                mean, _ = added_loss(self.lm, ids_BT, keep=1, position_BT=position_BT)
             loss = loss_of_hidden(hidden[0], target_BT, parts[1], vocab_size)
         else:
             if self.adds:
-                mean, logits = added_loss(self.lm, ids_BT)
+                mean, logits = added_loss(self.lm, ids_BT, position_BT=position_BT)
             else:
-                logits = self.lm(input_ids=ids_BT, use_cache=False).logits
+                logits = self.lm(input_ids=ids_BT, **positions(position_BT), use_cache=False).logits
             loss = nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
             )

@@ -20,6 +20,7 @@ from configs.schema import Config
 from eval.reference.tokenizer import open_tokenizer
 from eval.scoring.losses import IGNORED
 from eval.scoring.masked import MASK_SHARE, RANDOM_SHARE, SpecialIds, encoder_of, logits_at, special_ids
+from trainer.data.examples import AnyWindows
 from trainer.data.shards import Windows
 from trainer.order import Int64s, draws, window_seeds
 
@@ -40,15 +41,15 @@ class Masked:
         self.ordinary_V[self.special.ordinary] = True
         self.starts_V = word_starts(directory) if config.objective.whole_words else None
 
-    def count(self, data: Windows, windows: Int64s, position: int) -> int:
-        rows, _ = data.rows(windows)
+    def count(self, data: AnyWindows, windows: Int64s, position: int) -> int:
+        rows = stream(data).rows(windows)[0]
         if self.starts_V is not None:  # how many tokens the words have is known once they are drawn
             return int((self._masked(rows, windows, position)[1] != IGNORED).sum())
         return int(asked_for(self.ordinary_V[rows[:, 1:]].sum(1), self.ratio).sum())
 
-    def inputs(self, data: Windows, windows: Int64s, position: int) -> dict[str, torch.Tensor]:
+    def inputs(self, data: AnyWindows, windows: Int64s, position: int) -> dict[str, torch.Tensor]:
         """Ids and targets of windows [n], each int64 [n, T]."""
-        ids_BT, target_BT = self._masked(data.rows(windows)[0], windows, position)
+        ids_BT, target_BT = self._masked(stream(data).rows(windows)[0], windows, position)
         return {"ids_BT": torch.from_numpy(ids_BT), "target_BT": torch.from_numpy(target_BT)}
 
     def _masked(
@@ -89,6 +90,12 @@ class TrainableMaskedLM(nn.Module):
         encoder = self.lm.base_model if self.alone else None
         logits_NV = logits_at(self.lm, encoder, ids_BT, None, row, place)
         return F.cross_entropy(logits_NV.float(), target_BT[row, place], reduction="sum")
+
+
+def stream(data: AnyWindows) -> Windows:
+    """The windows of a masked LM, which are a stream's: its settings allow no other."""
+    assert isinstance(data, Windows)
+    return data
 
 
 def asked_for(tokens_B: NDArray[np.int64], ratio: float) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config
-from trainer.data.shards import Windows
+from trainer.data.examples import AnyWindows
 from trainer.order import Int64s
 
 
@@ -20,11 +20,11 @@ class Objective(Protocol):
 
     def __init__(self, config: Config) -> None: ...
 
-    def count(self, data: Windows, windows: Int64s, position: int) -> int:
+    def count(self, data: AnyWindows, windows: Int64s, position: int) -> int:
         """Targets of a global batch, the windows [batch.global] at a data position: known to every rank, before it is
         cut over them."""
 
-    def inputs(self, data: Windows, windows: Int64s, position: int) -> dict[str, torch.Tensor]:
+    def inputs(self, data: AnyWindows, windows: Int64s, position: int) -> dict[str, torch.Tensor]:
         """What `module` takes for some windows [n] of the batch at a position, each tensor [n, …], on the CPU."""
 
     def dry(self, rows: int) -> dict[str, torch.Tensor]:

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.errors import ConfigError, DataError
-from configs.schema import DataSettings
+from configs.schema import DataSettings, ObjectiveSettings
 from trainer.data.rows.columns import rows_of_file, rows_of_saved
+from trainer.data.rows.fields import fields_of
 from trainer.data.sources import read_documents
 
 TYPED = ["parquet", "arrow", "arrow-file", "saved", "splits"]
@@ -23,6 +24,8 @@ LOOK_LIKE_NUMBERS = ["00001", "1", "1.0", "1e5", "-0", "0x1F", "1_000", "inf", "
 LOOK_LIKE_OTHERS = ["true", "False", "2021-03-01 10:00:00", "2021-03-01", "2021-03-01T10:00:00Z", "10:00", "[1]", "{}"]
 AS_WRITTEN = [" padded ", 'quoted "twice"', "a,b\tc", "line\nline\r\nline", "é\u2028z", "#x", "\\N", "=1+1"]
 VALUES = LOOK_LIKE_MISSING + LOOK_LIKE_NUMBERS + LOOK_LIKE_OTHERS + AS_WRITTEN
+
+TEXT = fields_of(DataSettings(), ObjectiveSettings())
 
 
 def write(kind: str, folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -54,7 +57,8 @@ def write(kind: str, folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 def texts(path: Path) -> list[tuple[str | None, str]]:
     read = rows_of_saved if path.is_dir() else rows_of_file
-    return list(read(path, "text", "ask"))
+    asked = fields_of(DataSettings(prompt_field="ask"), ObjectiveSettings())
+    return [(row.text, row.prompt) for row in read(path, asked)]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -84,9 +88,9 @@ def test_empty_and_missing_are_counted_apart(kind: str, tmp_path: Path) -> None:
 
 def test_a_key_that_is_not_there_is_missing_and_so_is_a_field_of_a_row_that_ends_early(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"n": 1}\n\n{"text": "a"}\n{"n": 2}\n{"text": ""}\n')
-    assert list(rows_of_file(tmp_path / "rows.jsonl", "text")) == [(t, "") for t in (None, "a", None, "")]
+    assert list(rows_of_file(tmp_path / "rows.jsonl", TEXT)) == [(t, "", "") for t in (None, "a", None, "")]
     (tmp_path / "rows.csv").write_text('n,text\n1,a\n\n2\n3,\n4,""\n5,NA')
-    assert list(rows_of_file(tmp_path / "rows.csv", "text")) == [(t, "") for t in ("a", None, "", "", "NA")]
+    assert list(rows_of_file(tmp_path / "rows.csv", TEXT)) == [(t, "", "") for t in ("a", None, "", "", "NA")]
 
 
 @pytest.mark.parametrize("kind", TYPED)
@@ -104,7 +108,7 @@ def test_a_json_value_that_is_not_text_is_named_with_its_line(tmp_path: Path) ->
     for value, name in ((7, "int"), ([], "list"), ({}, "dict"), (False, "bool")):
         path.write_text('{"text": "a"}\n' * 1500 + json.dumps({"text": value}) + "\n")
         with pytest.raises(ConfigError, match=rf"rows.jsonl, line 1501, holds {name}, not text"):
-            list(rows_of_file(path, "text"))
+            list(rows_of_file(path, TEXT))
 
 
 @pytest.mark.parametrize("encoded", [pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
@@ -113,17 +117,17 @@ def test_every_string_type_of_arrow_is_text(encoded: pa.DataType, tmp_path: Path
     path = tmp_path / "rows.arrow"
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
         out.write_table(table)
-    assert [text for text, _ in rows_of_file(path, "text")] == ["NA", None, "007"]
+    assert [row.text for row in rows_of_file(path, TEXT)] == ["NA", None, "007"]
     if encoded != pa.string_view():
         pq.write_table(table, tmp_path / "rows.parquet")
-        assert [text for text, _ in rows_of_file(tmp_path / "rows.parquet", "text")] == ["NA", None, "007"]
+        assert [row.text for row in rows_of_file(tmp_path / "rows.parquet", TEXT)] == ["NA", None, "007"]
 
 
 @pytest.mark.parametrize("saved_as", ["numpy", "pandas", "arrow"])
 def test_a_saved_data_set_is_read_the_same_whatever_format_it_was_left_in(saved_as: str, tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([{"text": t} for t in ("NA", None, "", "007")])
     rows.with_format(saved_as).save_to_disk(str(tmp_path / "saved"))
-    assert [text for text, _ in rows_of_saved(tmp_path / "saved", "text")] == ["NA", None, "", "007"]
+    assert [row.text for row in rows_of_saved(tmp_path / "saved", TEXT)] == ["NA", None, "", "007"]
 
 
 def test_rows_of_json_are_objects_of_a_list_of_a_sequence_or_strings_of_a_list(tmp_path: Path) -> None:
@@ -135,14 +139,14 @@ def test_rows_of_json_are_objects_of_a_list_of_a_sequence_or_strings_of_a_list(t
         '\ufeff["2021-03-01",\n "NA"]',
     ):
         path.write_text(written, encoding="utf-8")
-        assert [text for text, _ in rows_of_file(path, "text")] == ["2021-03-01", "NA"], written
+        assert [row.text for row in rows_of_file(path, TEXT)] == ["2021-03-01", "NA"], written
 
 
 def test_a_csv_file_may_end_its_lines_in_any_way_and_hold_very_long_fields(tmp_path: Path) -> None:
     path, long = tmp_path / "rows.csv", "x" * 300_000
     for end in ("\n", "\r\n", "\r"):
         path.write_bytes(b"\xef\xbb\xbf" + end.join(["text,n", "NA,1", f"{long},", '"a\r\nb",2,', "é,3"]).encode())
-        assert [text for text, _ in rows_of_file(path, "text")] == ["NA", long, "a\r\nb", "é"]
+        assert [row.text for row in rows_of_file(path, TEXT)] == ["NA", long, "a\r\nb", "é"]
 
 
 GOOD = json.dumps({"text": "x" * 400}).encode() + b"\n"
@@ -163,26 +167,26 @@ def test_a_broken_row_of_jsonl_is_named_by_its_line_however_far_in_it_is(line: b
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD * 30_000 + b"\n" + line + GOOD * 10)  # over 10 MB: what was read at once before
     with pytest.raises(DataError, match=rf"rows.jsonl.* line 30002\b.*{why}"):
-        list(rows_of_file(path, "text"))
+        list(rows_of_file(path, TEXT))
 
 
 def test_a_first_line_that_is_broken_is_named_as_well(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'\n{"text": "broken\n' + GOOD)
     with pytest.raises(DataError, match=r"line 2, cannot be read"):
-        list(rows_of_file(tmp_path / "rows.jsonl", "text"))
+        list(rows_of_file(tmp_path / "rows.jsonl", TEXT))
     (tmp_path / "rows.json").write_text('[\n{"text": "a"},\n{"text": b}\n]')
     with pytest.raises(DataError, match=r"line 3, cannot be read: Expecting value at column 10"):
-        list(rows_of_file(tmp_path / "rows.json", "text"))
+        list(rows_of_file(tmp_path / "rows.json", TEXT))
 
 
 def test_a_broken_row_of_csv_is_named_by_the_line_it_starts_at(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("n,text\n" + '1,"two\nlines"\n' * 3 + "2,a,b\n3,c\n")
     with pytest.raises(DataError, match=r"rows.csv, line 8, cannot be read: 3 fields, the first row names 2 columns"):
-        list(rows_of_file(path, "text"))
+        list(rows_of_file(path, TEXT))
     path.write_text("n,text\n" + '1,"two\nlines"\n' * 3 + '2,"never closed\n' + "3,c\n" * 5)
     with pytest.raises(DataError, match=r"rows.csv, line 8, cannot be read: a quote that opens here is never closed"):
-        list(rows_of_file(path, "text"))
+        list(rows_of_file(path, TEXT))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])

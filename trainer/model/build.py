@@ -173,16 +173,22 @@ def check_keeps_apart(hf: Any) -> None:
     """
     if environment_ranks()[2] != 0:
         return
+    model = None
+    for make in (_one_layer, _random):  # some are not to be had with one layer
+        with suppress(Exception):  # each model class raises its own kinds; if neither can be, the ranks will say
+            model = model or make(hf).eval()
+    if model is None:
+        return
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.arange(1, 9)[None] % vocabulary
+    other = torch.cat([(ids[:, :4] + 1) % vocabulary, ids[:, 4:]], dim=1)
+    position = torch.arange(4).repeat(2)[None]
     try:
-        model = _one_layer(hf)
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        ids = torch.arange(1, 9)[None] % vocabulary
-        other = torch.cat([(ids[:, :4] + 1) % vocabulary, ids[:, 4:]], dim=1)
-        position = torch.arange(4).repeat(2)[None]
         a, b = (model(input_ids=one, position_ids=position, use_cache=False).logits[0, 4:] for one in (ids, other))
-    except Exception:  # each model class raises its own kinds; perhaps only as one layer
-        a = b = torch.zeros(1)
-    if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())):
+    except TypeError:  # it takes no positions, so it cannot be told
+        a, b = torch.zeros(1), torch.ones(1)
+    # What is masked out is exactly nothing; a state that is carried may be small in a model at random.
+    if not torch.allclose(a, b, rtol=1e-6, atol=1e-7 * float(a.abs().max())):
         raise ConfigError(
             f"data.packing: documents: in a {hf.model_type} a document sees those before it in its window, since it "
             "carries a state from token to token; use data.packing: none"
@@ -297,7 +303,8 @@ def _one_layer(hf: Any) -> Any:
     with suppress(NotImplementedError):  # an encoder and a decoder, each with a number of its own
         text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
+        with suppress(AttributeError):  # Mamba's follow from the number of layers
+            text.layer_types = text.layer_types[:1]
     return _random(small).eval()
 
 

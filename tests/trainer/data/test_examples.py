@@ -1,5 +1,6 @@
 """Whole documents in windows: nothing lost, nothing twice, nothing seen of another, and the same loss as one by one."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ def test_each_target_is_there_once_after_the_tokens_before_it(packing: str, shar
         fed = data.fed(np.array([window]))
         assert fed.scored is not None
         positions = fed.positions if fed.positions is not None else np.arange(fed.ids.shape[1])[None]
-        starts = np.flatnonzero(positions[0] == 0).tolist() + [fed.ids.shape[1]]
-        for a, b in zip(starts[:-1], starts[1:], strict=True):
+        starts = [*np.flatnonzero(positions[0] == 0).tolist(), fed.ids.shape[1]]
+        for a, b in pairwise(starts):
             if fed.scored[0, a:b].any():
                 length = int(np.flatnonzero(fed.scored[0, a:b])[-1]) + 1
                 text = (*fed.ids[0, a : a + length].tolist(), int(fed.targets[0, a + length - 1]))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from configs.devices import gpu_count
 from configs.errors import ConfigError
 from configs.files.paths import path_problems
+from configs.run.length import length_problems, with_lengths
 from configs.schema import Config, section_of
 from configs.secret_names import holds_secret, names_secret, without_secrets
 from configs.yaml.other_names import answer
@@ -46,6 +47,15 @@ OWNED_BY_US = {
 
 # How documents may come into windows, where an objective leaves no choice of all.
 PACKINGS = {"masked": ("stream",), "instruct": ("documents", "none"), "classify": ("none",)}
+
+
+# Schedules that a setting is for.
+SCHEDULES_OF = {
+    "decay_ratio": ("wsd",),
+    "power": ("polynomial",),
+    "cycles": ("cyclical", "cosine_restarts"),
+    "stages": ("stages",),
+}
 
 
 def find_config(name: str | Path, beside: Path | None = None) -> Path:
@@ -98,7 +108,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(as_declared(mapping, Config))
     except ValidationError as error:
         raise ConfigError(*_problems(error)) from None
-    problems = [*_secrets(config), *_contradictions(config)]
+    problems = [*_secrets(config), *length_problems(config)]
+    if not problems:
+        config = with_lengths(config)
+        problems = [*_contradictions(config)]
     if problems:
         raise ConfigError(*problems)
     return config
@@ -170,13 +183,16 @@ def _contradictions(config: Config) -> Iterator[str]:
     """What does not add up, as far as the settings alone can tell."""
     if config.nproc is not None and "LOCAL_WORLD_SIZE" not in os.environ:  # torchrun has its own say on that
         yield from batch_problems(config, config.nproc)
-    if config.schedule.warmup_steps > config.steps:
+    if config.schedule.warmup_steps > config.steps and config.steps:
         yield (
             f"schedule.warmup_steps: {config.schedule.warmup_steps} is longer than the training (steps: {config.steps})"
         )
-    late = [step for step in config.snapshot.at if step > config.steps]
+    yield from _schedule_problems(config)
+    late = [step for step in config.snapshot.at if step > config.steps and config.steps]
     if late:
         yield f"snapshot.at: {late[0]} is after the last step (steps: {config.steps})"
+    if config.stop_when.asked and config.eval.placement == "none":
+        yield "stop_when: goes by scores, and eval.placement is none; use separate or inline"
     possible = PACKINGS.get(config.objective.name, ("stream", "documents", "none"))
     if config.packing not in possible:
         yield (
@@ -198,6 +214,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         longest = config.model.fields.get(key)
         if isinstance(longest, int) and config.sequence_length > longest:
             yield f"sequence_length: {config.sequence_length} is longer than model.{key} ({longest})"
+
+
+def _schedule_problems(config: Config) -> Iterator[str]:
+    """Settings of a schedule that have no effect with its name, or that it lacks."""
+    schedule = config.schedule
+    for key, names in SCHEDULES_OF.items():
+        if getattr(schedule, key) is not None and schedule.name not in names:
+            yield f"schedule.{key}: has no effect with schedule.name: {schedule.name}; it is of {', '.join(names)}"
+    if schedule.name == "stages" and not schedule.stages:
+        yield "schedule.stages: missing; give a list such as [{steps: 1000, to: 1.0}, {steps: 500, to: 0.1}]"
 
 
 def _flat_keys(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -117,10 +117,11 @@ class ModelSettings(Settings):
 class BatchSettings(Settings):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    global_: Positive = Field(
-        ..., alias="global", description="windows (sequences) of one optimizer step, over all ranks"
-    )
+    global_: Count = Field(0, alias="global", description="windows (sequences) of one optimizer step, over all ranks")
     micro: Positive = Field(8, description="most windows a rank takes at once; accumulation follows")
+    accumulation: Positive | None = Field(
+        None, description="in place of global: micro-batches of a rank in a step; global = micro × these × ranks"
+    )
 
 
 class OptimizerSettings(Settings):
@@ -134,11 +135,38 @@ class OptimizerSettings(Settings):
     )
 
 
+class StageSettings(Settings):
+    """A stage of a schedule in stages."""
+
+    steps: Positive = Field(..., description="how long it is")
+    to: Annotated[float, Field(ge=0)] = Field(..., description="learning rate ÷ peak at its end")
+    shape: Literal["linear", "cosine"] = Field("linear", description="of the way there")
+
+
 class ScheduleSettings(Settings):
-    name: Literal["cosine", "linear", "constant"] = "cosine"
+    name: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "wsd",
+        "inverse_sqrt",
+        "polynomial",
+        "cyclical",
+        "cosine_restarts",
+        "stages",
+    ] = Field("cosine", description="see it drawn: vernier plan CONFIG --schedule")
     warmup_steps: Count = Field(0, description="steps of linear warm-up")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="in place of warmup_steps: the part of all steps that warms up"
+    )
     min_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last learning rate ÷ peak")
     steps: Positive | None = Field(None, description="that it is drawn over, if training shall end earlier; null: all")
+    decay_ratio: Fraction | None = Field(None, description="wsd: the last part of all steps, which decays; default 0.1")
+    power: Annotated[float, Field(gt=0)] | None = Field(None, description="polynomial: its power; default 2")
+    cycles: Positive | None = Field(None, description="cyclical, cosine_restarts: how many; default 4")
+    stages: list[StageSettings] | None = Field(
+        None, description="stages: one after the other, each {steps, to, shape}; to: rate ÷ peak at its end"
+    )
 
 
 class ZeroSettings(Settings):
@@ -216,6 +244,34 @@ class GuardSettings(Settings):
     )
 
 
+class StopSettings(Settings):
+    """When a run ends before its last step, by its scores on the reference set."""
+
+    gain_below: str | None = Field(
+        None, description="e.g. 0.1%: once the gain over the last `looks` scores is below it, error and all"
+    )
+    looks: Positive = Field(3, description="scores over which gain_below looks back")
+    patience: Positive | None = Field(
+        None, description="once so many scores are not below the best; by their means alone, so often wrong"
+    )
+
+    @field_validator("gain_below")
+    @classmethod
+    def gain_is_percent(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(\.\d+)? ?%", value):
+            raise ValueError("should be percent, such as 0.1%")
+        return value
+
+    @property
+    def margin(self) -> float | None:
+        """`gain_below` in percent."""
+        return None if self.gain_below is None else float(self.gain_below.rstrip(" %"))
+
+    @property
+    def asked(self) -> bool:
+        return self.gain_below is not None or self.patience is not None
+
+
 # What Slurm takes for a time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 _SLURM_TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 
@@ -259,7 +315,13 @@ class Config(Settings):
 
     name: str = Field(..., description="of the run and its data set")
     seed: Count = 0
-    steps: Positive = Field(..., description="optimizer steps")
+    steps: Count = Field(0, description="optimizer steps")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="in place of steps: passes over the training data, which has to be prepared"
+    )
+    max_time: str | None = Field(
+        None, description="e.g. 3h, 90m, 1h30m: a run that has trained for so long ends as if that were its last step"
+    )
     sequence_length: Annotated[int, Field(ge=2)] = Field(
         1024, description="tokens of a window (context length); each is predicted from those before it"
     )
@@ -295,10 +357,18 @@ class Config(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     snapshot: SnapshotSettings = SnapshotSettings()
     twins: TwinSettings = TwinSettings()
+    stop_when: StopSettings = StopSettings()
     guards: GuardSettings = GuardSettings()
     ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
     launch: LaunchSettings = LaunchSettings()
+
+    @field_validator("max_time")
+    @classmethod
+    def max_time_is_a_time(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+(m|min))?(\d+s?)?", value.replace(" ", "")):
+            raise ValueError("should be a time such as 3h, 90m, 1h30m or 2d")
+        return value
 
     @field_validator("name")
     @classmethod

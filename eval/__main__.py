@@ -24,6 +24,8 @@ from configs.process import die_with_parent, end_at_once
 from configs.run.directory import RunDir
 from eval.progress import Phases
 
+OBJECTIVES = ["causal", "prompt", "instruct", "classify", "masked", "pll"]
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line of a rank."""
@@ -34,7 +36,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tables", nargs="+", type=Path, default=[], help="a loss table's path for each of --models")
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--ensemble", action="store_true", help="score the mean of the models' probabilities")
-    parser.add_argument("--objective", choices=["causal", "prompt", "masked", "pll"], help="default: the set's own")
+    parser.add_argument(
+        "--objective",
+        choices=["causal", "prompt", "instruct", "classify", "masked", "pll"],
+        help="default: the set's own",
+    )
     parser.add_argument("--weights", choices=["auto", "replicated", "sharded"], default="auto")
     parser.add_argument("--against", type=Path, metavar="TABLE", help="stop once the model is told apart from this one")
     parser.add_argument(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.errors import DataError, VernierError
-from configs.facts import read_reference_facts
 from configs.load import load_config
 from configs.run.directory import RunDir, step_name, step_of, tables_folder
+from configs.run.facts import read_reference_facts
 from configs.schema import Config
 
 
@@ -67,7 +67,7 @@ def planned_comparisons(run: RunDir, scored: int) -> tuple[int, bool]:
     except (VernierError, OSError):
         return max(1, scored - 1), True
     steps = {*range(0, config.steps + 1, config.snapshot.every), *config.snapshot.at, config.steps}
-    over = run.is_finished(config.steps) and scored >= len(run.whole_steps(run.snapshots))
+    over = run.is_finished(config) and scored >= len(run.whole_steps(run.snapshots))
     return max(1, scored - 1, 0 if over else len(steps) - 1), over
 
 

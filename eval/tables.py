@@ -27,6 +27,7 @@ from configs.files.opening import open_to_read
 METADATA_KEY = b"vernier"
 DIGEST = "digest"  # its key in the metadata
 POSITION_BINS = 16
+NATS = "nats per token"  # what a loss is, unless its table's metadata says `unit`
 _NAME = re.compile(r"(?P<label>.+)@(?P<objective>[^@./]+)\.(?P<dtype>[^@./]+)\.parquet")
 
 REQUIRED = {
@@ -50,8 +51,8 @@ class LossTable:
 
     `loss` is the sum of negative log likelihood over the sample's scored targets, in nats. `meta` says what
     was scored and how; every key may be absent: reference, reference_text, reference_name, model, source,
-    label, step, dtype, objective, weights, attention, hardware, threads, versions; partial (blocks, of, samples) where
-    the table is a prefix of the set's blocks, until_verdict where scoring was asked to stop at one.
+    label, step, dtype, objective, unit, weights, attention, hardware, threads, versions; partial (blocks, of, samples)
+    where the table is a prefix of the set's blocks, until_verdict where scoring was asked to stop at one.
     `family`: number of the first document that shares long passages with a sample's; None: each is by itself.
     `undigested`: it was read from a file without a digest, of an older Vernier or another program.
     """
@@ -196,6 +197,11 @@ def mean_table(tables: Sequence[LossTable]) -> LossTable:
     loss_N = np.mean([table.loss for table in tables], axis=0)
     meta = {key: value for key, value in first.meta.items() if key not in ("model", "source", "label", "step")}
     return replace(first, loss=loss_N, meta=meta, correct=None, position_loss=None, position_tokens=None)
+
+
+def unit_of(table: LossTable) -> str:
+    """What a table's losses are, such as nats per token."""
+    return str(table.meta.get("unit", NATS))
 
 
 def mean_loss(table: LossTable) -> float:

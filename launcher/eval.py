@@ -23,7 +23,7 @@ from launcher.backends.mpi import mpirun
 from launcher.backends.process import Started, end, last_lines, start
 from launcher.compare.options import parse_margin
 from launcher.restarts import RestartPolicy
-from launcher.text import perplexity, typed
+from launcher.text import NATS, perplexity, typed
 from launcher.watch.next_command import say_next
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def run_eval(
         print(json.dumps(rows, indent=2))
         return EXIT_DONE
     for row in rows:
-        size = f"{row['loss']:.4f} ± {row['se']:.4f} nats per token, perplexity {perplexity(row['loss'])}"
+        size = f"{row['loss']:.4f} ± {row['se']:.4f} {row['unit']}"
+        size += f", perplexity {perplexity(row['loss'])}" if row["unit"] == NATS else ""
         tell(f"{row['model']}: {size}  {row['table']}")
         if row.get("until_verdict"):
             tell(verdict_words(row["model"], row["until_verdict"]))
@@ -221,12 +222,12 @@ def _looks(table: Path, reference: ReferenceSet, against: Path, asked: EvalOptio
 
 def _summary(table: Path, reference: ReferenceSet, against: Path | None, asked: EvalOptions) -> dict[str, Any]:
     from eval.statistics import clustered_ratio
-    from eval.tables import partial_path, read_table
+    from eval.tables import partial_path, read_table, unit_of
 
     path = table if table.is_file() else partial_path(table)
     found = read_table(path)
     mean = clustered_ratio(found.loss, found.tokens, found.cluster)
-    out = {"table": str(path), "loss": mean.value, "se": mean.se, "samples": len(found)}
+    out = {"table": str(path), "loss": mean.value, "se": mean.se, "samples": len(found), "unit": unit_of(found)}
     if against is not None:
         out["until_verdict"] = _looks(path, reference, against, asked)
     return out

@@ -14,6 +14,7 @@ from configs.console import tell, waiting
 from configs.errors import EXIT_DONE, EXIT_VERDICT, ConfigError
 from configs.files.paths import path_problems
 from configs.load import load_config, pass_words, resolve, with_absolute_paths
+from configs.run.length import with_lengths
 from configs.schema import Config
 from eval.progress import Phases
 from launcher.text import typed
@@ -154,5 +155,5 @@ def _report(facts: dict[str, Any], config: Config) -> Iterator[tuple[str, str]]:
             "80 % power; what your run's can show, vernier compare RUN says",
         )
     yield from (("caution", unmet) for unmet in facts.get("unmet", ()))  # not in data of an earlier version
-    yield "steps", f"with batch.global={config.batch.global_}, {pass_words(train['windows'], config)}"
+    yield "steps", f"with batch.global={config.batch.global_}, {pass_words(train['windows'], with_lengths(config))}"
     yield "data", typed(config.data_dir)

@@ -15,6 +15,7 @@ from rich.text import Text
 from configs.console import columns_of
 
 WORD = 20  # longest word that a column is kept wide enough for
+NATS = "nats per token"  # as eval.tables has it, whose import takes longer
 
 
 def duration(seconds: float) -> str:
@@ -34,8 +35,10 @@ def typed(path: Path) -> str:
     return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
 
 
-def perplexity(loss: float) -> str:
-    """exp(loss) of a loss in nats per token, to four digits."""
+def perplexity(loss: float, unit: str = NATS) -> str:
+    """exp(loss) of a loss in nats per token, to four digits; of a loss in another unit nothing."""
+    if unit != NATS:
+        return ""
     value = math.exp(min(loss, 700.0))
     return f"{value:,.0f}" if 1000 <= value < 1e9 else f"{value:#.4g}"
 

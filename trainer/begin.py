@@ -87,6 +87,7 @@ def begin_run(context: Context, config: Config, *, extend: bool, force: bool) ->
             tell_forced(run, check_changes(config, extend=extend, force=True), context.tell)
         if not is_supervised():  # `vernier` has cleared it; what is there now was asked of this training
             run.stop_request.unlink(missing_ok=True)
+        run.end_request.unlink(missing_ok=True)  # of a start with other settings; the evaluator asks again
         clear_unbegun(run, config, context.tell)
         _begin(run, config, context.attempt or 0)
     context.attempt = ranks.broadcast_int(context.attempt or 0)
@@ -104,7 +105,7 @@ def _begin(run: RunDir, config: Config, attempt: int) -> None:
             ) from None
     if not run.config.is_file():  # else once the checkpoint is found to fit
         write_atomic(run.config, dump_config(config), durable=True)
-    facts = {"attempt": attempt, "steps": config.steps, "job": current_job(), "job_ended": None}
+    facts = {"attempt": attempt, "steps": config.steps, "job": current_job(), "job_ended": None, "ended_by": None}
     if not run.take_up("running", since=start_began(), **facts):
         raise PeerFailure("another rank has failed before the run began")
     run.add_event("started", f"attempt {attempt}", rank=0)

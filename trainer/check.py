@@ -7,9 +7,9 @@ from typing import Any
 
 from configs.console import is_supervised
 from configs.errors import ConfigError
-from configs.facts import read_reference_facts
 from configs.files.atomic import read_manifest, verify
 from configs.run.directory import RunDir
+from configs.run.facts import read_reference_facts
 from configs.schema import Config
 from eval.distributed.ranks import environment_ranks
 from eval.reference.set import tokenizer_fingerprint

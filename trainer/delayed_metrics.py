@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class DelayedMetrics:
             saves: that have ended on this rank.
         """
         self._line, self._targets = line, targets
-        flags = torch.tensor([asked.stop, asked.interrupt, asked.save, saves], dtype=torch.float64)
+        flags = torch.tensor([*astuple(asked), saves], dtype=torch.float64)
         sums = torch.cat([sums_2, flags.to(sums_2.device, non_blocking=True)])
         work = dist.all_reduce(sums, async_op=True)
         own = torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float64).reshape(1)
@@ -85,9 +85,9 @@ class DelayedMetrics:
         """What was pushed last, None if nothing was; waits for what was enqueued up to its own step."""
         if self._read is None:
             return None
-        loss, added, stop, interrupt, save, saves, norm = self._read()
+        loss, added, *flags, saves, norm = self._read()
         self._read = None
         line = self._line and {"loss": loss / self._targets, **self._line, "grad_norm": norm}
         if line and self.adds:
             line["auxiliary_loss"] = added / self._targets
-        return Report(line, Asked(stop > 0, interrupt > 0, save > 0), round(saves))
+        return Report(line, Asked(*(flag > 0 for flag in flags)), round(saves))

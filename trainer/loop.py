@@ -6,6 +6,7 @@ The host never waits for the device inside a step, unless a guard asks for it (s
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from configs.load import micro_batch
+from configs.run.length import seconds_of
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
 from trainer.callbacks.dispatch import Callbacks
@@ -79,7 +81,8 @@ class Loop:
         self.asked = Asked()
 
     def run(self) -> Outcome:
-        """Trains to `config.steps`, or until asked to stop."""
+        """Trains to `config.steps`, or until asked to stop, or to end here."""
+        self.began = time.monotonic() - self.clock.seconds
         if self.clock.step == 0:
             self.save(Due(snapshot=True))
         while self.clock.step < self.config.steps and not self.asked.stop:
@@ -93,7 +96,8 @@ class Loop:
             rate = self.set_rate()
             sums_2 = self.accumulate(batch)
             applied, norm = self.update(batch, sums_2[0])
-            self.clock = self.clock.after(applied, batch.targets)
+            self.clock = self.clock.after(applied, batch.targets, time.monotonic() - self.began)
+            self.end_in_time()
             self.read_report()  # of the step before
             line = self.line(batch, rate, time.perf_counter() - started) if applied else None
             self.delayed.push(line, sums_2, norm, batch.targets, self.requests.poll(), self.checkpointer.ended)
@@ -103,7 +107,15 @@ class Loop:
                 self.read_report()  # a step's line is written before what follows from it
                 self.save(self.due(applied))
                 self.asked = replace(self.asked, save=False)
+            if applied and self.asked.end:
+                return Outcome(self.clock, stopped=False, interrupted=False)
         return Outcome(self.clock, self.asked.stop and self.clock.step < self.config.steps, self.asked.interrupt)
+
+    def end_in_time(self) -> None:
+        """Asks for the end where `max_time` is over; the ranks agree on it as on all that is asked for."""
+        asked = self.config.max_time
+        if asked is not None and not self.requests.ended_by and self.clock.seconds >= (seconds_of(asked) or math.inf):
+            self.requests.ended_by = {"key": "max_time", "value": asked, "why": f"it has trained for {asked}"}
 
     def next_batch(self) -> Batch | None:
         """The global batch at the clock's position; None where it makes no step."""
@@ -174,7 +186,7 @@ class Loop:
         step, config, asked = self.clock.step, self.config, self.asked
         if not applied:
             return Due(checkpoint=asked.stop and step > 0)
-        last = step == config.steps
+        last = step == config.steps or asked.end
         return Due(
             snapshot=step % config.snapshot.every == 0 or step in config.snapshot.at or last or asked.save,
             checkpoint=step % config.checkpoint.every == 0 or last or asked.stop or asked.save,

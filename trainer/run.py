@@ -55,7 +55,7 @@ def run_training(config: Config, terminal: TextIO, *, extend: bool = False, forc
     ranks = join(config.threads_per_rank or 1)
     reached("joined")
     set_determinism(bool(config.deterministic))
-    requests = stop_requests.Requests(run.stop_request, run.save_request, watch_files=ranks.is_rank_zero)
+    requests = stop_requests.Requests(run, watch_files=ranks.is_rank_zero)
     console = people(terminal, soft_wrap=True) if ranks.is_rank_zero else None
     context = Context(run, ranks, RunLock(run), requests, console)
     try:
@@ -200,8 +200,15 @@ class Training:
             if not outcome.stopped:  # asked for after the last look: the last step has its snapshot and checkpoint
                 self.context.requests.saved()
             self.run.stop_request.unlink(missing_ok=True)
-            self.run.write_state("stopping" if outcome.stopped else "done", step=step, exit_code=code)
-            self.run.add_event("stopped" if outcome.stopped else "done", f"at step {step}", step=step, rank=0)
+            ended = {} if outcome.stopped or step == self.config.steps else self.context.requests.ended_by
+            self.run.write_state(
+                "stopping" if outcome.stopped else "done", step=step, exit_code=code, ended_by=ended or None
+            )
+            self.run.end_request.unlink(missing_ok=True)  # the state has it
+            told = f"at step {step}" + (f", by {ended['key']}: {ended['why']}" if ended else "")
+            self.run.add_event("stopped" if outcome.stopped else "done", told, step=step, rank=0)
+            if ended:
+                self.context.tell(f"ended {told}")
         self.watchdog.stop()
         self.ranks.barrier()
         return code

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
 from types import FrameType
+from typing import Any
 
-from configs.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from configs.errors import EXIT_INTERRUPTED, EXIT_STOPPED, DataError
+from configs.files.atomic import read_json
 from configs.files.opening import read_bytes
+from configs.run.directory import RunDir
 
 POLL_S = 0.5
 INTERRUPT = "interrupt"  # content of a STOP file that stands for Ctrl-C
@@ -25,9 +28,10 @@ class Asked:
     stop: bool = False
     interrupt: bool = False  # the stop is a Ctrl-C
     save: bool = False
+    end: bool = False  # as if this step were the last
 
     def __or__(self, other: Asked) -> Asked:
-        return Asked(self.stop or other.stop, self.interrupt or other.interrupt, self.save or other.save)
+        return Asked(*(mine or theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -69,9 +73,11 @@ def listen() -> None:
 class Requests:
     """What this rank was asked for. The ranks agree on it in the step's one all-reduce."""
 
-    def __init__(self, stop_file: Path, save_file: Path, *, watch_files: bool) -> None:
-        self.stop_file, self.save_file, self.watch_files = stop_file, save_file, watch_files
+    def __init__(self, run: RunDir, *, watch_files: bool) -> None:
+        self.stop_file, self.save_file, self.end_file = run.stop_request, run.save_request, run.end_request
+        self.watch_files = watch_files
         self.stop = self.interrupt = self.save = False
+        self.ended_by: dict[str, Any] = {}  # the setting that ends the run, its value, and why, for people
         self.in_background = False  # set and cleared by different threads
         self.given_up = False  # nothing can be saved any more; set by the thread that writes
         self.polled = 0.0
@@ -85,12 +91,15 @@ class Requests:
             self.polled = time.monotonic()
             if not self.in_background:
                 self.save |= self.save_file.exists()
+            if not self.ended_by and self.end_file.exists():
+                with suppress(DataError):  # half written is not yet asked
+                    self.ended_by = dict(read_json(self.end_file))
             try:
                 self.interrupt |= read_bytes(self.stop_file).strip() == INTERRUPT.encode()
                 self.stop = True
             except OSError:
                 pass  # not asked
-        return Asked(self.stop, self.interrupt, self.save)
+        return Asked(self.stop, self.interrupt, self.save, bool(self.ended_by))
 
     def saving(self) -> None:
         """What was asked for is being written in the background: the file `SAVE` is not looked at until `saved`."""

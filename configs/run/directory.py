@@ -26,6 +26,7 @@ from configs.files.steps import step_name as step_name  # for those who name wha
 from configs.files.steps import step_of as step_of
 from configs.run.last_words import follows_another
 from configs.run.script_ends import script_end
+from configs.schema import Config
 
 State = Literal["pending", "running", "stopping", "requeued", "done", "failed"]
 CLOCKS_APART_S = 60.0  # two machines' may be
@@ -65,6 +66,7 @@ class RunDir:
     starter = _In("starter")
     stop_request = _In("STOP")
     save_request = _In("SAVE")
+    end_request = _In("END")  # written by the evaluator, where its scores say that training may end
     events = _In("events.jsonl")
     jobs = _In("jobs.jsonl")
     scripts = _In("jobs")
@@ -101,10 +103,15 @@ class RunDir:
                 return {**found, "state": "failed", "exit_code": EXIT_FAILED, "failure": {"rank": None, **told}}
         return found
 
-    def is_finished(self, steps: int) -> bool:
-        """Whether the run has made so many steps, its last."""
+    def is_finished(self, config: Config) -> bool:
+        """Whether the run has made its last step: the config's, or the one at which a setting ended it."""
         state = self.read_state()
-        return state.get("state") == "done" and int(state.get("step") or 0) >= steps
+        if state.get("state") != "done":
+            return False
+        ended = state.get("ended_by") or {}
+        if ended and config.model_dump(mode="json").get(str(ended.get("key"))) == ended.get("value"):
+            return True
+        return int(state.get("step") or 0) >= config.steps
 
     def start_afresh(self, state: State, **facts: Any) -> None:
         """Writes a state without what an earlier start has left in it: for whoever starts ranks, before they are there.

@@ -23,7 +23,7 @@ from eval.compare.targets import Found, Scale, most_scored, tables_of_run, way_o
 from eval.compare.twins import TwinNoise, noise_of_run, told
 from eval.scored import planned_comparisons
 from eval.statistics import by_cluster, clustered_ratio, holm, holm_shares, wobble_percent
-from eval.tables import LossTable, read_table
+from eval.tables import NATS, LossTable, read_table, unit_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class RunComparison:
     twins: TwinNoise | None = None
     tables: dict[int, Path] = field(default_factory=dict)
     worse_since: int | None = None
+    unit: str = NATS
 
     @property
     def best(self) -> ScoredCheckpoint:
@@ -71,6 +72,7 @@ class RunComparison:
         return {
             "run": self.run,
             "reference": self.reference,
+            "unit": self.unit,
             "wobble_percent": finite(self.wobble_percent),
             "twins": self.twins
             and {**self.twins.to_json(), "by_steps": [dataclasses.asdict(row) for row in self.twins.rows]},
@@ -138,6 +140,7 @@ def compare_run(run_dir: Path, *, alpha: float = ALPHA) -> RunComparison:
         wobble_percent=found,
         twins=told(twins),
         tables=dict(sorted(paths.items())),
+        unit=NATS if previous is None else unit_of(previous),
         worse_since=_worse_since(min(points, key=lambda point: point.side.loss), paths, alpha),
     )
 

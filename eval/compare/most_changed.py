@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from configs.facts import read_reference_facts
+from configs.run.facts import read_reference_facts
 from eval.compare.pair import compare_tables
 from eval.statistics import by_cluster
 from eval.tables import LossTable

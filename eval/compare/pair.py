@@ -23,13 +23,12 @@ from eval.statistics import (
 )
 from eval.statistics.paired import FEW_DOCUMENTS, SKEWED, paired_difference, t_quantile
 from eval.statistics.power import flips_factor
-from eval.tables import LossTable
+from eval.tables import LossTable, unit_of
 
 Verdict = Literal["better", "worse", "no difference seen", "identical", "same weights"]
 Limit = Literal["samples", "training noise", "seeds unknown", "unknown"]
 PairedBy = Literal["sample", "document"]
 ALPHA = 0.05
-NATS = "nats per token"
 JUDGED = {"flip_below": FEW_DOCUMENTS, "skew_above": SKEWED}  # how differences are tested where a verdict is given
 # In percent of the loss: by so much two scorings of the same weights may differ, by rounding alone.
 ROUNDING_PERCENT = {"fp32": 1e-4, "bf16": 0.1}
@@ -212,13 +211,13 @@ class Comparison:
         In bits per byte `nats` is null and `bits_per_byte` has the difference.
         """
         found = self.difference
-        in_nats = self.unit == NATS
+        in_nats = self.unit.startswith("nats")
         return {
             "a": self.a.to_json(),
             "b": self.b.to_json(),
             "difference": {
                 "nats": finite(found.value) if in_nats else None,
-                **({} if in_nats else {"bits_per_byte": finite(found.value)}),
+                **({} if in_nats else {self.unit.replace(" ", "_"): finite(found.value)}),
                 "percent": finite(found.percent),
                 "se_percent": finite(found.se_percent),
                 "ci95_percent": [finite(bound) for bound in self.ci95_percent],
@@ -282,7 +281,7 @@ def compare_tables(
         raise DataError(f"compare: the objectives differ ({objectives[0]} and {objectives[1]}); nothing can be paired")
     check_parts(a, b)
     if same(a, b, "reference") and not (in_bits and same(a, b, "reference_text")):
-        reference, paired_by, unit = str(a.meta["reference"]), "sample", NATS
+        reference, paired_by, unit = str(a.meta["reference"]), "sample", unit_of(a)
         found = _by_sample(a, b, level)
     elif same(a, b, "reference_text"):
         reference, paired_by, unit = str(a.meta["reference_text"]), "document", BITS

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from eval.compare.pair import NATS, Comparison
+from eval.compare.pair import Comparison
 from eval.figure import make_folder, new_figure, write_figure
 from eval.statistics import by_cluster, gaussian_fit, subset_error, subset_error_resampled
 from eval.tables import LossTable
@@ -82,8 +82,7 @@ def plot_run(run: RunComparison, tables: dict[int, Path], directory: Path) -> li
         steps, loss - 1.96 * error, loss + 1.96 * error, color=BLUE, alpha=0.25, linewidth=0, label="95 %, clustered"
     )
     upper.plot(steps, loss, ".-", color=BLUE, label="loss on the reference set")
-    unit = next((point.versus_previous.unit for point in points if point.versus_previous is not None), NATS)
-    upper.set_ylabel(f"loss, {unit}")
+    upper.set_ylabel(f"loss, {run.unit}")
     upper.set_title(Path(run.run).name)
     upper.legend()
 

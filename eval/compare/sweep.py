@@ -17,7 +17,7 @@ from configs.errors import DataError
 from eval.compare.pair import ALPHA, Comparison, Side, compare_tables, finite, side_of
 from eval.statistics import PairedDifference, clustered_ratio, holm
 from eval.statistics.paired import t_quantile, two_sided_p
-from eval.tables import LossTable, mean_loss, mean_table
+from eval.tables import NATS, LossTable, mean_loss, mean_table, unit_of
 
 Floats = NDArray[np.float64]
 
@@ -101,6 +101,7 @@ class Ranking:
     alpha: float
     pairs: int
     cautions: tuple[str, ...]
+    unit: str = NATS
 
 
 def rank(scored: Mapping[str, Mapping[int, LossTable]], *, alpha: float = ALPHA) -> Ranking:
@@ -136,6 +137,7 @@ def rank(scored: Mapping[str, Mapping[int, LossTable]], *, alpha: float = ALPHA)
         alpha=alpha,
         pairs=pairs,
         cautions=tuple(_cautions(scored, best, order, compared)),
+        unit=unit_of(first),
     )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import ConfigError, DataError
-from configs.facts import read_reference_facts
 from configs.load import load_config
 from configs.run.directory import RunDir, step_name, step_of
+from configs.run.facts import read_reference_facts
 from eval.tables import LossTable, mean_table, parse_table_name, read_table
 
 _STEP = re.compile(r"(?:step-)?(\d+)")

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from configs.facts import read_run_manifest
 from configs.files.json_lines import read_lines
 from configs.load import differences, is_named, load_config
 from configs.run.directory import RunDir, open_run
+from configs.run.facts import read_run_manifest
 from configs.schema import Config
 from configs.yaml.text import as_written
 

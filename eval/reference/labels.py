@@ -37,6 +37,11 @@ class Labels:
         told = {"problem": self.problem, "names": list(self.names)}
         return told if self.problem == "regression" else {**told, "counts": [counts[name] for name in self.names]}
 
+    @property
+    def unit(self) -> str:
+        """What a text's loss is."""
+        return "squared error" if self.problem == "regression" else "nats per text"
+
     def take(self, places: Sequence[int]) -> Labels:
         """Of some of the texts."""
         return Labels(self.problem, self.names, tuple(self.given[at] for at in places))

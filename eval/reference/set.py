@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
-from configs.facts import read_reference_facts
 from configs.files.atomic import read_manifest, verify, whole_directory, write_json
 from configs.run.directory import tables_folder
+from configs.run.facts import read_reference_facts
 from eval.reference.chat import Example
 from eval.reference.examples import EXAMPLES, encode_examples, example_samples
 from eval.reference.files import (

@@ -11,16 +11,17 @@ from configs.errors import DataError
 from configs.files.atomic import MANIFEST, clear_unfinished
 from configs.run.directory import RunDir, step_name, step_of
 from configs.scheduler import Life, current_job, life
-from configs.schema import Config
+from configs.schema import Config, StopSettings
 from eval.distributed.ranks import Ranks
 from eval.reference.set import ReferenceSet, load_reference
 from eval.scored import planned_comparisons
+from eval.scoring.enough import ask_to_end, enough
 from eval.scoring.journal import Journal, clear
 from eval.scoring.models import check_fits, check_model, weights_fingerprint
 from eval.scoring.placement import Scoring, open_scorer
 from eval.scoring.score import cpu_threads, score_reference, table_meta
 from eval.scoring.tensorboard import EvalBoard, last_shown
-from eval.tables import LossTable, read_table, table_name, write_table
+from eval.tables import LossTable, mean_loss, read_table, table_name, write_table
 
 POLL_S = 0.5
 ABANDONED_S = 60.0  # a run with no heartbeat for so long, and no holder of its lock, is not running
@@ -78,8 +79,9 @@ def _job_goes_on(state: dict[str, Any]) -> bool:
 class RunScores:
     """Scored steps of a run: writes each new table with its TensorBoard lines and its event. Rank 0 only."""
 
-    def __init__(self, run: RunDir, reference: ReferenceSet, dtype: str) -> None:
+    def __init__(self, run: RunDir, reference: ReferenceSet, dtype: str, stop_when: StopSettings | None = None) -> None:
         self.run, self.reference, self.dtype = run, reference, dtype
+        self.stop_when, self.means = stop_when or StopSettings(), dict[int, float]()
         self.board: EvalBoard | None = None
         self.damaged: set[int] = set()  # steps whose table is, as was told
         self.refused: dict[int, int] = {}  # steps, and when their snapshot was written; another of that step counts
@@ -140,6 +142,21 @@ class RunScores:
             return
         write_table(self._path(step), table)
         self._tell(step, table, seconds)
+        self._end_if_enough()
+
+    def _end_if_enough(self) -> None:
+        """Asks training to end where its scores say so."""
+        if not self.stop_when.asked or self.run.end_request.exists():
+            return
+        steps = self.scored()
+        for step in steps:
+            if step not in self.means:
+                self.means[step] = mean_loss(read_table(self._path(step)))
+        means = [self.means[step] for step in steps]
+        why = enough(means, lambda at: read_table(self._path(steps[at])), self.stop_when)
+        if why is not None:
+            self.run.add_event("enough", why, step=steps[-1])
+            ask_to_end(self.run, self.stop_when, why)
 
     def tell_untold(self) -> None:
         """Tells of tables that nobody has told of yet: their evaluator was killed right after it wrote them."""
@@ -167,6 +184,7 @@ class RunScores:
             se=told["b"]["se"],
             percent=difference and difference["percent"],
             verdict=told["verdict"] if before is not None else None,
+            unit=told["unit"],
         )
 
     def close(self) -> None:
@@ -237,7 +255,7 @@ def watch(config: Config, ranks: Ranks) -> None:
     run = RunDir(config.run_dir)
     dtype = config.eval.dtype or "fp32"
     reference = load_reference(config.reference_dir, check=ranks.local_rank == 0)
-    scores = RunScores(run, reference, dtype) if ranks.is_rank_zero else None
+    scores = RunScores(run, reference, dtype, config.stop_when) if ranks.is_rank_zero else None
     if scores is not None:
         scores.tell_untold()
     while True:

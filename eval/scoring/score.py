@@ -198,6 +198,7 @@ def table_meta(
         "reference_text": reference.text_fingerprint,
         "reference_name": reference.name,
         "objective": objective,
+        **({} if reference.labels is None else {"unit": reference.labels.unit}),
         "model": scored_fingerprint(source, dtype, settings),
         "source": source,
         "label": label,

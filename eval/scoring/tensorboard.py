@@ -16,7 +16,7 @@ from configs.load import load_config
 from configs.run.directory import RunDir
 from eval.compare.pair import compare_tables
 from eval.reporting import Reporter, write_hparams
-from eval.tables import LossTable
+from eval.tables import NATS, LossTable, unit_of
 from eval.tags import ACCURACY, CHANGE, DIFFERENCES, HIGH, LOSS, LOW, PERPLEXITY, WIN_RATE
 
 BINS = 60
@@ -46,7 +46,7 @@ class EvalBoard:
         loss, error = comparison["b"]["loss"], comparison["b"]["se"]
         scalars = {
             LOSS: loss,
-            PERPLEXITY: math.exp(min(loss, 700.0)),
+            PERPLEXITY: math.exp(min(loss, 700.0)) if unit_of(table) == NATS else None,
             ACCURACY: None if table.correct is None else float(table.correct.sum() / table.tokens.sum()),
         }
         bands: list[dict[str, float | None]] = [{LOSS: loss - 1.96 * error}, {LOSS: loss + 1.96 * error}]

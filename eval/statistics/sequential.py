@@ -1,7 +1,7 @@
 """Looking while documents come in: an interval that holds at all looks at once.
 
 Documents must come in random order: in order of difficulty no guarantee is left. For looks along a training run, each
-of which scores the whole set anew, see `power.spent_alpha`.
+of which scores the whole set anew, see `eval.scoring.enough`.
 
 Legend: `_C` one entry a cluster (document) in the order of the stream, `_K` one a look; leading dimensions `…` are
 streams of their own.

@@ -176,11 +176,17 @@ def plan(
         float | None, typer.Option(help="GB/s between nodes, a node; default 50, on CPU 1.25.")
     ] = None,
     latency: Annotated[float, typer.Option(help="Microseconds of a hop between ranks.")] = 5.0,
+    schedule: Annotated[
+        bool, typer.Option("--schedule", help="Draw the learning rate, here and into NAME-schedule.png; nothing else.")
+    ] = False,
     json_out: JsonOption = False,
 ) -> int:
     """Estimate what a training takes, before it starts: memory, time, disk."""
-    from launcher.plan.command import run_plan
+    from launcher.plan.command import run_plan, run_schedule
     from launcher.plan.estimate import Given
+
+    if schedule:
+        return run_schedule(config, overrides or [], people(out=True))
 
     given = Given(flops, memory, bandwidth, node_bandwidth, latency)
     return run_plan(config, overrides or [], json_out=json_out, console=people(out=True), given=given)

@@ -49,12 +49,14 @@ def print_recipes(found: RecipeComparison, console: Console) -> None:
     """The sentence, the losses by seed, what limits it, what differs, and cautions."""
     say(console, recipe_sentence(found), STYLES[found.verdict].replace("dim", "none"))
     table = new_table()
-    for heading in ("", "mean loss,\nnats per token", "perplexity", "seeds", "least and\nlargest"):
+    for heading in ("", f"mean loss,\n{found.documents.unit}", "perplexity", "seeds", "least and\nlargest"):
         table.add_column(heading, justify="right" if heading else "left")
     for group in (found.a, found.b):
         losses = group.losses.values()
         ends = f"{min(losses):.4f} – {max(losses):.4f}"
-        table.add_row(Text(group.name), f"{group.loss:.4f}", perplexity(group.loss), str(len(losses)), ends)
+        table.add_row(
+            Text(group.name), f"{group.loss:.4f}", perplexity(group.loss, found.documents.unit), str(len(losses)), ends
+        )
     print_table(table, console, spare=("perplexity",))
     say(console, f"  scored at step {found.step}; {settle_words(found)}")
     for changed in found.changed:

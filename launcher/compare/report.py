@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.text import (
+    NATS,
     _count,
     _digits,
     gain_words,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # what computes needs scipy and pyarrow, which a `vernier --h
     from eval.compare.twins import TwinSpread
     from eval.statistics import Power
 
-NATS = "nats per token"
 MOST_ALIKE = 10  # pairs of a leaderboard that are spelt out
 STYLES = {
     "better": "green",
@@ -196,7 +196,7 @@ def print_run_table(comparison: RunComparison, console: Console) -> None:
     for point in comparison.checkpoints:
         loss, error = plus_minus(point.side.loss, point.side.se, signed=False, at_least=4)
         tokens = "" if point.tokens is None else _count(point.tokens)
-        row = [str(point.step), tokens, f"{loss} ± {error}", perplexity(point.side.loss)]
+        row = [str(point.step), tokens, f"{loss} ± {error}", perplexity(point.side.loss, comparison.unit)]
         versus = point.versus_previous
         if versus is not None:
             found = versus.difference
@@ -215,7 +215,8 @@ def print_run_table(comparison: RunComparison, console: Console) -> None:
 def best_words(comparison: RunComparison) -> str:
     """Which scored step is the best so far, and what the later ones are beside it."""
     best, last = comparison.best, comparison.checkpoints[-1]
-    said = f"best: step {best.step} (loss {best.side.loss:.4f}, perplexity {perplexity(best.side.loss)})"
+    measured = f"perplexity {perplexity(best.side.loss)}" if comparison.unit == NATS else comparison.unit
+    said = f"best: step {best.step} (loss {best.side.loss:.4f}, {measured})"
     if best is last:
         return f"{said}, the last one"
     if comparison.worse_since is None:

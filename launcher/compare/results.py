@@ -281,7 +281,7 @@ def compare_pair(targets: list[str], options: Options) -> PairResult:
 
 
 def _breakdowns(made: PairResult, parts: list[str], reference: Path | None) -> list[Breakdown]:
-    from configs.facts import read_reference_facts
+    from configs.run.facts import read_reference_facts
     from eval.compare.breakdown import breakdown
     from eval.reference.set import read_documents
 

@@ -49,7 +49,7 @@ def on_slurm(plan: JobPlan, how: Launch, console: Console) -> int:
 
     with kept_only_if_submitted(run), sole_starter(run):
         run.check_files()
-        if run.is_finished(plan.config.steps):
+        if run.is_finished(plan.config):
             if plan.eval is None or not can_be_scored(run, plan.config):
                 console.print(f"{run.path} is finished (step {plan.config.steps})", markup=False)
                 return EXIT_DONE

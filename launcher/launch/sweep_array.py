@@ -53,7 +53,7 @@ def launch_sweep(
 
 
 def _submit(asked: Sweep, plan: JobPlan, script: Script, at_once: int, console: Console) -> int:
-    left = [at for at, member in enumerate(asked.members) if not asked.run(member).is_finished(member.config.steps)]
+    left = [at for at, member in enumerate(asked.members) if not asked.run(member).is_finished(member.config)]
     if not left:
         console.print(f"all members are finished: vernier compare {shlex.quote(str(asked.path))}", markup=False)
         return EXIT_DONE

@@ -5,14 +5,43 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from configs.console import waiting
-from configs.errors import EXIT_DONE
+from configs.errors import EXIT_DONE, ConfigError
 from configs.load import load_config, resolve
+from configs.schema import Config
 from launcher.plan.estimate import Given, make_plan
 from launcher.watch.next_command import say_next
+
+
+def run_schedule(source: str, overrides: list[str], console: Console) -> int:
+    """Draws the learning rate of a config, as text and as a PNG in this folder.
+
+    Raises:
+        ConfigError: the settings are wrong, or how many steps there are is not known.
+    """
+    config = load_config(source, overrides)
+    check_steps(config)
+    from launcher.plan.schedule import draw_schedule
+
+    draw_schedule(config, Path(f"{config.name}-schedule.png"), console)
+    return EXIT_DONE
+
+
+def check_steps(config: Config) -> None:
+    """Refuses a config whose steps follow from data that is not there.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if not config.steps:
+        raise ConfigError(
+            f"epochs: {config.epochs:g}, and how many steps those are follows from the data, which is not in "
+            f"{config.data_dir}; run `vernier prepare CONFIG` first, or give steps"
+        )
 
 
 def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Console, given: Given | None = None) -> int:
@@ -22,6 +51,7 @@ def run_plan(source: str, overrides: list[str], *, json_out: bool, console: Cons
         ConfigError: the settings are wrong, or the model's size cannot be told from them.
     """
     config = load_config(source, overrides)
+    check_steps(config)
     if config.precision is None and config.launch.gpus_per_node:  # as it will be where the ranks are
         config = config.model_copy(update={"precision": "bf16"})
     with waiting("loading the libraries, and measuring what is not known"):

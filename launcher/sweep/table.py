@@ -58,7 +58,7 @@ class SweepTable:
             "swept": list(self.keys),
             "seeds": self.seeds,
             "reference": self.ranking.reference,
-            "unit": "nats per token",
+            "unit": self.ranking.unit,
             "alpha": self.ranking.alpha,
             "pairs": self.ranking.pairs,
             "winner": {
@@ -252,7 +252,7 @@ def print_sweep(result: SweepTable, console: Console) -> None:
         loss, error = plus_minus(place.loss, place.se_documents, signed=False, at_least=4)
         values = result.values[place.name]
         row = [str(number), *(values[key] for key in result.keys), str(len(place.losses)), f"{loss} ± {error}"]
-        row += [perplexity(place.loss), _small(place.se_seeds), *_behind_row(place.behind)]
+        row += [perplexity(place.loss, result.ranking.unit), _small(place.se_seeds), *_behind_row(place.behind)]
         if number > 1 and place.behind is not None:
             row.append(_apart(place.behind))
         table.add_row(*(Text(cell) for cell in row))

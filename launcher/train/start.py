@@ -37,11 +37,25 @@ def check_start(config: Config, run: RunDir, how: Resume, tell: Callable[[str], 
 
 def explain_extension(config: Config, run: RunDir, how: Resume, tell: Callable[[str], None]) -> None:
     """Says what more steps than before do to the schedule."""
-    before = load_config(run.config).steps if how.extend and run.config.is_file() else config.steps
-    if before != config.steps and config.schedule.steps is None:
+    if not how.extend or not run.config.is_file():
+        return
+    before = load_config(run.config)
+    if before.steps == config.steps:
+        return
+    from trainer.engine.schedule import learning_rate
+
+    step = int(run.read_state().get("step") or 0)
+    old, new = (
+        learning_rate(at, peak=one.optimizer.lr, steps=one.schedule.steps or one.steps, schedule=one.schedule)
+        for at, one in ((step, before), (step + 1, config))
+    )
+    name, told = config.schedule.name, f"extending from {before.steps} to {config.steps} steps"
+    if old == new:
+        tell(f"{told}: the {name} schedule goes on at a learning rate of {new:.3g}")
+    else:
         tell(
-            f"extending from {before} to {config.steps} steps: the {config.schedule.name} schedule is drawn anew over "
-            f"{config.steps} steps, so the learning rate jumps where the run goes on"
+            f"{told}: the {name} schedule is drawn anew over {config.schedule.steps or config.steps} steps, so the "
+            f"learning rate goes from {old:.3g} at step {step} to {new:.3g} at step {step + 1}"
         )
 
 

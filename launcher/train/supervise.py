@@ -84,7 +84,7 @@ class Supervisor:
         with sole_starter(self.run):  # until the last score: two evaluators would write every table twice
             with kept_free(self.run):  # before an evaluator looks for what there is to score
                 clear_unbegun(self.run, self.config, self._tell)
-            if self.run.is_finished(self.config.steps):
+            if self.run.is_finished(self.config):
                 self._tell(f"{self.run.path} is finished (step {self.config.steps})")
                 code = EXIT_DONE
             else:

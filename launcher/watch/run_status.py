@@ -79,6 +79,7 @@ class RunFacts:
     steps_to_lose: int | None = None  # made since
     scored: int | None = None  # step of the last snapshot that has its loss table
     reference_loss: float | None = None
+    unit: str = "nats per token"  # of the reference loss
     reference_se: float | None = None  # clustered by document
     waiting: int | None = None  # snapshots that are not scored yet; None where nobody scores
     why: str | None = None  # it has ended
@@ -148,7 +149,7 @@ def facts_of(run: RunDir, events: list[dict[str, Any]] | None = None, told: Sche
         name=run.path.absolute().name,
         state=stands.word,
         words=_words(stands, saved),
-        why=stands.why,
+        why=stands.why or _ended_by(state),
         host=host,
         pid=lock.get("pid"),
         job=lock.get("job") or state.get("job"),
@@ -234,6 +235,12 @@ def _settings(run: RunDir) -> tuple[dict[str, Any], list[str]]:
     return (found, []) if isinstance(found, dict) else ({}, [f"{path.name} cannot be read"])
 
 
+def _ended_by(state: dict[str, Any]) -> str | None:
+    """The setting that ended a run before its last step, and why."""
+    ended = state.get("ended_by")
+    return f"{ended.get('key')}: {ended.get('why')}" if ended and state.get("state") == "done" else None
+
+
 def _ended(word: str, state: dict[str, Any], events: list[dict[str, Any]], heard: float) -> float | None:
     kind = {"done": "done", "stopped": "stopped", "failed": "failed"}.get(word)
     if word == "died":
@@ -288,6 +295,7 @@ def _scores(run: RunDir, settings: dict[str, Any], events: list[dict[str, Any]])
         detail = event.get("detail") or {}
         if event.get("kind") == "scored" and event.get("step") == last and detail.get("se") is not None:
             known = {"reference_loss": detail.get("loss"), "reference_se": detail["se"]}
+            known |= {"unit": detail["unit"]} if "unit" in detail else {}
             return {"scored": last, **known, "waiting": waiting}
     from eval.tables import read_mean_loss
 

@@ -199,7 +199,8 @@ def _scored(facts: RunFacts) -> str:
     if facts.scored is not None:
         said = f"step {facts.scored:,}"
         if facts.reference_loss is not None:
-            said += f": reference loss {_reference_loss(facts)}, perplexity {perplexity(facts.reference_loss)}"
+            exp = perplexity(facts.reference_loss, facts.unit)
+            said += f": reference loss {_reference_loss(facts)}, {f'perplexity {exp}' if exp else facts.unit}"
     if facts.waiting:
         said += f"; {facts.waiting:,} {'snapshot waits' if facts.waiting == 1 else 'snapshots wait'}"
     elif facts.waiting is None:

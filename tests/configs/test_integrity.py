@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from configs.errors import DataError
-from configs.facts import read_run_manifest
 from configs.files.atomic import read_json, read_manifest, sha256_file, verify, whole_directory, write_json
 from configs.files.json_lines import each_line, read_jsonl, sealed_line
 from configs.files.manifests import parse_manifest
 from configs.files.opening import open_to_write, read_bytes
 from configs.files.seal import sealed
 from configs.run.directory import RunDir, append_line
+from configs.run.facts import read_run_manifest
 from launcher.jobs.log import DAMAGED, add_job, read_jobs
 
 FACT = {"sha256": "0" * 64, "bytes": 7}

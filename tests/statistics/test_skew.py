@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from eval.compare.cautions import DOMINATES, cautions_of
-from eval.compare.pair import JUDGED, NATS
+from eval.compare.pair import JUDGED
 from eval.statistics import confidence_sequence, excludes
 from eval.statistics.paired import PairedDifference, paired_difference, transformed, untransformed
-from eval.tables import LossTable
+from eval.tables import NATS, LossTable
 
 DRAWS = 2000
 

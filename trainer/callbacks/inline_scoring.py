@@ -64,7 +64,7 @@ class InlineScoring:
         else:
             special = special_ids(self.reference.directory / "tokenizer")
             self.scorer = MaskedScorer(model, kind, self.reference, special, ranks.device)
-        self.scores = RunScores(self.run, self.reference, self.dtype) if ranks.is_rank_zero else None
+        self.scores = RunScores(self.run, self.reference, self.dtype, config.stop_when) if ranks.is_rank_zero else None
         if self.scores is not None:
             self.scores.tell_untold()
 

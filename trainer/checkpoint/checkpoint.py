@@ -33,17 +33,19 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands: updates made, batches used up, targets seen, batches used up since the last update."""
+    """Where training stands: updates made, batches used up, targets seen, batches used up since the last update, and
+    seconds that it has trained."""
 
     step: int = 0
     position: int = 0
     tokens: int = 0
     idle: int = 0
+    seconds: float = 0.0
 
-    def after(self, applied: bool, targets: int) -> Clock:
-        """One batch later: `applied` says whether its update was made."""
+    def after(self, applied: bool, targets: int, seconds: float) -> Clock:
+        """One batch later, after so many seconds of training: `applied` says whether its update was made."""
         made, idle = (1, 0) if applied else (0, self.idle + 1)
-        return Clock(self.step + made, self.position + 1, self.tokens + targets, idle)
+        return Clock(self.step + made, self.position + 1, self.tokens + targets, idle, round(seconds, 3))
 
 
 @dataclass(frozen=True)

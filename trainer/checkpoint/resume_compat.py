@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.facts import read_run_manifest
 from configs.load import differences, is_named, load_config
 from configs.run.directory import RunDir
+from configs.run.facts import read_run_manifest
 from configs.schema import Config
 from configs.yaml.text import as_written
 from eval.curves.pairing import NOT_THE_EXPERIMENT
@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "ema.",  # watches training, does not change it
     "gradient_checkpointing",
     "guards.",
+    "max_time",
+    "stop_when.",
     "zero.",
 )
 

@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from configs.errors import DataError
-from configs.facts import read_reference_facts
 from configs.files.atomic import read_manifest
 from configs.run.directory import RunDir, step_name, tables_folder
+from configs.run.facts import read_reference_facts
 from configs.schema import CheckpointSettings, Config
 from eval.tables import mean_loss, read_table, table_name
 

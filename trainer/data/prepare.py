@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import ConfigError, DataError
-from configs.facts import read_dataset_facts
 from configs.files.atomic import MANIFEST, whole_directory, write_json
 from configs.files.locks import take_flock
 from configs.files.opening import open_to_write
+from configs.run.facts import read_dataset_facts
 from configs.schema import Config
 from configs.yaml.text import as_written
 from eval.reference.chat import said_in

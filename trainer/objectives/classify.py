@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from configs.facts import read_dataset_facts
+from configs.run.facts import read_dataset_facts
 from configs.schema import Config
 from eval.reference.tokenizer import open_tokenizer
 from eval.scoring.classify import example_losses, padding_id

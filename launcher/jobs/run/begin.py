@@ -34,7 +34,7 @@ def begin(run: RunDir, component: str) -> int | None:
     run.logs.mkdir(parents=True, exist_ok=True)
     lines, made = read_jobs(run), progress(run, component)
     if component == "train":
-        if run.is_finished(config.steps):
+        if run.is_finished(config):
             print(f"{run.path} is finished (step {config.steps})")
             return 0
         if jobs_of(lines, {}).stop_asked:  # while this job was waiting, or being queued again

@@ -49,7 +49,8 @@ def test_along_a_run_that_is_over_the_rows_are_one_family(tmp_path: Path) -> Non
     assert (third.versus_first.a.name, third.versus_previous.a.name) == ("step-00000000", "step-00000101")
 
     content = found.to_json()
-    assert set(content) == {"run", "reference", "wobble_percent", "twins", "sampling_percent", "best", "checkpoints"}
+    own = {"wobble_percent", "twins", "sampling_percent", "best", "checkpoints"}
+    assert set(content) == {"run", "reference", "unit", *own}
     assert content["reference"] == REFERENCE
     assert content["best"] == {"step": 101, "loss": found.best.side.loss, "worse_since": 140}
     assert best_words(found).endswith("; worse since step 140")

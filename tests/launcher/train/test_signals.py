@@ -92,10 +92,11 @@ def test_a_second_signal_within_moments_is_the_same_wish_and_a_later_one_ends_at
     code = """if True:
         import time
         from pathlib import Path
-        from trainer import stop_requests
+        from configs.run.directory import RunDir
+from trainer import stop_requests
         stop_requests.ONE_WISH_S = 1.0
         stop_requests.listen()
-        requests = stop_requests.Requests(Path("STOP"), Path("SAVE"), watch_files=False)
+        requests = stop_requests.Requests(RunDir(Path()), watch_files=False)
         print("listening", flush=True)
         while not requests.poll().stop:
             time.sleep(0.01)

@@ -14,7 +14,7 @@ from configs.devices import gpu_count
 from configs.errors import ConfigError
 from configs.files.paths import path_problems
 from configs.run.length import length_problems, with_lengths
-from configs.schema import Config, section_of
+from configs.schema import Config, LoraSettings, section_of
 from configs.secret_names import holds_secret, names_secret, without_secrets
 from configs.yaml.other_names import answer
 from configs.yaml.overrides import apply_overrides, sections, settings_merged
@@ -92,6 +92,9 @@ def read_mapping(path: Path, _below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent is None:
         return mapping
     base = read_mapping(find_config(str(parent), beside=path.parent), (*_below, path.resolve()))
+    for given, other in (("epochs", "steps"), ("steps", "epochs")):  # either says how long a run is
+        if mapping.get(given) is not None and other not in mapping:
+            base.pop(other, None)
     return settings_merged(base, mapping)
 
 
@@ -191,6 +194,10 @@ def _contradictions(config: Config) -> Iterator[str]:
     late = [step for step in config.snapshot.at if step > config.steps and config.steps]
     if late:
         yield f"snapshot.at: {late[0]} is after the last step (steps: {config.steps})"
+    if config.lora.r is not None and config.model.path is None:
+        yield "lora.r: an adapter is to a model that is there; set model.path, or leave lora out"
+    if config.lora.r is None and config.lora != LoraSettings():
+        yield "lora.r: missing; give the rank of the adapters, or leave lora out"
     if config.stop_when.asked and config.eval.placement == "none":
         yield "stop_when: goes by scores, and eval.placement is none; use separate or inline"
     possible = PACKINGS.get(config.objective.name, ("stream", "documents", "none"))

@@ -143,6 +143,17 @@ class StageSettings(Settings):
     shape: Literal["linear", "cosine"] = Field("linear", description="of the way there")
 
 
+class LoraSettings(Settings):
+    """Adapters of low rank that are trained in place of the weights (Hu et al., arXiv 2106.09685), by peft."""
+
+    r: Positive | None = Field(None, description="their rank; null: the weights themselves are trained")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="they count alpha ÷ r; default alpha = 2·r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: str | list[str] = Field(
+        "all-linear", description="last names of the layers that get one, e.g. [q_proj, v_proj]; all-linear: each"
+    )
+
+
 class ScheduleSettings(Settings):
     name: Literal[
         "cosine",
@@ -329,6 +340,9 @@ class Config(Settings):
     deterministic: bool | None = Field(None, description="default true on CPU, false on GPU")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
     gradient_checkpointing: bool = False
+    freeze: list[str] = Field(
+        default_factory=list, description="patterns of parameters that are not trained, e.g. '*embed_tokens*'"
+    )
     nproc: Positive | None = Field(None, description="ranks on this machine; default its GPUs, else 1")
     threads_per_rank: Positive | None = Field(None, description="CPU threads a training rank; default cores ÷ nproc")
     peak_flops: Annotated[float, Field(gt=0)] | None = Field(
@@ -351,6 +365,7 @@ class Config(Settings):
     model: ModelSettings
     batch: BatchSettings
     optimizer: OptimizerSettings = OptimizerSettings()
+    lora: LoraSettings = LoraSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     zero: ZeroSettings = ZeroSettings()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="anything else of DeepSpeed's, passed through")
@@ -362,6 +377,11 @@ class Config(Settings):
     ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
     launch: LaunchSettings = LaunchSettings()
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def null_steps_are_open(cls, value: Any) -> Any:
+        return 0 if value is None else value
 
     @field_validator("max_time")
     @classmethod

@@ -20,6 +20,7 @@ from eval.reference.set import ReferenceSet, tokenizer_fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 # Kinds of model: transformers' class that makes one, and what people call it.
 KINDS = {
     "causal": ("AutoModelForCausalLM", "causal LM"),
@@ -140,6 +141,8 @@ def weights_fingerprint(directory: Path) -> str:
         if isinstance(found, str):
             return found
     digests = {}
+    if (directory / ADAPTER_CONFIG).is_file():
+        digests["base"] = weights_fingerprint(adapter_base(directory))
     for file in weight_files(directory):
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -270,6 +273,9 @@ def load_checked(kind: str, directory: Path, dtype: str, trust_remote_code: bool
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if (directory / ADAPTER_CONFIG).is_file():
+        base = adapter_base(directory)
+        return merged(load_checked(kind, base, dtype, trust_remote_code), directory)
     try:
         model, info = auto_model(kind).from_pretrained(
             directory,
@@ -318,6 +324,42 @@ def sees_the_future(
     if not bool(torch.isfinite(a).all()):
         return False  # its losses will be refused
     return not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+
+
+def adapter_base(directory: Path) -> Path:
+    """The model that an adapter is to.
+
+    Raises:
+        DataError: it is not there, or its weights are others than those that the adapter was trained beside.
+    """
+    told = read_json(directory / ADAPTER_CONFIG)
+    base = Path(str(told.get("base_model_name_or_path")))
+    check_model(base)
+    wanted = told.get("vernier_base")
+    if wanted is not None and weights_fingerprint(base) != wanted:
+        raise DataError(
+            f"{directory}: was trained beside weights with the fingerprint {str(wanted)[:8]}, and those in {base} have "
+            "another; put the right ones there"
+        )
+    return base
+
+
+def merged(model: Any, adapter: Path) -> Any:
+    """A base model with an adapter in its weights. They are added up in fp32, then rounded to the model's own kind.
+
+    Raises:
+        DataError: peft is not installed, or the adapter does not fit.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise DataError(f"{adapter}: an adapter, which needs peft; pip install 'vernier-lm[lora]'") from None
+    dtype = next(model.parameters()).dtype
+    try:
+        whole = PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise DataError(f"{adapter}: does not fit its base model: {why(error)}") from None
+    return whole.to(dtype).eval().requires_grad_(False)
 
 
 def check_loaded(directory: Path, info: dict[str, Any], made_up: str = "") -> None:

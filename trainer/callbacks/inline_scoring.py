@@ -23,6 +23,7 @@ from eval.scoring.models import DTYPES, auto_model
 from eval.scoring.score import cpu_threads, score_reference, table_meta
 from trainer.checkpoint.snapshot import dtype_of, weights_of
 from trainer.engine import zero_state
+from trainer.model.adapter import as_trained
 from trainer.model.build import kind_of
 
 
@@ -49,7 +50,7 @@ class InlineScoring:
         plain_head = parts is not None and isinstance(parts[1], torch.nn.Linear)
         self.direct = held == DTYPES[self.dtype] == DTYPES[dtype_of(config)] and not rounded
         self.direct &= plain_head or not sharded
-        model = engine.module.lm if self.direct else _empty_copy(hf, kind, DTYPES[self.dtype], ranks.device)
+        model = engine.module.lm if self.direct else _empty_copy(config, hf, DTYPES[self.dtype], ranks.device)
         self.scorer: Any
         if kind == "causal":
             self.scorer = Scorer(
@@ -146,7 +147,7 @@ class InlineScoring:
             self.scores.close()
 
 
-def _empty_copy(hf: Any, kind: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _empty_copy(config: Config, hf: Any, dtype: torch.dtype, device: torch.device) -> Any:
     with torch.random.fork_rng(devices=[]):
-        model = auto_model(kind).from_config(hf, dtype=dtype)
+        model = as_trained(config, auto_model(kind_of(config)).from_config(hf, dtype=dtype))
     return model.eval().requires_grad_(False).to(device)

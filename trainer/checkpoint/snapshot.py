@@ -25,8 +25,9 @@ from configs.run.directory import RunDir, step_name
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
 from eval.reference.tokenizer import copy_tokenizer_files
-from eval.scoring.models import DTYPES, fingerprint_of_digests, tensor_digest
+from eval.scoring.models import ADAPTER, DTYPES, fingerprint_of_digests, tensor_digest, weights_fingerprint
 from eval.tables import read_mean_loss
+from trainer.checkpoint.adapter_files import base_of, has_adapter, peft_name, write_adapter_config
 from trainer.checkpoint.async_save import HostCopy
 from trainer.checkpoint.checkpoint import Clock
 from trainer.checkpoint.collective_write import save_tensors, write_together
@@ -41,9 +42,10 @@ GATHER_NUMEL = 64 << 20  # parameters gathered at once at ZeRO-3
 class Piece:
     """A tensor of the model on its way into a file."""
 
-    name: str
+    name: str  # in the file
     tensor: Any
     shard: int
+    own: str  # in the model
 
 
 def dtype_of(config: Config) -> str:
@@ -85,7 +87,7 @@ def copy_snapshot(
     memory.refill(len(here), size)
     kept = _kept_here(engine, pieces, ranks, dtype, _whole_weight(engine, config, average), memory)
     memory.seal()
-    files = dict(_files(pieces))
+    files = dict(_files(pieces, adapter=has_adapter(engine.module.lm)))
     manifest = {
         "kind": "snapshot",
         "step": clock.step,
@@ -130,6 +132,10 @@ def write_snapshot(copied: SnapshotCopy, lm: Any, hf: Any, config: Config, ranks
         hashes = {name: sha256 for rank in told for name, sha256 in rank["files"].items()}
         dtype = copied.manifest["dtype"]
         _describe(part, lm, hf, config, dtype)
+        if has_adapter(lm):
+            base = base_of(config)
+            digests["base"] = weights_fingerprint(base)
+            write_adapter_config(part, lm, config, base, digests["base"])
         _write_index(part, copied, dtype)
         _put_in_place(copied.final, run, {**copied.manifest, "weights": fingerprint_of_digests(digests)}, hashes)
 
@@ -142,14 +148,19 @@ def weights_of(directory: Path) -> str:
     return str(read_manifest(directory, "snapshot")["weights"])
 
 
-def shard_name(shard: int, shards: int) -> str:
-    """transformers' name of a weights file."""
+def shard_name(shard: int, shards: int, *, adapter: bool = False) -> str:
+    """transformers' name of a weights file, or peft's of an adapter's."""
+    if adapter:
+        return ADAPTER
     return "model.safetensors" if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
 
 
 def _pieces(engine: Any, world: int, itemsize: int) -> Iterator[Piece]:
     """The model's tensors in order, cut into about equal shards: one a rank, more where they would be too large."""
     lm = engine.module.lm
+    if has_adapter(lm):  # one file, of what is trained alone
+        yield from (Piece(peft_name(name), parameter, 0, name) for name, parameter in zero_state.trainable(engine))
+        return
     named = [(zero_state.own_name(n), p) for n, p in engine.module.named_parameters()]
     held = {name for name, _ in named}
     tied = set(getattr(lm, "all_tied_weights_keys", None) or {})
@@ -159,20 +170,20 @@ def _pieces(engine: Any, world: int, itemsize: int) -> Iterator[Piece]:
     shards = max(world, math.ceil(total * itemsize / SHARD_BYTES)) if total > 1 << 16 else 1
     done = 0
     for name, tensor in named:
-        yield Piece(name, tensor, min(shards - 1, done * shards // total))
+        yield Piece(name, tensor, min(shards - 1, done * shards // total), name)
         done += math.prod(zero_state.full_shape(tensor))
 
 
-def _files(pieces: list[Piece]) -> list[tuple[int, str]]:
+def _files(pieces: list[Piece], *, adapter: bool) -> list[tuple[int, str]]:
     """(shard, file name) of all weights files."""
     shards = 1 + max(piece.shard for piece in pieces)
-    return [(shard, shard_name(shard, shards)) for shard in range(shards)]
+    return [(shard, shard_name(shard, shards, adapter=adapter)) for shard in range(shards)]
 
 
 def _whole_weight(engine: Any, config: Config, average: EmaWeights | None) -> Callable[[Piece], torch.Tensor] | None:
     """What gives a trained weight as the snapshot should hold it; None: the weights as the model has them."""
     if average is not None:
-        return lambda piece: average.whole(piece.name, piece.tensor)
+        return lambda piece: average.whole(piece.own, piece.tensor)
     if dtype_of(config) == "fp32" and config.precision in ("bf16", "fp16"):
         return lambda piece: zero_state.master_weight(engine, piece.tensor)
     return None

@@ -30,6 +30,7 @@ from trainer.faults.adaptations import (
     no_memory,
 )
 from trainer.faults.injected import forward_of
+from trainer.model.adapter import as_trained
 from trainer.model.build import checkpoint_activations, checkpoints_activations
 from trainer.objectives import objective_of
 
@@ -95,6 +96,7 @@ def _try(config: Config, ranks: Ranks, hf: Any) -> None:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet_libraries():
         with torch.device(device):
             lm = auto_model(objective.kind).from_config(copy.deepcopy(hf), dtype=DTYPES.get(str(config.precision)))
+        lm = as_trained(config, lm).to(device)
         if config.gradient_checkpointing:
             checkpoint_activations(lm)
         model: Any = objective.module(lm)

@@ -26,8 +26,10 @@ from eval.scoring.models import (
     quiet_libraries,
     sees_the_future,
 )
+from trainer.checkpoint.adapter_files import base_of
 from trainer.checkpoint.warm_start import check_step, find_step, load_masters
 from trainer.engine.decay import check_patterns
+from trainer.model.adapter import as_trained
 from trainer.model.auxiliary import adds_loss
 from trainer.model.dropout import drops, recompute_contexts
 from trainer.model.effects import check_fields, check_losses, fields_read, run_once, without_effect
@@ -116,6 +118,8 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
         ConfigError: what does not fit, and what to change.
     """
     kind = kind_of(config)
+    if config.lora.r is not None:
+        base_of(config)
     hf = hf_config(config.model, facts, kind)
     text = hf.get_text_config()
     problems = []
@@ -145,7 +149,7 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
             )
     if problems:
         raise ConfigError(*problems)
-    built = on_meta(hf, kind)  # refuses what transformers cannot build
+    built = as_trained(config, on_meta(hf, kind))  # refuses what transformers cannot build
     check_patterns([name for name, p in built.named_parameters() if p.requires_grad], config.optimizer.no_decay)
     if kind == "masked":
         check_positions(config, built)
@@ -340,8 +344,11 @@ def make_model(config: Config, hf: Any) -> Any:
             load_masters(model, step.checkpoint)
     else:
         model = auto.from_config(hf, dtype=torch.float32)
+    as_trained(config, model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
+        if config.lora.r is not None:  # else nothing that goes into a checkpointed layer asks for a gradient
+            model.enable_input_require_grads()
     return model
 
 

@@ -93,7 +93,7 @@ def test_a_second_signal_within_moments_is_the_same_wish_and_a_later_one_ends_at
         import time
         from pathlib import Path
         from configs.run.directory import RunDir
-from trainer import stop_requests
+        from trainer import stop_requests
         stop_requests.ONE_WISH_S = 1.0
         stop_requests.listen()
         requests = stop_requests.Requests(RunDir(Path()), watch_files=False)

@@ -66,13 +66,18 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
     """
     given = Path(name)
     candidates = [given if beside is None or given.is_absolute() else beside / given]
-    if given.parent == Path("."):
-        candidates.append(SHIPPED / f"{given.name.removesuffix('.yaml')}.yaml")
+    if given.parent == Path(".") and given.name.removesuffix(".yaml") in recipes():
+        candidates.append(recipes()[given.name.removesuffix(".yaml")])
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    recipes = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-    raise ConfigError(f"config: {name} is not a file; give a YAML file or one of the recipes: {recipes}")
+    raise ConfigError(f"config: {name} is not a file; give a YAML file or one of the recipes: {', '.join(recipes())}")
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    found = [*SHIPPED.glob("*.yaml"), *(SHIPPED / "recipes").glob("*.yaml")]
+    return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
 
 
 def read_mapping(path: Path, _below: tuple[Path, ...] = ()) -> dict[str, Any]:

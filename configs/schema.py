@@ -59,6 +59,7 @@ class DataSettings(Settings):
     )
     max_bytes: Positive | None = Field(None, description="take documents, in random order, up to this many bytes")
     tokenizer: Path | None = Field(None, description="directory of a Hugging Face tokenizer; trained here when absent")
+    characters: bool = Field(False, description="the tokenizer that is trained here has characters for tokens")
     vocab_size: Annotated[int, Field(ge=257)] = Field(8192, description="entries of the tokenizer that is trained here")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from configs.errors import ConfigError
 from configs.files.opening import open_to_write
 from configs.files.paths import path_problems
+from configs.load import recipes
 from configs.schema import Config, section_of
 
 HEAD = """\
@@ -44,23 +46,55 @@ MODEL_FIELDS = """\
 """
 
 
-def run_init(directory: Path) -> Path:
-    """Writes `vernier.yaml` into `directory`; gives its path. Never overwrites.
+def run_init(directory: Path, recipe: str | None = None, data: str | None = None, model: str | None = None) -> Path:
+    """Writes `vernier.yaml` into `directory`, or `RECIPE.yaml`; gives its path. Never overwrites.
+
+    Args:
+        recipe: one that is shipped; None: every key with its default.
+        data: what `data.source` is, where it is left open.
+        model: the model directory, where a recipe leaves that open.
 
     Raises:
-        ConfigError: there is one already, or the folder cannot be had.
+        ConfigError: there is one already, the folder cannot be had, or there is no such recipe.
     """
-    path = directory / "vernier.yaml"
+    text = HEAD.format(file="vernier.yaml") + "\n".join(_lines(Config, "")) + "\n"
+    if recipe is not None:
+        if recipe not in recipes():
+            raise ConfigError(f"init: --recipe: {recipe} is none of {', '.join(recipes())}")
+        text = recipes()[recipe].read_text(encoding="utf-8")
+    text = _filled(text, "--data", data, ("path/to/data", "path/to/texts", "reddit_wsb.csv"))
+    text = _filled(text, "--model", model, ("path/to/model",))
+    path = directory / f"{recipe or 'vernier'}.yaml"
     if path.exists() or path.is_symlink():
         raise ConfigError(f"init: {path} is there already; remove it, or name another directory")
     problems = list(path_problems("init", directory))
     if problems:
         raise ConfigError(*problems)
     directory.mkdir(parents=True, exist_ok=True)
-    text = HEAD.format(file=path.name) + "\n".join(_lines(Config, "")) + "\n"
     with os.fdopen(open_to_write(path, os.O_WRONLY | os.O_EXCL), "w", encoding="utf-8") as file:
         file.write(text)
     return path
+
+
+def _filled(text: str, option: str, given: str | None, open_places: tuple[str, ...]) -> str:
+    """A config with a path put in where its settings leave one open; comments stay.
+
+    Raises:
+        ConfigError: it leaves none open.
+    """
+    if given is None:
+        return text
+    quoted = json.dumps(str(Path(given).expanduser().absolute()) if Path(given).expanduser().exists() else given)
+    lines, done = [], False
+    for line in text.splitlines(keepends=True):
+        if not line.lstrip().startswith("#"):
+            for place in open_places:
+                done |= place in line
+                line = line.replace(place, quoted)
+        lines.append(line)
+    if not done:
+        raise ConfigError(f"init: {option}: this recipe has no place for it; leave it out, or set it in the file")
+    return "".join(lines)
 
 
 def _lines(model: type[BaseModel], prefix: str) -> Iterator[str]:

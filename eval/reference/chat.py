@@ -38,7 +38,7 @@ def conversation_text(messages: Sequence[Any], tools: Any = None) -> str:
     whole: dict[str, Any] = {"messages": list(messages)}
     if tools:
         whole["tools"] = tools
-    return json.dumps(whole, ensure_ascii=False, sort_keys=True)
+    return json.dumps(whole, ensure_ascii=False)  # keys in their order: templates write tools out as they are
 
 
 def said_in(text: str) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from eval.scoring.fused_head import IGNORED, head_loss
 from eval.tables import POSITION_BINS
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ LOGITS_BYTES = int(os.environ.get("VERNIER_LOGITS_BYTES", 64 << 20))  # what a c
 ROWS = 1024  # targets at once against pieces of a plain head's output matrix
 # A piece's logits: what a CPU's cache holds; large enough for a GPU to be busy. See `benchmarks.scoring --chunks`.
 PIECE_BYTES = LOGITS_BYTES if torch.cuda.is_available() else min(LOGITS_BYTES, 4 << 20)
-IGNORED = -100  # a target that is not scored (torch's and transformers' convention)
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -141,7 +141,8 @@ def training_loss(
 def loss_of_hidden(hidden_BTH: torch.Tensor, target_BT: torch.Tensor, head: Head, vocab_size: int) -> torch.Tensor:
     """As `training_loss`, of a decoder's last hidden states.
 
-    Where the logits of all targets would be large, they are made chunk by chunk and again in the backward pass.
+    Where the logits of all targets would be large, they are made chunk by chunk: of a plain head once, with the
+    gradient (`fused_head`), of another again in the backward pass.
     """
     hidden_NH = hidden_BTH.flatten(0, 1)
     target_N = target_BT.flatten()
@@ -152,6 +153,8 @@ def loss_of_hidden(hidden_BTH: torch.Tensor, target_BT: torch.Tensor, head: Head
     step = chunk_length(vocab_size)
     if target_N.numel() <= step:
         return summed(hidden_NH, target_N)
+    if type(head) is torch.nn.Linear:
+        return head_loss(head, hidden_NH, target_N, step)
     total = torch.zeros((), device=hidden_NH.device)
     for start in range(0, target_N.numel(), step):
         chunk = hidden_NH[start : start + step], target_N[start : start + step]

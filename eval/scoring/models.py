@@ -335,7 +335,7 @@ def adapter_base(directory: Path) -> Path:
     told = read_json(directory / ADAPTER_CONFIG)
     base = Path(str(told.get("base_model_name_or_path")))
     check_model(base)
-    wanted = told.get("vernier_base")
+    wanted = read_manifest(directory, "snapshot").get("base") if is_ours(directory) else None
     if wanted is not None and weights_fingerprint(base) != wanted:
         raise DataError(
             f"{directory}: was trained beside weights with the fingerprint {str(wanted)[:8]}, and those in {base} have "

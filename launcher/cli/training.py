@@ -15,13 +15,19 @@ from launcher.cli.base import ConfigArgument, JsonOption, OverridesArgument, Run
 @app.command(epilog=example("vernier init my-project"))
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")] = Path("."),
+    recipe: Annotated[str | None, typer.Option(help="A shipped recipe, such as chat-lora; see the list above.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="What data.source is.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="The model that a recipe trains on.")] = None,
 ) -> int:
-    """Write a commented starter config, asking nothing."""
+    """Write a commented starter config, or a recipe filled in, asking nothing.
+
+    Recipes: demo, wsb, continue, chat-lora, classify, code, roberta-mlm, nanogpt-char, pretrain-7b-64gpu.
+    """
     from launcher.init import run_init
     from launcher.text import typed
     from launcher.watch.next_command import say_next
 
-    path = run_init(directory)
+    path = run_init(directory, recipe, data, model)
     tell(f"wrote {path}")
     say_next(people(out=True), f"prepare {typed(path)}", f"plan {typed(path)}")
     return 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config
-from eval.scoring.models import ADAPTER_CONFIG
 from trainer.checkpoint.warm_start import find_step
 
 _NAME = "default"  # of the one adapter, which peft puts into names
@@ -36,12 +34,9 @@ def peft_name(name: str) -> str:
     return "base_model.model." + name.replace(f".{_NAME}.", ".").replace(".modules_to_save", "")
 
 
-def write_adapter_config(part: Path, model: Any, config: Config, base: Path, fingerprint: str) -> None:
-    """Writes what peft reads beside an adapter; `fingerprint` of the base's weights, which it must find again."""
+def write_adapter_config(part: Path, model: Any, base: Path) -> None:
+    """Writes what peft reads beside an adapter."""
     asked = model.peft_config[_NAME]
     asked.base_model_name_or_path = str(base)
     asked.inference_mode = True
     asked.save_pretrained(part)
-    path = part / ADAPTER_CONFIG
-    whole = json.loads(path.read_text())
-    path.write_text(json.dumps({**whole, "vernier_base": fingerprint}, indent=2, sort_keys=True))

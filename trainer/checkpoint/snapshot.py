@@ -135,9 +135,11 @@ def write_snapshot(copied: SnapshotCopy, lm: Any, hf: Any, config: Config, ranks
         if has_adapter(lm):
             base = base_of(config)
             digests["base"] = weights_fingerprint(base)
-            write_adapter_config(part, lm, config, base, digests["base"])
+            write_adapter_config(part, lm, base)
         _write_index(part, copied, dtype)
-        _put_in_place(copied.final, run, {**copied.manifest, "weights": fingerprint_of_digests(digests)}, hashes)
+        own = {"base": digests["base"]} if "base" in digests else {}  # an adapter's
+        manifest = {**copied.manifest, **own, "weights": fingerprint_of_digests(digests)}
+        _put_in_place(copied.final, run, manifest, hashes)
 
     size = sum(tensor.nbytes for tensors in copied.kept.values() for tensor in tensors.values())
     write_together(copied.final, ranks, size, own, join)

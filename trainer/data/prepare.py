@@ -151,7 +151,8 @@ def _settings(config: Config) -> dict[str, Any]:
         "data.prompt_field": data.prompt_field,
         "data.max_bytes": data.max_bytes,
         "data.tokenizer": None if given is None else tokenizer_fingerprint(given),
-        "data.vocab_size": data.vocab_size if given is None else None,
+        "data.vocab_size": data.vocab_size if given is None and not data.characters else None,
+        **({"data.characters": True} if data.characters else {}),
         **_of_objective(config),
         **{f"reference.{k}": v for k, v in config.reference.model_dump(mode="json").items()},
     }
@@ -248,6 +249,7 @@ def _build(
             [text for d in documents for text in (d.prompt, said(d.text)) if text],
             given=config.data.tokenizer,
             vocab_size=config.data.vocab_size,
+            characters=config.data.characters,
             masks=config.objective.name in ("masked", "classify"),
         )
     with phases.phase("tokenizing", len(documents)):

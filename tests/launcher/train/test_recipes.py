@@ -1,0 +1,121 @@
+"""The shipped recipes, in a small form each: from `init` and `prepare` to a verdict, and on after a kill to the bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import made_once, vernier
+from made_rows import conversations, labelled, posts
+
+from configs.load import load_config, recipes
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STEPS = ["epochs=null", "steps=24", "checkpoint.every=8", "snapshot.every=8", "eval.placement=inline"]
+RANKS = ["nproc=2", "threads_per_rank=1", "batch.global=16", "batch.micro=4"]
+DATA = ["data.max_bytes=400_000", "reference.documents=60", "reference.max_windows=2", "reference.max_fraction=0.2"]
+LLAMA = (
+    "model={type: llama, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, "
+    "num_key_value_heads: 4}"
+)
+GPT2 = "model={type: gpt2, n_embd: 48, n_layer: 2, n_head: 4, n_positions: 64}"
+ROBERTA = (
+    "model={type: roberta, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, "
+    "max_position_embeddings: 66}"
+)
+SHORT = ["sequence_length=64", "schedule.warmup_ratio=null", "schedule.warmup_steps=2", "optimizer.lr=5e-3"]
+# What makes a recipe small.
+TINY = {
+    "wsb": [*SHORT, GPT2, "data.vocab_size=512", "batch.accumulation=null", "precision=fp32"],
+    "continue": [*SHORT, "optimizer.lr=1e-3"],
+    "chat-lora": [*SHORT, "sequence_length=200", "lora.r=4"],
+    "classify": [*SHORT, "optimizer.lr=1e-3"],
+    "code": [*SHORT, LLAMA, "data.vocab_size=512"],
+    "roberta-mlm": [*SHORT, "sequence_length=62", ROBERTA, "data.vocab_size=512"],
+    "nanogpt-char": [*SHORT, GPT2],
+}
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of each kind, and a small model with its tokenizer and a chat template, trained here."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        conversations(folder / "chats.jsonl")
+        labelled(folder / "labelled.jsonl")
+        posts(folder / "posts.csv")
+        run, data = folder / "run", folder / "data"
+        small = [*SHORT, *STEPS, *RANKS, *DATA, LLAMA, "data.source=python-stdlib", "data.vocab_size=512"]
+        settings = [*small, f"data.dir={data}", f"run.dir={run}", "sequence_length=200", "eval.placement=none"]
+        vernier("prepare", "code", *settings)
+        vernier("train", "code", *settings)
+        shutil.copytree(run / "snapshots" / "step-00000024", folder / "model")
+        (folder / "model" / "manifest.json").unlink()
+        (folder / "model" / "chat_template.jinja").write_text(CHATML)
+
+    return made_once("sources", tmp_path_factory, make)
+
+
+def filled(name: str, sources: Path, folder: Path) -> Path:
+    """The recipe as `init` fills it in."""
+    data = {"wsb": "posts.csv", "chat-lora": "chats.jsonl", "classify": "labelled.jsonl"}.get(name)
+    options = ["--data", str(sources / data) if data else "python-stdlib"]
+    if "path/to/model" in recipes()[name].read_text():
+        options += ["--model", str(sources / "model")]
+    vernier("init", folder, "--recipe", name, *options)
+    return folder / f"{name}.yaml"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_recipe_trains_on_two_ranks_and_its_loss_falls_by_a_paired_verdict(
+    name: str, sources: Path, tmp_path: Path
+) -> None:
+    config = filled(name, sources, tmp_path)
+    settings = [*STEPS, *RANKS, *TINY[name], f"data.dir={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}"]
+    if name not in ("chat-lora", "classify"):
+        settings += DATA
+    prepared = vernier("prepare", config, *settings).stdout
+    assert "reference" in prepared
+    said = vernier("train", config, *settings).stdout
+    assert "best: step" in said
+    first, *_, last = json.loads(vernier("compare", tmp_path / "run", "--json").stdout)["checkpoints"]
+    assert last["step"] == 24
+    assert last["versus_first"]["verdict"] == "better"
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_short_commented_and_read(name: str) -> None:
+    text = recipes()[name].read_text()
+    assert text.startswith("# ")
+    assert name == "demo" or text.count("\n") <= 25
+    config = load_config(name)
+    assert config.steps or config.epochs
+
+
+def test_the_7b_recipe_is_planned_and_rendered_for_64_ranks(tmp_path: Path) -> None:
+    vernier("init", tmp_path, "--recipe", "pretrain-7b-64gpu", "--data", "python-stdlib")
+    config = tmp_path / "pretrain-7b-64gpu.yaml"
+    rendered = vernier("launch", config, "--dry-run").stdout
+    assert "#SBATCH --nodes=8" in rendered
+    assert "2-00:00:00" in rendered
+    plan = json.loads(vernier("plan", config, "--json", "--memory", "80GiB").stdout)
+    assert 6.5e9 < plan["parameters"] < 7e9
+
+
+def test_init_fills_in_a_recipe_and_refuses_what_has_no_place(tmp_path: Path) -> None:
+    (tmp_path / "a b.jsonl").write_text("")
+    vernier("init", tmp_path, "--recipe", "chat-lora", "--data", tmp_path / "a b.jsonl", "--model", tmp_path)
+    text = (tmp_path / "chat-lora.yaml").read_text()
+    assert text.count(str(tmp_path / "a b.jsonl")) == 1
+    assert f'model: {{path: "{tmp_path}"}}' in text
+    assert "path/to/" not in text.partition("name:")[2]
+    refused = vernier("init", tmp_path, "--recipe", "wsb", "--model", tmp_path, code=2).stderr
+    assert "has no place for it" in refused
+    refused = vernier("init", tmp_path, "--recipe", "wsp", code=2).stderr
+    assert "none of" in refused
+    assert "wsb" in refused

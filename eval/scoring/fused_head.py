@@ -71,12 +71,13 @@ class _FusedLoss(torch.autograd.Function):
             fine_NV = logits_NV.float()
             known_N = own_N != IGNORED
             own_N = own_N.clamp(min=0)[:, None]
-            log_sum_N = fine_NV.logsumexp(-1)
-            nll_N = log_sum_N - fine_NV.gather(-1, own_N)[:, 0]
-            total += torch.where(known_N, nll_N, 0.0).sum()
+            asked_N, top_N = fine_NV.gather(-1, own_N)[:, 0], fine_NV.amax(-1)
+            p_NV = fine_NV.sub_(top_N[:, None]).exp_()
+            sum_N = p_NV.sum(-1)
+            total += torch.where(known_N, top_N + sum_N.log() - asked_N, 0.0).sum()
             if grad_NH is None and grad_VH is None and grad_V is None:
                 continue
-            p_NV = fine_NV.sub_(log_sum_N[:, None]).exp_()  # of the loss by the logits: p − 1 at the target
+            p_NV.div_(sum_N[:, None])  # of the loss by the logits it is p, and p − 1 at the target
             p_NV.scatter_add_(-1, own_N, torch.full_like(own_N, -1, dtype=p_NV.dtype))
             p_NV = (p_NV * known_N[:, None] if place_N is None and not _on_cpu(p_NV) else p_NV).to(logits_NV.dtype)
             if grad_NH is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from forkserver import ROOT, VERNIER, Vernier
+from made_rows import make_sources
 from testbed import Cluster, running_cluster
 
 from configs.files.atomic import MANIFEST, read_manifest, whole_directory
@@ -135,6 +136,12 @@ def made_once(name: str, tmp_path_factory: pytest.TempPathFactory, make: Callabl
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set with its reference set."""
     return made_once("data", tmp_path_factory, lambda data: vernier("prepare", TINY, f"data.dir={data}") and None)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of each kind that objectives train on, and a small model to go on from (tests/made_rows.py)."""
+    return made_once("sources", tmp_path_factory, lambda folder: make_sources(folder, vernier))
 
 
 def remade(data: Path, final: Path, change: Callable[[Path], None]) -> Path:

@@ -6,9 +6,20 @@ import ast
 import csv
 import json
 import random
+import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "model={type: llama, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, "
+    "num_key_value_heads: 4}"
+)
 PACKAGES = ("asyncio", "email", "tkinter", "json", "logging", "unittest", "concurrent", "ctypes", "http", "xml")
 
 
@@ -61,3 +72,37 @@ def posts(path: Path, count: int = 3000) -> Path:
             body = {0: "", 1: "[deleted]", 2: "[removed]"}.get(at % 25, body)
             writer.writerow([f"{name} 💎🙌", rng.randrange(900), f"l6u{at}", "https://redd.it", 3, at, body, "2021"])
     return path
+
+
+def make_sources(folder: Path, vernier: Callable[..., Any]) -> None:
+    """Rows of each kind, and in `model` a small model with its tokenizer and a chat template, trained by `vernier`."""
+    folder.mkdir(exist_ok=True)
+    conversations(folder / "chats.jsonl")
+    labelled(folder / "labelled.jsonl")
+    posts(folder / "posts.csv")
+    settings = [
+        LLAMA,
+        "name=base",
+        f"data.dir={folder / 'data'}",
+        f"run.dir={folder / 'run'}",
+        "data.source=python-stdlib",
+        "data.max_bytes=400_000",
+        "data.vocab_size=512",
+        "reference.documents=60",
+        "reference.max_fraction=0.2",
+        "sequence_length=200",
+        "epochs=null",
+        "steps=24",
+        "nproc=2",
+        "threads_per_rank=1",
+        "batch.global=16",
+        "batch.micro=4",
+        "optimizer.lr=5e-3",
+        "schedule.warmup_ratio=null",
+        "eval.placement=none",
+    ]
+    vernier("prepare", "code", *settings)
+    vernier("train", "code", *settings)
+    shutil.copytree(folder / "run" / "snapshots" / "step-00000024", folder / "model")
+    (folder / "model" / "manifest.json").unlink()
+    (folder / "model" / "chat_template.jinja").write_text(CHATML)

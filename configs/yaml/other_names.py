@@ -7,7 +7,7 @@ _NOT_YET = "nothing like it yet"
 _SAVED = "checkpoint.every (to go on from) and snapshot.every (to score and use)"
 _EVALUATED = "snapshot.every, since each snapshot is scored; eval.placement says by whom (none: by nobody)"
 _BATCH = "batch.global, of all ranks together; batch.micro is the most that a rank takes at once"
-_EPOCHS = "steps; `vernier prepare` says how many one pass over the data takes"
+_EPOCHS = "epochs, in place of steps"
 _HUB = f"{_NOT_YET}; a snapshot is a Hugging Face directory: push it with `hf upload`"
 _DATA = "windows are read from memory-mapped shards, no workers are needed; leave it out"
 _BEST = "`vernier compare RUN` names the best step, and snapshot.keep never drops it"
@@ -34,8 +34,7 @@ HUGGING_FACE = {
     "ddp_timeout": "guards.hang_s, and eval.timeout_s of the evaluator",
     "do_eval": _EVALUATED,
     "do_train": "the command `vernier train`",
-    "early_stopping_patience": _NOT_YET,
-    "epochs": _EPOCHS,
+    "early_stopping_patience": "stop_when.patience, or better stop_when.gain_below",
     "eval_accumulation_steps": "reference.batch; scoring holds no logits",
     "eval_dataset": "eval.reference, a reference set that `vernier prepare` made",
     "eval_on_start": "snapshot.at: [0]",
@@ -47,9 +46,9 @@ HUGGING_FACE = {
     "fsdp": "zero.stage: 3 shards weights, as FSDP does",
     "fsdp_config": "zero.stage: 3 shards weights, as FSDP does",
     "full_determinism": "deterministic",
-    "gradient_accumulation_steps": "batch.global: accumulation follows as batch.global ÷ (ranks × batch.micro)",
+    "gradient_accumulation_steps": "batch.accumulation, in place of batch.global",
     "greater_is_better": _BEST,
-    "group_by_length": "training is on windows of one length; leave it out",
+    "group_by_length": "data.packing: documents, which leaves little to pad",
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,
     "hub_token": _HUB,
@@ -61,8 +60,8 @@ HUGGING_FACE = {
     "logging_first_step": _ALWAYS_LOGGED,
     "logging_steps": _ALWAYS_LOGGED,
     "logging_strategy": _ALWAYS_LOGGED,
-    "lr_scheduler_kwargs": "schedule.min_ratio: last learning rate ÷ peak",
-    "lr_scheduler_type": "schedule.name: cosine, linear or constant",
+    "lr_scheduler_kwargs": "schedule.min_ratio, schedule.power and their neighbours",
+    "lr_scheduler_type": "schedule.name: cosine, linear, constant, wsd, inverse_sqrt, polynomial, …",
     "max_grad_norm": "clip_grad_norm",
     "max_length": "sequence_length",
     "max_seq_length": "sequence_length",
@@ -94,7 +93,7 @@ HUGGING_FACE = {
     "train_file": "data.source",
     "use_cpu": "the environment: CUDA_VISIBLE_DEVICES= trains on the CPU",
     "validation_file": "eval.reference, a reference set that `vernier prepare` made",
-    "warmup_ratio": "schedule.warmup_steps: the ratio × steps",
+    "warmup_ratio": "schedule.warmup_ratio",
     "warmup_steps": "schedule.warmup_steps",
     "weight_decay": "optimizer.weight_decay",
 }

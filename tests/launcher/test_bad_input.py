@@ -159,7 +159,7 @@ def test_an_encoder_that_sees_what_it_is_to_predict_is_refused_before_a_rank_sta
     where = ["train", config, f"data.dir={tiny_data}", f"run.dir={run}", f"eval.placement={placement}"]
     said = refused(*where, model)
     assert said.startswith(f"error: model.type: {kind} ")
-    assert "set model.is_decoder: true to train it as a causal LM" in said
+    assert "set objective.name: masked, or model.is_decoder: true to train it as a causal LM" in said
     assert not run.exists()
     if kind in ("bert", "electra"):
         few = ["steps=2", "schedule.warmup_steps=0", "snapshot.every=2", "eval.placement=inline"]

@@ -1,26 +1,17 @@
 """The shipped recipes, in a small form each: from `init` and `prepare` to a verdict, and on after a kill to the bit."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from conftest import made_once, vernier
-from made_rows import conversations, labelled, posts
+from conftest import vernier
+from made_rows import LLAMA
 
 from configs.load import load_config, recipes
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 STEPS = ["epochs=null", "steps=24", "checkpoint.every=8", "snapshot.every=8", "eval.placement=inline"]
 RANKS = ["nproc=2", "threads_per_rank=1", "batch.global=16", "batch.micro=4"]
 DATA = ["data.max_bytes=400_000", "reference.documents=60", "reference.max_windows=2", "reference.max_fraction=0.2"]
-LLAMA = (
-    "model={type: llama, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, "
-    "num_key_value_heads: 4}"
-)
 GPT2 = "model={type: gpt2, n_embd: 48, n_layer: 2, n_head: 4, n_positions: 64}"
 ROBERTA = (
     "model={type: roberta, hidden_size: 48, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4, "
@@ -37,27 +28,6 @@ TINY = {
     "roberta-mlm": [*SHORT, "sequence_length=62", ROBERTA, "data.vocab_size=512"],
     "nanogpt-char": [*SHORT, GPT2],
 }
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of each kind, and a small model with its tokenizer and a chat template, trained here."""
-
-    def make(folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        conversations(folder / "chats.jsonl")
-        labelled(folder / "labelled.jsonl")
-        posts(folder / "posts.csv")
-        run, data = folder / "run", folder / "data"
-        small = [*SHORT, *STEPS, *RANKS, *DATA, LLAMA, "data.source=python-stdlib", "data.vocab_size=512"]
-        settings = [*small, f"data.dir={data}", f"run.dir={run}", "sequence_length=200", "eval.placement=none"]
-        vernier("prepare", "code", *settings)
-        vernier("train", "code", *settings)
-        shutil.copytree(run / "snapshots" / "step-00000024", folder / "model")
-        (folder / "model" / "manifest.json").unlink()
-        (folder / "model" / "chat_template.jinja").write_text(CHATML)
-
-    return made_once("sources", tmp_path_factory, make)
 
 
 def filled(name: str, sources: Path, folder: Path) -> Path:

@@ -262,7 +262,7 @@ class StopSettings(Settings):
     gain_below: str | None = Field(
         None, description="e.g. 0.1%: once the gain over the last `looks` scores is below it, error and all"
     )
-    looks: Positive = Field(3, description="scores over which gain_below looks back")
+    looks: Annotated[int, Field(ge=2)] = Field(3, description="scores over which gain_below looks back")
     patience: Positive | None = Field(
         None, description="once so many scores are not below the best; by their means alone, so often wrong"
     )

@@ -9,10 +9,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from scipy.stats import norm
+
 from configs.files.atomic import write_json
 from configs.run.directory import RunDir
 from configs.schema import StopSettings
 from eval.compare.pair import ALPHA, compare_tables
+from eval.statistics.wobble import wobble_percent
 from eval.tables import LossTable
 
 
@@ -21,15 +25,33 @@ def level_of(look: int) -> float:
     return ALPHA * 6 / (math.pi * look) ** 2
 
 
-def enough(means: Sequence[float], table: Callable[[int], LossTable], settings: StopSettings) -> str | None:
+def noise_percent(steps: Sequence[int], means: Sequence[float], looks: int) -> float:
+    """A run's noise from score to score in percent, as far as its scores tell: what they scatter by around their local
+    trend where there are twelve and more (`wobble_percent`), else around straight lines through `looks` + 1 of them."""
+    known = wobble_percent(steps, means)
+    if known is not None:
+        return known
+    found = []
+    for last in range(looks + 1, len(means) + 1):
+        x_K, y_K = np.arange(looks + 1.0), np.log(means[last - looks - 1 : last])
+        left_K = y_K - np.polyval(np.polyfit(x_K, y_K, 1), x_K)
+        found.append(float(left_K @ left_K) / max(1, looks - 1))
+    return 100 * math.sqrt(float(np.mean(found))) if found else 0.0
+
+
+def enough(
+    steps: Sequence[int], means: Sequence[float], table: Callable[[int], LossTable], settings: StopSettings
+) -> str | None:
     """Why a run with these scores may end; None where it goes on.
 
     `gain_below`: the gain over the last `looks` scores is below the margin as far as its whole interval goes. Upper
-    ends hold together over all looks of a run with 95 % (`level_of`, one-sided), however often one looks.
+    ends hold together over all looks of a run with 95 % (`level_of`, one-sided), however often one looks. They are the
+    documents' error, and the run's own noise from score to score as soon as that is known (`wobble_percent`).
     `patience`: none of the last so many scores is below the best one before.
 
     Args:
-        means: mean loss of each score, in order.
+        steps: of the scores, ascending.
+        means: mean loss of each.
         table: gives that of a score, by its place.
 
     Raises:
@@ -39,10 +61,12 @@ def enough(means: Sequence[float], table: Callable[[int], LossTable], settings: 
     look = last + 1 - settings.looks
     if settings.margin is not None and look >= 1:
         found = compare_tables(table(last - settings.looks), table(last), alpha=2 * level_of(look))
-        most = -found.ci95_percent[0]
+        gain, noise = -found.difference.percent, noise_percent(steps, means, settings.looks)
+        quantile = float(norm.isf(level_of(look)))
+        most = gain + math.hypot(-found.ci95_percent[0] - gain, quantile * math.sqrt(2) * noise)
         if most < settings.margin:
             return (
-                f"the gain over the last {settings.looks} scores is {-found.difference.percent:.3f} %, at most "
+                f"the gain over the last {settings.looks} scores is {gain:.3f} %, at most "
                 f"{most:.3f} %, which is below {settings.margin:g} %"
             )
     if settings.patience is not None and last >= settings.patience:

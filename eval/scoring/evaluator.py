@@ -153,7 +153,7 @@ class RunScores:
             if step not in self.means:
                 self.means[step] = mean_loss(read_table(self._path(step)))
         means = [self.means[step] for step in steps]
-        why = enough(means, lambda at: read_table(self._path(steps[at])), self.stop_when)
+        why = enough(steps, means, lambda at: read_table(self._path(steps[at])), self.stop_when)
         if why is not None:
             self.run.add_event("enough", why, step=steps[-1])
             ask_to_end(self.run, self.stop_when, why)

@@ -177,13 +177,11 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
 
 
 def _nearest(key: str) -> str:
-    known = list(known_keys())
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:  # a right name in the wrong section: `lr` for `optimizer.lr`
-        leaf = key.rpartition(".")[2]
-        near = [k for k in known if k.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(
-            leaf, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.75
-        )
+    known, leaf = list(known_keys()), key.rpartition(".")[2]
+    # A right name in the wrong section (`lr` for `optimizer.lr`), else one that is written like it.
+    near = [k for k in known if k != key and k.rpartition(".")[2] == leaf][:1]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else "; `vernier init` writes a config with all keys"
 
 

@@ -38,7 +38,7 @@ def complete_key(incomplete: str) -> list[str]:
     return [f"{key}=" for key in keys if key.startswith(incomplete) and key not in sections]
 
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe: demo, wsb.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a recipe.")]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings that override the file.", autocompletion=complete_key),

@@ -35,7 +35,7 @@ def init(
 
 @app.command(epilog=example("vernier prepare demo", "vernier prepare my.yaml data.vocab_size=16384"))
 def prepare(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file, or a recipe: demo, wsb.")] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a recipe.")] = None,
     overrides: OverridesArgument = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare anew; what is there moves to NAME.old-TIME.")] = False,
     reference: Annotated[

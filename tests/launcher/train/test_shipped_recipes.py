@@ -1,10 +1,16 @@
 """The shipped recipes, in a small form each: from `init` and `prepare` to a verdict, and on after a kill to the bit."""
 
 import json
+import os
+import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import vernier
+from conftest import ROOT, VERNIER, losses, vernier, wait_for
+from faults.running import processes
+from faults.same import differences
 from made_rows import LLAMA
 
 from configs.load import load_config, recipes
@@ -23,7 +29,7 @@ TINY = {
     "wsb": [*SHORT, GPT2, "data.vocab_size=512", "batch.accumulation=null", "precision=fp32"],
     "continue": [*SHORT, "optimizer.lr=1e-3"],
     "chat-lora": [*SHORT, "sequence_length=200", "lora.r=4"],
-    "classify": [*SHORT, "optimizer.lr=1e-3"],
+    "classify": [*SHORT, "reference.max_fraction=0.2", "reference.documents=120"],
     "code": [*SHORT, LLAMA, "data.vocab_size=512"],
     "roberta-mlm": [*SHORT, "sequence_length=62", ROBERTA, "data.vocab_size=512"],
     "nanogpt-char": [*SHORT, GPT2],
@@ -40,22 +46,60 @@ def filled(name: str, sources: Path, folder: Path) -> Path:
     return folder / f"{name}.yaml"
 
 
+def prepared(name: str, sources: Path, folder: Path) -> tuple[Path, list[str]]:
+    """A recipe in its small form, its data prepared: (config, settings)."""
+    config = filled(name, sources, folder)
+    settings = [*STEPS, *RANKS, *TINY[name], f"data.dir={folder / 'data'}"]
+    if name not in ("chat-lora", "classify"):
+        settings += DATA
+    vernier("prepare", config, *settings)
+    return config, settings
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_recipe_trains_on_two_ranks_and_its_loss_falls_by_a_paired_verdict(
     name: str, sources: Path, tmp_path: Path
 ) -> None:
-    config = filled(name, sources, tmp_path)
-    settings = [*STEPS, *RANKS, *TINY[name], f"data.dir={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}"]
-    if name not in ("chat-lora", "classify"):
-        settings += DATA
-    prepared = vernier("prepare", config, *settings).stdout
-    assert "reference" in prepared
-    said = vernier("train", config, *settings).stdout
+    config, settings = prepared(name, sources, tmp_path)
+    said = vernier("train", config, *settings, f"run.dir={tmp_path / 'run'}").stdout
     assert "best: step" in said
     first, *_, last = json.loads(vernier("compare", tmp_path / "run", "--json").stdout)["checkpoints"]
     assert last["step"] == 24
     assert last["versus_first"]["verdict"] == "better"
     assert last["loss"] < first["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TINY)
+def test_a_recipe_that_is_killed_goes_on_to_the_same_bits(name: str, sources: Path, tmp_path: Path) -> None:
+    config, settings = prepared(name, sources, tmp_path)
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    vernier("train", config, *settings, f"run.dir={straight}")
+    process = subprocess.Popen(
+        [*VERNIER, "train", str(config), *settings, f"run.dir={run}"], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    wait_for(lambda: (run / "checkpoints" / "step-00000008" / "manifest.json").is_file())
+    while found := processes(run):  # one may just be starting
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait(30)
+    assert json.loads((run / "state.json").read_text())["state"] == "running"
+    vernier("train", config, *settings, f"run.dir={run}")
+    assert differences(straight, run) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["continue", "chat-lora", "classify", "roberta-mlm"])
+def test_an_objective_has_one_loss_at_each_zero_stage(name: str, sources: Path, tmp_path: Path) -> None:
+    config, settings = prepared(name, sources, tmp_path)
+    found, unscored = {}, ["eval.placement=none", "stop_when.gain_below=null"]
+    for stage in (0, 1, 2, 3):
+        run = tmp_path / f"stage-{stage}"
+        vernier("train", config, *settings, f"run.dir={run}", f"zero.stage={stage}", *unscored)
+        found[stage] = losses(run)
+    for stage in (1, 2, 3):
+        assert found[stage] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from configs.load import micro_batch
+from configs.run.directory import RunDir
 from configs.run.length import seconds_of
 from configs.schema import Config
 from eval.distributed.ranks import Ranks
 from trainer.callbacks.dispatch import Callbacks
-from trainer.callbacks.metrics import memory_gib
+from trainer.callbacks.metrics import lines_up_to, memory_gib
 from trainer.checkpoint.checkpoint import Clock
 from trainer.checkpoint.checkpointer import Checkpointer, Due
 from trainer.data.examples import AnyWindows
@@ -82,7 +83,7 @@ class Loop:
 
     def run(self) -> Outcome:
         """Trains to `config.steps`, or until asked to stop, or to end here."""
-        self.began = time.monotonic() - self.clock.seconds
+        self.ends = self.time_limit()
         if self.clock.step == 0:
             self.save(Due(snapshot=True))
         while self.clock.step < self.config.steps and not self.asked.stop:
@@ -96,7 +97,7 @@ class Loop:
             rate = self.set_rate()
             sums_2 = self.accumulate(batch)
             applied, norm = self.update(batch, sums_2[0])
-            self.clock = self.clock.after(applied, batch.targets, time.monotonic() - self.began)
+            self.clock = self.clock.after(applied, batch.targets)
             self.end_in_time()
             self.read_report()  # of the step before
             line = self.line(batch, rate, time.perf_counter() - started) if applied else None
@@ -111,10 +112,18 @@ class Loop:
                 return Outcome(self.clock, stopped=False, interrupted=False)
         return Outcome(self.clock, self.asked.stop and self.clock.step < self.config.steps, self.asked.interrupt)
 
+    def time_limit(self) -> float:
+        """When `max_time` is over, on the monotonic clock: on the first rank, which counts for all. What was trained in
+        earlier starts is in the lines of their steps, so that no checkpoint differs by how long it took."""
+        if self.config.max_time is None or not self.ranks.is_rank_zero:
+            return math.inf
+        spent = sum(line.get("step_s", 0.0) for line in lines_up_to(RunDir(self.config.run_dir), self.clock.step))
+        return time.monotonic() + (seconds_of(self.config.max_time) or math.inf) - spent
+
     def end_in_time(self) -> None:
         """Asks for the end where `max_time` is over; the ranks agree on it as on all that is asked for."""
-        asked = self.config.max_time
-        if asked is not None and not self.requests.ended_by and self.clock.seconds >= (seconds_of(asked) or math.inf):
+        if time.monotonic() >= self.ends and not self.requests.ended_by:
+            asked = self.config.max_time
             self.requests.ended_by = {"key": "max_time", "value": asked, "why": f"it has trained for {asked}"}
 
     def next_batch(self) -> Batch | None:

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,17 @@ STATE = "state.json"
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands: updates made, batches used up, targets seen, batches used up since the last update, and
-    seconds that it has trained."""
+    """Where training stands: updates made, batches used up, targets seen, batches used up since the last update."""
 
     step: int = 0
     position: int = 0
     tokens: int = 0
     idle: int = 0
-    seconds: float = field(default=0.0, compare=False)
 
-    def after(self, applied: bool, targets: int, seconds: float) -> Clock:
-        """One batch later, after so many seconds of training: `applied` says whether its update was made."""
+    def after(self, applied: bool, targets: int) -> Clock:
+        """One batch later: `applied` says whether its update was made."""
         made, idle = (1, 0) if applied else (0, self.idle + 1)
-        return Clock(self.step + made, self.position + 1, self.tokens + targets, idle, round(seconds, 3))
+        return Clock(self.step + made, self.position + 1, self.tokens + targets, idle)
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ def copy_checkpoint(
     memory.seal()
     facts = {
         "version": VERSION,
-        "clock": {name: value for name, value in asdict(clock).items() if name != "seconds"},
-        "trained_s": clock.seconds,  # apart: it differs between runs that are otherwise the same
+        "clock": asdict(clock),
         "world": ranks.world,
         "zero_stage": engine.zero_optimization_stage(),
         "adam_step": zero_state.adam_step(engine) if ranks.is_rank_zero else None,
@@ -228,7 +225,7 @@ def load_checkpoint(
             buffer.data.copy_(first.get_tensor(f"buffer/{name}"))
     zero_state.restore_counters(engine, state["counters"], accumulation)
     zero_state.restore_loss_scale(engine, state["loss_scale"])
-    return Clock(**state["clock"], seconds=float(state.get("trained_s") or 0.0)), state
+    return Clock(**state["clock"]), state
 
 
 def file_names(state: dict[str, Any]) -> list[str]:

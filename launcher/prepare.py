@@ -134,6 +134,7 @@ def _report(facts: dict[str, Any], config: Config) -> Iterator[tuple[str, str]]:
         "training",
         f"{train['documents']:,} documents, {train['tokens']:,} tokens{scored}, {train['windows']:,} windows",
     )
+    yield from _examples(train, facts)
     if train.get("windows_without_target"):  # not in data of an earlier version
         yield (
             "",
@@ -146,7 +147,8 @@ def _report(facts: dict[str, Any], config: Config) -> Iterator[tuple[str, str]]:
         f"the largest document has {100 * reference['largest_document_share']:.2f} % of them",
     )
     worth = reference.get("effective_documents")
-    if worth is not None and worth >= LEAST_WORTH:
+    measured = facts["settings"].get("objective.name", "causal") == "causal"
+    if worth is not None and worth >= LEAST_WORTH and measured:
         apart, one = (spread / worth**0.5 for spread in SHOWN_BY_ONE)
         yield (
             "",
@@ -157,3 +159,18 @@ def _report(facts: dict[str, Any], config: Config) -> Iterator[tuple[str, str]]:
     yield from (("caution", unmet) for unmet in facts.get("unmet", ()))  # not in data of an earlier version
     yield "steps", f"with batch.global={config.batch.global_}, {pass_words(train['windows'], with_lengths(config))}"
     yield "data", typed(config.data_dir)
+
+
+def _examples(train: dict[str, Any], facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the report says of documents that are fed whole, and of their labels."""
+    if "fill" in train and facts["settings"].get("data.packing") == "documents":
+        yield "", f"packed: {100 * train['fill']:.1f} % of the windows' places hold a token"
+    if train.get("cut"):
+        yield "", f"{train['cut']:,} are longer than a window and lose their ends, {train['tokens_cut']:,} tokens"
+    if train.get("without_target"):
+        yield "", f"{train['without_target']:,} more have nothing to learn in a window, and are left out"
+    labels = facts.get("labels")
+    if labels is not None and labels["names"]:
+        counted = sorted(zip(labels["counts"], labels["names"], strict=True), reverse=True)
+        shown = ", ".join(f"{name} {count:,}" for count, name in counted[:8])
+        yield "labels", shown + (f" and {len(counted) - 8:,} more" if len(counted) > 8 else "")

@@ -138,7 +138,8 @@ def import_model(kind: str) -> None:
     """Imports the class of a kind of Hugging Face model."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[kind]]
+    if CONFIG_MAPPING[kind] in AutoModelForCausalLM._model_mapping:  # its module has the other heads too
+        AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[kind]]
 
 
 def run(group: RankGroup) -> int:

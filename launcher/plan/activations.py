@@ -167,6 +167,8 @@ def _loss(size: ModelSize, model: Any, ids_BT: Any) -> Any:
         row = torch.arange(rows).repeat_interleave(len(place) // rows)
         logits_NV = logits_at(model, model.base_model, ids_BT, None, row, place)
         return entropy(logits_NV.float(), ids_BT[row, place], reduction="sum")
+    if size.kind == "classify":
+        return model(input_ids=ids_BT).logits.float().sum()
     if size.whole_logits:
         logits = model(input_ids=ids_BT, use_cache=False).logits.float()
         return entropy(logits.flatten(0, 1), ids_BT.flatten(), reduction="sum")

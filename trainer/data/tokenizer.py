@@ -50,6 +50,11 @@ def make_tokenizer(
 
     special = OF_MASKED if masks else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     made = _characters(texts, special) if characters else _bpe(texts, special, vocab_size)
+    if masks:  # what a classifier is fed begins and ends with them; a stream of texts does not
+        from tokenizers import processors
+
+        ends = [(name, made.token_to_id(name)) for name in (special["cls_token"], special["sep_token"])]
+        made.post_processor = processors.RobertaProcessing(ends[1], ends[0], False)
     PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **special).save_pretrained(
         directory
     )

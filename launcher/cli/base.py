@@ -23,7 +23,7 @@ app = typer.Typer(
 # In the order of help, by the panel they stand in there.
 PANELS = {
     "Train": ("init", "prepare", "plan", "train", "twin", "launch"),
-    "Score": ("eval", "compare"),
+    "Score": ("eval", "compare", "export"),
     "Watch": ("status", "logs", "board", "stop", "doctor"),
 }
 VERBS = tuple(verb for verbs in PANELS.values() for verb in verbs)

@@ -150,3 +150,17 @@ def compare(
         age=age,
     )
     return run_compare(targets, json_out=json_out, console=people(out=True), options=options)
+
+
+@app.command(epilog=example("vernier export runs/chat-lora --out my-model", "vernier export RUN@9 --out DIR --adapter"))
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A run: its best scored snapshot; or RUN@STEP.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model goes; a directory that is not there.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Adapters (LoRA) as they are, not added to the base's weights.")
+    ] = False,
+) -> int:
+    """Write a checkpoint as a Hugging Face model directory of its own, with a model card."""
+    from launcher.export import run_export
+
+    return run_export(source, out, adapter=adapter)

@@ -69,6 +69,22 @@ def test_a_recipe_trains_on_two_ranks_and_its_loss_falls_by_a_paired_verdict(
     assert last["loss"] < first["loss"]
 
 
+def test_adapters_are_exported_added_and_score_as_they_did_beside_the_base(sources: Path, tmp_path: Path) -> None:
+    config, settings = prepared("chat-lora", sources, tmp_path)
+    run, out = tmp_path / "run", tmp_path / "model"
+    vernier("train", config, *settings, f"run.dir={run}", "steps=16")
+    vernier("export", run, "--out", out)
+    assert not (out / "adapter_config.json").exists()
+    reference = tmp_path / "data" / "reference"
+    found = json.loads(vernier("eval", out, "--reference", reference, "--out", tmp_path / "tables", "--json").stdout)
+    *_, last = json.loads(vernier("compare", run, "--json").stdout)["checkpoints"]
+    assert found[0]["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    vernier("export", run, "--out", tmp_path / "adapter", "--adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    manifest = json.loads((run / "snapshots" / "step-00000016" / "manifest.json").read_text())
+    assert len(manifest["base"]) == 64  # the fingerprint of the weights that it was trained beside
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", TINY)
 def test_a_recipe_that_is_killed_goes_on_to_the_same_bits(name: str, sources: Path, tmp_path: Path) -> None:

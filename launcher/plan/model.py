@@ -36,6 +36,8 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
     """
     settings = config.model
     notes: list[str] = []
+    if config.lora.r is not None:
+        notes.append("lora: memory is reckoned as if all weights were trained; adapters take less")
     if settings.path is not None:
         home = settings.path
         if not (home / "config.json").is_file():

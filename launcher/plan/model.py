@@ -63,7 +63,7 @@ def find_model(config: Config, data: dict[str, Any] | None) -> Model:
         return Model(name, shapes.parameters, tuple(notes), built, shapes)
     facts = data
     if facts is None:
-        facts = {"vocab_size": _expected_vocabulary(config), "eos_id": 0}
+        facts = {"vocab_size": _expected_vocabulary(config), "eos_id": 0, "pad_id": 1}
         if "vocab_size" not in settings.fields:
             notes.append(
                 f"{config.data_dir} is not prepared, so its vocabulary is taken to have {facts['vocab_size']:,} "
@@ -114,10 +114,11 @@ def model_size(model: Model, config: Config, *, on_gpu: bool) -> Any:
     if model.shapes is None:
         return None
     from launcher.plan.activations import ModelSize  # torch comes with it
+    from trainer.model.build import kind_of
 
     return ModelSize(
         model.built,
-        kind=config.objective.name,
+        kind=kind_of(config),
         targets=config.objective.mask_ratio if config.objective.name == "masked" else 1.0,
         sequence_length=config.sequence_length,
         precision=config.precision or "fp32",

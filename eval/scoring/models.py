@@ -333,6 +333,8 @@ def adapter_base(directory: Path) -> Path:
         DataError: it is not there, or its weights are others than those that the adapter was trained beside.
     """
     told = read_json(directory / ADAPTER_CONFIG)
+    if not (directory / ADAPTER).is_file():  # peft would take a file that is unpickled
+        raise DataError(f"{directory}: has no {ADAPTER} (other formats are not loaded)")
     base = Path(str(told.get("base_model_name_or_path")))
     check_model(base)
     wanted = read_manifest(directory, "snapshot").get("base") if is_ours(directory) else None

@@ -16,7 +16,7 @@ from eval.scoring.classify import make_classify_scorer
 from eval.scoring.losses import LOGITS_BYTES, Scorer
 from eval.scoring.masked import OBJECTIVES, make_scorer
 from eval.scoring.model_shapes import model_shapes, on_meta
-from eval.scoring.models import load_for_scoring, read_config
+from eval.scoring.models import ADAPTER_CONFIG, load_for_scoring, read_config
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,13 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
 
 def _is_sharded(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: Scoring) -> bool:
     """Whether the model's weights are spread over the ranks: as asked, or where one device does not hold them."""
-    plain = len(models) == 1 and how.objective not in (*OBJECTIVES, "classify")
+    adapter = (models[0] / ADAPTER_CONFIG).is_file()
+    plain = len(models) == 1 and how.objective not in (*OBJECTIVES, "classify") and not adapter
     if how.weights != "auto":
         if how.weights == "sharded" and not plain:
-            raise DataError(f"--weights: {how.objective} or an ensemble is scored with replicated weights only")
+            raise DataError(
+                "--weights: an ensemble, a masked LM, a classifier or an adapter is scored with replicated weights only"
+            )
         return how.weights == "sharded"
     if not plain:
         return False

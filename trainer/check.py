@@ -19,6 +19,7 @@ from trainer.checkpoint.resume_compat import check_changes
 from trainer.data.examples import open_windows
 from trainer.data.integrity import AT_START_BYTES
 from trainer.data.prepare import load_dataset_facts, no_target
+from trainer.data.prepared_by import settings_in
 from trainer.model.build import check_model_settings
 from trainer.model.effects import loss_is_off
 from trainer.objectives import objective_of
@@ -80,7 +81,7 @@ def check_prepared_for(config: Config, facts: dict[str, Any]) -> None:
     Raises:
         ConfigError: it was.
     """
-    before = {"objective.name": "causal", "data.packing": "stream", **facts.get("settings", {})}
+    before = settings_in(facts)
     for key, now in (("objective.name", config.objective.name), ("data.packing", config.packing)):
         if before[key] != now:
             raise ConfigError(

@@ -176,7 +176,8 @@ def build_reference(
     else:
         samples = example_samples(str(objective), examples, batch, block_samples)
     sha256s = [document_sha256(text, prompt) for text, prompt in zip(own_texts, own_prompts, strict=True)]
-    text_fingerprint = hashlib.sha256("\n".join(sha256s).encode()).hexdigest()
+    told = sha256s if labels is None else [f"{one} {label}" for one, label in zip(sha256s, labels.given, strict=True)]
+    text_fingerprint = hashlib.sha256("\n".join(told).encode()).hexdigest()
     tokens_fingerprint = _tokens_fingerprint(text_fingerprint, tokenizer.fingerprint, sequence_length, samples)
     tokens_D = np.bincount(samples.document, weights=samples.tokens)
     prompted = any(own_prompts)

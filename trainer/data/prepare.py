@@ -22,12 +22,14 @@ from configs.run.facts import read_dataset_facts
 from configs.schema import Config
 from configs.yaml.text import as_written
 from eval.reference.chat import said_in
-from eval.reference.set import build_reference, load_reference, read_documents, tokenizer_fingerprint
+from eval.reference.labels import Labels
+from eval.reference.set import build_reference, load_reference, read_documents
 from eval.reference.tokenizer import TextTokenizer, open_tokenizer
 from trainer.data.encode import Encoded, encode
 from trainer.data.examples import AnyWindows, open_windows, write_labels
 from trainer.data.families import joined, sharing
 from trainer.data.integrity import FACTS, KIND, check_data
+from trainer.data.prepared_by import settings_in, settings_of
 from trainer.data.rows.fields import fields_of
 from trainer.data.shards import FOLDER, Windows, write_shards
 from trainer.data.sources import Document
@@ -86,7 +88,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _prepare(config: Config, fresh: bool, say: Callable[[str], None], progress: Progress | None) -> dict[str, Any]:
     final = config.data_dir
-    settings = _settings(config)
+    settings = settings_of(config)
     there = final.is_dir() and any(final.iterdir())
     if final.is_symlink() and not there:  # to an empty folder, which is where the data is wanted
         final = final.resolve()
@@ -137,47 +139,12 @@ def no_target(sequence_length: int, windows: int) -> str:
     )
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings that decide what is prepared. A given tokenizer counts by content, so it may move."""
-    data, given = config.data, config.data.tokenizer
-    source = [data.source] if isinstance(data.source, str) else list(data.source)
-    return {
-        "objective.name": config.objective.name,
-        "data.packing": config.packing,
-        "seed": config.seed,
-        "sequence_length": config.sequence_length,
-        "data.source": source,
-        "data.text_field": data.text_field,
-        "data.prompt_field": data.prompt_field,
-        "data.max_bytes": data.max_bytes,
-        "data.tokenizer": None if given is None else tokenizer_fingerprint(given),
-        "data.vocab_size": data.vocab_size if given is None and not data.characters else None,
-        **({"data.characters": True} if data.characters else {}),
-        **_of_objective(config),
-        **{f"reference.{k}": v for k, v in config.reference.model_dump(mode="json").items()},
-    }
-
-
-def _of_objective(config: Config) -> dict[str, Any]:
-    """The settings that decide what an objective prepares, beside those that all have."""
-    data, objective = config.data, config.objective
-    match objective.name:
-        case "instruct":
-            return {"data.messages_field": data.messages_field, "data.tools_field": data.tools_field}
-        case "classify":
-            own = {"objective.problem": objective.problem, "objective.labels": objective.labels}
-            return {"data.label_field": data.label_field, **own}
-        case _:
-            return {}
-
-
 def _found(final: Path, settings: dict[str, Any], given: Path | None) -> dict[str, Any]:
     if not (final / MANIFEST).is_file():
         raise ConfigError(f"data.dir: {final} is there and is no prepared data (no {MANIFEST}); choose another")
     check_data(final, at_most=sys.maxsize)
     facts = load_dataset_facts(final)
-    # What an earlier version prepared could be nothing else.
-    before = {"objective.name": "causal", "data.packing": "stream", **facts.get("settings", {})}
+    before = settings_in(facts)
     for key in settings:
         if before.get(key) != settings[key]:
             raise ConfigError(
@@ -281,7 +248,7 @@ def _build(
         "prefix_id": tokenizer.prefix_id,
         "pad_id": tokenizer.special.get("pad_token"),
         "fingerprints": {
-            "data": hashlib.sha256(f"{sha256} {tokenizer.fingerprint}".encode()).hexdigest(),
+            "data": _fingerprint(sha256, tokenizer, config, labels),
             "tokenizer": tokenizer.fingerprint,
             "reference_text": reference["fingerprints"]["text"],
             "reference_tokens": reference["fingerprints"]["tokens"],
@@ -299,6 +266,15 @@ def _build(
     facts["unmet"] = list(unmet_requests(facts))
     write_json(part / FACTS, facts)
     return facts
+
+
+def _fingerprint(sha256: str, tokenizer: TextTokenizer, config: Config, labels: Labels | None) -> str:
+    """Of all that training sees of the data: tokens, and how they come into windows where that is no stream; labels."""
+    told = [sha256, tokenizer.fingerprint]
+    if config.packing != "stream":
+        told += [config.packing, str(config.sequence_length)]
+    told += [] if labels is None else [labels.problem, *labels.names, *labels.given]
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()
 
 
 def _windows(part: Path, config: Config, tokens: int, prefix: int) -> tuple[AnyWindows, int]:

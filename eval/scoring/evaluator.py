@@ -146,7 +146,7 @@ class RunScores:
 
     def _end_if_enough(self) -> None:
         """Asks training to end where its scores say so."""
-        if not self.stop_when.asked or self.run.end_request.exists():
+        if not self.stop_when.asked or self.run.end_request.exists() or self.run.read_state().get("state") == "done":
             return
         steps = self.scored()
         for step in steps:

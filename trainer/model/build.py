@@ -154,7 +154,7 @@ def check_model_settings(config: Config, facts: dict[str, Any], tokenizer_finger
     if kind == "masked":
         check_positions(config, built)
     if config.packing == "documents":
-        check_keeps_apart(hf)
+        check_keeps_apart(hf, small=sum(p.numel() for p in built.parameters()) <= MOST_TRIED)
     if kind == "causal":
         check_looks_back(config, hf)
         if config.model.fields and environment_ranks()[2] == 0:
@@ -168,9 +168,12 @@ def kind_of(config: Config) -> str:
 
 
 @torch.no_grad()
-def check_keeps_apart(hf: Any) -> None:
+def check_keeps_apart(hf: Any, *, small: bool = True) -> None:
     """Refuses a model in which packed documents would see one another: one layer of it is tried, by each node's first
     rank. What cannot be run so is left to the ranks.
+
+    Args:
+        small: it may be tried as a whole, where it is not to be had with one layer.
 
     Raises:
         ConfigError: they would; and what to do.
@@ -178,7 +181,7 @@ def check_keeps_apart(hf: Any) -> None:
     if environment_ranks()[2] != 0:
         return
     model = None
-    for make in (_one_layer, _random):  # some are not to be had with one layer
+    for make in (_one_layer, _random) if small else (_one_layer,):
         with suppress(Exception):  # each model class raises its own kinds; if neither can be, the ranks will say
             model = model or make(hf).eval()
     if model is None:
@@ -191,6 +194,8 @@ def check_keeps_apart(hf: Any) -> None:
         a, b = (model(input_ids=one, position_ids=position, use_cache=False).logits[0, 4:] for one in (ids, other))
     except TypeError:  # it takes no positions, so it cannot be told
         a, b = torch.zeros(1), torch.ones(1)
+    except Exception:  # what is wrong with it the ranks will say
+        return
     # What is masked out is exactly nothing; a state that is carried may be small in a model at random.
     if not torch.allclose(a, b, rtol=1e-6, atol=1e-7 * float(a.abs().max())):
         raise ConfigError(

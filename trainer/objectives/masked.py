@@ -48,9 +48,12 @@ class Masked:
         return int(asked_for(self.ordinary_V[rows[:, 1:]].sum(1), self.ratio).sum())
 
     def inputs(self, data: AnyWindows, windows: Int64s, position: int) -> dict[str, torch.Tensor]:
-        """Ids and targets of windows [n], each int64 [n, T]."""
+        """Ids of windows [n] as fed, int64 [n, T]; row, place and token of each target, int64 [N]."""
         ids_BT, target_BT = self._masked(stream(data).rows(windows)[0], windows, position)
-        return {"ids_BT": torch.from_numpy(ids_BT), "target_BT": torch.from_numpy(target_BT)}
+        # Found here, where the host need not wait for a device to know how many they are.
+        row_N, place_N = np.nonzero(target_BT != IGNORED)
+        found = {"ids_BT": ids_BT, "row_N": row_N, "place_N": place_N, "target_N": target_BT[row_N, place_N]}
+        return {name: torch.from_numpy(array) for name, array in found.items()}
 
     def _masked(
         self, rows: NDArray[np.int64], windows: Int64s, position: int
@@ -63,10 +66,11 @@ class Masked:
 
     def dry(self, rows: int) -> dict[str, torch.Tensor]:
         """As `inputs`, of nothing, [rows, T]."""
+        asked = int(asked_for(np.asarray([self.length]), self.ratio)[0])
+        row_N = torch.arange(rows).repeat_interleave(asked)
+        place_N = torch.arange(asked).repeat(rows)
         ids_BT = torch.zeros((rows, self.length + 2), dtype=torch.int64)
-        target_BT = torch.full_like(ids_BT, IGNORED)
-        target_BT[:, : int(asked_for(np.asarray([self.length]), self.ratio)[0])] = 0
-        return {"ids_BT": ids_BT, "target_BT": target_BT}
+        return {"ids_BT": ids_BT, "row_N": row_N, "place_N": place_N, "target_N": torch.zeros_like(row_N)}
 
     def module(self, lm: Any) -> TrainableMaskedLM:
         return TrainableMaskedLM(lm)
@@ -84,12 +88,13 @@ class TrainableMaskedLM(nn.Module):
         self.lm = lm
         self.alone = encoder_of(lm) is not None
 
-    def forward(self, ids_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-        """Sum of the negative log likelihood over targets that are not IGNORED: nats, fp32 scalar."""
-        row, place = torch.nonzero(target_BT != IGNORED, as_tuple=True)
+    def forward(
+        self, ids_BT: torch.Tensor, row_N: torch.Tensor, place_N: torch.Tensor, target_N: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the negative log likelihood of the targets [N] at (row, place): nats, fp32 scalar."""
         encoder = self.lm.base_model if self.alone else None
-        logits_NV = logits_at(self.lm, encoder, ids_BT, None, row, place)
-        return F.cross_entropy(logits_NV.float(), target_BT[row, place], reduction="sum")
+        logits_NV = logits_at(self.lm, encoder, ids_BT, None, row_N, place_N)
+        return F.cross_entropy(logits_NV.float(), target_N, reduction="sum")
 
 
 def stream(data: AnyWindows) -> Windows:

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 from configs.errors import EXIT_DONE, ConfigError, DataError
-from configs.files.atomic import MANIFEST, verify
+from configs.files.atomic import MANIFEST, begin, verify
 from configs.load import load_config
-from configs.run.directory import RunDir, step_name, step_of
+from configs.run.directory import RunDir, step_name
 
 CARD = """\
 # {name}
@@ -47,16 +47,14 @@ def run_export(source: str, out: Path, *, adapter: bool) -> int:
     run, step, loss = _chosen(source)
     snapshot = run.snapshots / step_name(step)
     manifest = verify(snapshot, "snapshot")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    part = begin(out)
     try:
         adapted = (snapshot / "adapter_config.json").is_file()
         merges = adapted and not adapter
         if merges:
             _merged(run, snapshot, part)
         else:
-            shutil.copytree(snapshot, part, ignore=shutil.ignore_patterns(MANIFEST))
+            shutil.copytree(snapshot, part, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
         config = load_config(run.config)
         what = f"an adapter of rank {config.lora.r}" if adapted else "all"
         (part / "README.md").write_text(
@@ -96,10 +94,10 @@ def _chosen(source: str) -> tuple[RunDir, int, str]:
         best = found.best.step
     except DataError:  # nothing is scored
         best = steps[-1]
-    step = step_of(f"step-{int(number):08d}") if at and number.isdigit() else best
-    if step not in steps:
+    step = best if not at else int(number) if number.isdigit() else None
+    if step is None or step not in steps:
         raise ConfigError(f"export: {run.path} has no snapshot of step {number or step}; it has {_few(steps)}")
-    return run, int(step), losses.get(int(step), "")
+    return run, step, losses.get(step, "")
 
 
 def _few(steps: list[int]) -> str:

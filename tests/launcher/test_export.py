@@ -20,6 +20,9 @@ def test_the_best_snapshot_becomes_a_model_with_a_card_and_nothing_is_overwritte
     AutoModelForCausalLM.from_pretrained(out)
     assert "is there already" in vernier("export", tiny_run, "--out", out, code=2).stderr
     assert "has no snapshot of step 7" in vernier("export", f"{tiny_run}@7", "--out", tmp_path / "b", code=2).stderr
+    assert (
+        "has no snapshot of step last" in vernier("export", f"{tiny_run}@last", "--out", tmp_path / "b", code=2).stderr
+    )
     assert "is not a run directory" in vernier("export", tmp_path, "--out", tmp_path / "b", code=2).stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     vernier("export", f"{tiny_run}@10", "--out", tmp_path / "ten")

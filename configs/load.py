@@ -14,7 +14,7 @@ from configs.devices import gpu_count
 from configs.errors import ConfigError
 from configs.files.paths import path_problems
 from configs.run.length import length_problems, with_lengths
-from configs.schema import Config, LoraSettings, section_of
+from configs.schema import PACKINGS, Config, LoraSettings, section_of
 from configs.secret_names import holds_secret, names_secret, without_secrets
 from configs.yaml.other_names import answer
 from configs.yaml.overrides import apply_overrides, sections, settings_merged
@@ -43,10 +43,6 @@ OWNED_BY_US = {
     "zero_optimization.offload_param": "zero.offload",
     "tensorboard": "vernier writes TensorBoard itself",
 }
-
-
-# How documents may come into windows, where an objective leaves no choice of all.
-PACKINGS = {"masked": ("stream",), "instruct": ("documents", "none"), "classify": ("none",)}
 
 
 # Schedules that a setting is for.
@@ -203,7 +199,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "lora.r: missing; give the rank of the adapters, or leave lora out"
     if config.stop_when.asked and config.eval.placement == "none":
         yield "stop_when: goes by scores, and eval.placement is none; use separate or inline"
-    possible = PACKINGS.get(config.objective.name, ("stream", "documents", "none"))
+    possible = PACKINGS[config.objective.name]
     if config.packing not in possible:
         yield (
             f"data.packing: {config.packing} does not go with objective.name: {config.objective.name}; "

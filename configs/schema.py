@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from configs.training import (
     NAME_PATTERN,
+    PACKINGS,
     BatchSettings,
     Count,
     EmaSettings,
@@ -29,11 +30,13 @@ from configs.training import (
     StopSettings,
     TwinSettings,
     ZeroSettings,
+    seconds_of,
     section_of,
 )
 
 __all__ = [
     "NAME_PATTERN",
+    "PACKINGS",
     "BatchSettings",
     "Config",
     "Count",
@@ -56,6 +59,7 @@ __all__ = [
     "StopSettings",
     "TwinSettings",
     "ZeroSettings",
+    "seconds_of",
     "section_of",
 ]
 
@@ -266,7 +270,7 @@ class Config(Settings):
     @field_validator("max_time")
     @classmethod
     def max_time_is_a_time(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+(m|min))?(\d+s?)?", value.replace(" ", "")):
+        if value is not None and not seconds_of(value):
             raise ValueError("should be a time such as 3h, 90m, 1h30m or 2d")
         return value
 
@@ -280,7 +284,7 @@ class Config(Settings):
     @property
     def packing(self) -> str:
         """How documents come into windows."""
-        return self.data.packing or {"instruct": "documents", "classify": "none"}.get(self.objective.name, "stream")
+        return self.data.packing or PACKINGS[self.objective.name][0]
 
     @property
     def run_dir(self) -> Path:

@@ -32,6 +32,25 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+# How documents may come into the windows of an objective; the first is what they do unless the settings say otherwise.
+PACKINGS = {
+    "causal": ("stream", "documents", "none"),
+    "masked": ("stream",),
+    "instruct": ("documents", "none"),
+    "classify": ("none",),
+}
+_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)(?:m|min))?(?:(\d+)s?)?")
+
+
+def seconds_of(time: str) -> int | None:
+    """Seconds of a time such as 3h, 90m, 1h30m, 2d or 3600; None where it is none."""
+    found = _TIME.fullmatch(time.replace(" ", ""))
+    if found is None or not time.strip():
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return 86400 * days + 3600 * hours + 60 * minutes + seconds
+
+
 class ObjectiveSettings(Settings):
     """What is learnt, and by which loss; one file each under trainer/objectives/."""
 

@@ -17,8 +17,7 @@ import torch
 
 from configs.load import micro_batch
 from configs.run.directory import RunDir
-from configs.run.length import seconds_of
-from configs.schema import Config
+from configs.schema import Config, seconds_of
 from eval.distributed.ranks import Ranks
 from trainer.callbacks.dispatch import Callbacks
 from trainer.callbacks.metrics import lines_up_to, memory_gib

@@ -37,7 +37,7 @@ from trainer.faults.guards import Guard, recent_losses
 from trainer.faults.lock import RunLock
 from trainer.faults.watchdog import Watchdog
 from trainer.loop import Loop, Outcome
-from trainer.model.build import checkpoints_activations, make_model
+from trainer.model.build import checkpoints_activations, kind_of, make_model
 from trainer.model.dropout import WindowDropout
 from trainer.model.effects import check_losses
 from trainer.objectives import objective_of
@@ -99,7 +99,7 @@ class Training:
         model: Any = self.objective.module(make_model(self.config, hf))
         if self.twin is not None and self.checkpoint is None:
             self.twin.move_model(model.lm)
-        if self.objective.kind == "causal":
+        if kind_of(self.config) == "causal":
             check_losses(self.config.model.fields, hf.model_type, adds=model.adds)
         self.parameters = parameter_count(model)
         peak, work = peak_flops(self.config), Work.of(model_shapes(model.lm), self.config.sequence_length)
@@ -180,7 +180,7 @@ class Training:
             self.watchdog,
             self.utilisation,
         )
-        making, can_checkpoint = lambda: loop.clock.step + 1, checkpoints_activations(self.hf, self.objective.kind)
+        making, can_checkpoint = lambda: loop.clock.step + 1, checkpoints_activations(self.hf, kind_of(self.config))
         with adapting_to_memory(self.config, self.run, self.ranks, step=making, checkpoints=can_checkpoint):
             outcome = loop.run()
         if not outcome.stopped:

@@ -6,7 +6,6 @@ Each is resolved once, where a config is read. Nothing of it is left for trainin
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +13,6 @@ from configs.devices import gpu_count
 from configs.errors import DataError
 from configs.run.facts import read_dataset_facts
 from configs.schema import Config
-
-_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)(?:m|min))?(?:(\d+)s?)?")
 
 
 def training_windows(facts: dict[str, Any], config: Config) -> int:
@@ -74,12 +71,3 @@ def length_problems(config: Config) -> Iterator[str]:
             f"schedule.warmup_ratio: {config.schedule.warmup_ratio:g}, and schedule.warmup_steps: "
             f"{config.schedule.warmup_steps} is given as well; give one of the two"
         )
-
-
-def seconds_of(time: str) -> int | None:
-    """Seconds of a time such as 3h, 90m, 1h30m, 2d or 3600; None where it is none."""
-    found = _TIME.fullmatch(time.replace(" ", ""))
-    if found is None or not time.strip():
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return 86400 * days + 3600 * hours + 60 * minutes + seconds

@@ -102,25 +102,31 @@ class ReferenceSet:
         order_N, starts = self._by_batch
         return order_N[starts[batch] : starts[batch + 1]]
 
+    def batch_inputs(self, batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(ids int64 [B, T] padded with 0 on the right, first scored target int64 [B], length int64 [B])."""
+        rows, lengths, real_BT, places = self._laid_out(batch)
+        ids_BT = np.zeros(real_BT.shape, np.int64)
+        ids_BT[real_BT] = self.input_ids[places]
+        return ids_BT, self.labels_from[rows].astype(np.int64), lengths
+
     def batch_scored(self, batch: int) -> NDArray[np.bool_] | None:
         """Which ids of `batch_inputs` are targets, bool [B, T]; None: those from the first scored one on."""
         if self.scored is None:
             return None
-        rows, (_, _, lengths) = self.batch_samples(batch), self.batch_inputs(batch)
-        out_BT = np.zeros((len(rows), int(lengths.max())), bool)
-        for row, sample in enumerate(rows.tolist()):
-            out_BT[row, : lengths[row]] = self.scored[self.offsets[sample] : self.offsets[sample + 1]]
+        _, _, real_BT, places = self._laid_out(batch)
+        out_BT = np.zeros(real_BT.shape, bool)
+        out_BT[real_BT] = self.scored[places]
         return out_BT
 
-    def batch_inputs(self, batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(ids int64 [B, T] padded with 0 on the right, first scored target int64 [B], length int64 [B])."""
+    def _laid_out(
+        self, batch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+        """A batch's samples [B], their lengths [B], where a padded row of T holds an id [B, T], and which that is."""
         rows = self.batch_samples(batch)
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         at_BT = np.arange(lengths.max())[None, :]
         real_BT = at_BT < lengths[:, None]
-        ids_BT = np.zeros(real_BT.shape, np.int64)
-        ids_BT[real_BT] = self.input_ids[(self.offsets[rows][:, None] + at_BT)[real_BT]]
-        return ids_BT, self.labels_from[rows].astype(np.int64), lengths
+        return rows, lengths, real_BT, (self.offsets[rows][:, None] + at_BT)[real_BT]
 
 
 def build_reference(

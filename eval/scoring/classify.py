@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from configs.errors import DataError
 from eval.reference.set import ReferenceSet
-from eval.scoring.losses import SampleLosses
+from eval.scoring.losses import SampleLosses, evaluating
 from eval.scoring.models import load_checked
 from eval.tables import POSITION_BINS
 
@@ -73,14 +73,12 @@ class ClassifyScorer:
     @torch.no_grad()
     def score_batch(self, reference: ReferenceSet, batch: int) -> SampleLosses:
         """Losses of the samples of `batch`, ascending."""
-        was_training = self.model.training
-        self.model.eval()
         ids_BT, _, length_B = reference.batch_inputs(batch)
         real_BT = np.arange(ids_BT.shape[1]) < length_B[:, None]
         ids = torch.from_numpy(np.where(real_BT, ids_BT, self.padding)).to(self.device)
         mask = torch.from_numpy(real_BT.astype(np.int64)).to(self.device)
-        logits_BK = self.model(input_ids=ids, attention_mask=mask).logits.float()
-        self.model.train(was_training)
+        with evaluating(self.model):
+            logits_BK = self.model(input_ids=ids, attention_mask=mask).logits.float()
         label = torch.from_numpy(self.labels.numbers[reference.batch_samples(batch)]).to(self.device)
         loss_B = example_losses(logits_BK, label, self.labels.problem).double().cpu()
         right_B = is_right(logits_BK, label, self.labels.problem).to(torch.int32).cpu()

@@ -46,7 +46,7 @@ def enough(
 
     `gain_below`: the gain over the last `looks` scores is below the margin as far as its whole interval goes. Upper
     ends hold together over all looks of a run with 95 % (`level_of`, one-sided), however often one looks. They are the
-    documents' error, and the run's own noise from score to score as soon as that is known (`wobble_percent`).
+    documents' error and the run's own noise from score to score (`noise_percent`).
     `patience`: none of the last so many scores is below the best one before.
 
     Args:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,17 @@ def chunk_length(vocab_size: int) -> int:
     return max(16, LOGITS_BYTES // (4 * vocab_size))
 
 
+@contextmanager
+def evaluating(model: Any, training: bool = False) -> Iterator[None]:
+    """Within it a model is as for evaluation, or as for `training`: what drops and what does not. Then as it was."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
 def split_model(model: Any) -> tuple[Any, Head] | None:
     """(decoder, head) of a causal LM where logits are simply head(decoder(ids)), else None.
 
@@ -44,9 +55,7 @@ def split_model(model: Any) -> tuple[Any, Head] | None:
     head = model.get_output_embeddings()
     if decoder is None or decoder is model or head is None:
         return None
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         probe_BT = torch.arange(1, 9, device=_device_of(model)).unsqueeze(0) % model.config.get_text_config().vocab_size
         # Logits of a new model are near 0, where a cap does nothing yet: seen at a hundredfold it shows.
         hook = head.register_forward_pre_hook(lambda _, given: (100 * given[0],))
@@ -62,7 +71,6 @@ def split_model(model: Any) -> tuple[Any, Head] | None:
             parts = whole.new_empty(0)
         finally:
             hook.remove()
-    model.train(was_training)
     alike = whole.shape == parts.shape and torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-4)
     return (decoder, head) if alike else None
 
@@ -300,15 +308,13 @@ class Scorer:
             length_B: int64 [B], ids of a sample.
             wanted_BT: bool [B, T + 1], which ids are scored; None: those from the first target on.
         """
-        was_training = self.model.training
-        self.model.eval()
         ids, first_target_B, length_B = (t.to(self.device) for t in (ids, first_target_B, length_B))
         index_T = torch.arange(1, ids.shape[1], device=self.device)
         scored_BT = (index_T >= first_target_B[:, None]) & (index_T < length_B[:, None])
         if wanted_BT is not None:
             scored_BT &= wanted_BT.to(self.device)[:, 1:]
-        nll_BT, hit_BT = self.losses(ids[:, :-1], ids[:, 1:], scored_BT)
-        self.model.train(was_training)
+        with evaluating(self.model):
+            nll_BT, hit_BT = self.losses(ids[:, :-1], ids[:, 1:], scored_BT)
         bins_TK = self.bins_TK[: scored_BT.shape[1]]
         return SampleLosses(
             loss=nll_BT.sum(1).cpu(),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from configs.errors import DataError
 from eval.reference.set import ReferenceSet
 from eval.reference.tokenizer import open_tokenizer
-from eval.scoring.losses import IGNORED, SampleLosses, chunk_length
+from eval.scoring.losses import IGNORED, SampleLosses, chunk_length, evaluating
 from eval.scoring.models import load_checked
 from eval.tables import POSITION_BINS
 
@@ -223,11 +223,8 @@ class MaskedScorer:
     @torch.no_grad()
     def score_batch(self, reference: ReferenceSet, batch: int) -> SampleLosses:
         """Losses of the samples of `batch`, ascending."""
-        was_training = self.model.training
-        self.model.eval()
-        found = self._scored(reference, batch)
-        self.model.train(was_training)
-        return found
+        with evaluating(self.model):
+            return self._scored(reference, batch)
 
     def _scored(self, reference: ReferenceSet, batch: int) -> SampleLosses:
         if self.objective == "masked":
@@ -310,12 +307,8 @@ def encoder_of(model: Any) -> Any | None:
     encoder = model.base_model
     if encoder is model:
         return None
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _tried(model, encoder)
-    finally:
-        model.train(was_training)
 
 
 def _tried(model: Any, encoder: Any) -> Any | None:

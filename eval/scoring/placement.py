@@ -18,6 +18,8 @@ from eval.scoring.masked import OBJECTIVES, make_scorer
 from eval.scoring.model_shapes import model_shapes, on_meta
 from eval.scoring.models import ADAPTER_CONFIG, load_for_scoring, read_config
 
+ALONE = (*OBJECTIVES, "classify")  # objectives of one model, whose weights are whole on every rank
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -44,7 +46,7 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
     how = replace(how, objective=how.objective or reference.objective)
     sharded = _is_sharded(models, reference, ranks, how)
     trust = how.trust_remote_code
-    if how.objective in (*OBJECTIVES, "classify") and len(models) > 1:
+    if how.objective in ALONE and len(models) > 1:
         raise DataError(f"--ensemble: is not there for the objective {how.objective}")
     if how.objective == "classify":
         scorer = make_classify_scorer(models[0], how.dtype, reference, ranks.device, trust_remote_code=trust)
@@ -66,7 +68,7 @@ def open_scorer(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: 
 def _is_sharded(models: list[Path], reference: ReferenceSet, ranks: Ranks, how: Scoring) -> bool:
     """Whether the model's weights are spread over the ranks: as asked, or where one device does not hold them."""
     adapter = (models[0] / ADAPTER_CONFIG).is_file()
-    plain = len(models) == 1 and how.objective not in (*OBJECTIVES, "classify") and not adapter
+    plain = len(models) == 1 and how.objective not in ALONE and not adapter
     if how.weights != "auto":
         if how.weights == "sharded" and not plain:
             raise DataError(

@@ -26,6 +26,7 @@ from configs.run.script_ends import script_end
 from eval.scored import loss_tables
 from launcher.jobs.log import DAMAGED, read_jobs
 from launcher.jobs.status import RunJobs, SchedulerAnswer, jobs_of
+from launcher.text import NATS
 from launcher.watch.run_index import is_run, is_sweep, members_of
 from launcher.watch.standing import WITH_CHECKPOINT, Observed, Standing, standing
 from launcher.watch.tensorboard import live_board
@@ -79,7 +80,7 @@ class RunFacts:
     steps_to_lose: int | None = None  # made since
     scored: int | None = None  # step of the last snapshot that has its loss table
     reference_loss: float | None = None
-    unit: str = "nats per token"  # of the reference loss
+    unit: str = NATS  # of the reference loss
     reference_se: float | None = None  # clustered by document
     waiting: int | None = None  # snapshots that are not scored yet; None where nobody scores
     why: str | None = None  # it has ended

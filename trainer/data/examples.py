@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 from configs.schema import Config
-from trainer.data.shards import FOLDER, Fed, Windows, mapped
+from trainer.data.shards import COUNT_CHUNK, FOLDER, Fed, Windows, mapped
 
 LABELS = "labels.npy"  # beside the shards: of each document, what a classifier is to say
 
@@ -119,11 +119,15 @@ class Examples:
 
     def _of_pieces(self) -> NDArray[np.int64]:
         """Targets of each piece, int64 [E]."""
-        if not self.stream.masked:
-            return self.stop_E - self.first_E
-        out = np.zeros(len(self.first_E), np.int64)
-        for piece, (first, stop) in enumerate(zip(self.first_E.tolist(), self.stop_E.tolist(), strict=True)):
-            out[piece] = int(self.stream.mask(first, stop).sum())
+        size_E = self.stop_E - self.first_E
+        out = size_E.copy()
+        for chunk in np.split(np.arange(len(size_E)), np.flatnonzero(np.diff(np.cumsum(size_E) // COUNT_CHUNK)) + 1):
+            if len(chunk):  # pieces of about so many tokens
+                begins = np.cumsum(size_E[chunk]) - size_E[chunk]
+                places = np.arange(size_E[chunk].sum()) + np.repeat(self.first_E[chunk] - begins, size_E[chunk])
+                scored = self.stream.mask(places)
+                if scored is not None:
+                    out[chunk] = np.add.reduceat(scored, begins, dtype=np.int64)
         return out
 
     def any_target(self) -> bool:

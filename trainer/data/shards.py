@@ -14,7 +14,7 @@ from configs.errors import DataError
 
 SHARD_TOKENS = 2**28
 FOLDER = "shards"
-_COUNT_CHUNK = 2**24  # tokens of the mask that are counted at once
+COUNT_CHUNK = 2**24  # tokens of the mask that are counted at once
 
 
 def write_shards(
@@ -144,7 +144,7 @@ class Windows:
         if self._masks is not None and [len(mask) for mask in self._masks] != lengths:
             raise DataError(f"data.dir: masks and shards in {folder} are not of one length")
         self._ends = np.cumsum(lengths)
-        self.tokens, self.masked = int(self._ends[-1]), self._masks is not None
+        self.tokens = int(self._ends[-1])
         self._counts: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -172,14 +172,11 @@ class Windows:
 
     def at(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
         """(ids, which of them are trained on, None: all) at places [...] of the whole stream, both [...]."""
-        ids = self._taken(self._shards, places).astype(np.int64)
-        return ids, None if self._masks is None else self._taken(self._masks, places)
+        return self._taken(self._shards, places).astype(np.int64), self.mask(places)
 
-    def mask(self, first: int, stop: int) -> NDArray[np.bool_]:
-        """Which tokens from one place to another are trained on, bool [stop - first]."""
-        if self._masks is None:
-            return np.ones(stop - first, bool)
-        return self._taken(self._masks, np.arange(first, stop))
+    def mask(self, places: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Which tokens at places [...] of the whole stream are trained on, bool [...]; None: all."""
+        return None if self._masks is None else self._taken(self._masks, places)
 
     def target_counts(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many targets of each window are trained on, int64 [n]."""
@@ -222,7 +219,7 @@ class Windows:
     def _counted(self, masks: list[NDArray[np.bool_]]) -> Iterator[NDArray[np.int64]]:
         """Targets of each window, int64, some windows at a time."""
         length, windows = self.sequence_length, len(self)
-        step = max(1, _COUNT_CHUNK // length)
+        step = max(1, COUNT_CHUNK // length)
         for first in range(0, windows, step):
             last = min(windows, first + step)
             places = np.arange(first * length + 1, last * length + 1)

@@ -66,13 +66,11 @@ def alike(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names))
 
 
-def check_patterns(names: Sequence[str], no_decay: Sequence[str]) -> None:
-    """Raises ConfigError for a pattern that fits none of a model's parameters."""
-    for pattern in no_decay:
+def check_patterns(names: Sequence[str], patterns: Sequence[str], setting: str = "optimizer.no_decay") -> None:
+    """Raises ConfigError for a pattern, of a setting, that fits none of a model's parameters."""
+    for pattern in patterns:
         if any(fnmatchcase(name, pattern) for name in names):
             continue
         known = alike(names)
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
-        raise ConfigError(
-            f"optimizer.no_decay: no parameter is named {pattern!r}; expected patterns such as {', '.join(near)}"
-        )
+        raise ConfigError(f"{setting}: no parameter is named {pattern!r}; expected patterns such as {', '.join(near)}")

@@ -31,7 +31,7 @@ from trainer.faults.adaptations import (
 )
 from trainer.faults.injected import forward_of
 from trainer.model.adapter import as_trained
-from trainer.model.build import checkpoint_activations, checkpoints_activations
+from trainer.model.build import checkpoint_activations, checkpoints_activations, kind_of
 from trainer.objectives import objective_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,9 +57,7 @@ def fitted(given: Config, before: Adaptations, run: RunDir, ranks: Ranks, hf: An
             return config, before
         said = f"rank {ranks.rank} ran out of memory in a trial of step 1" if error is not None else ""
         _, said = ranks.first_message(said)
-        next_try = less_memory(
-            config, ranks.world, before, checkpoints=checkpoints_activations(hf, objective_of(config).kind)
-        )
+        next_try = less_memory(config, ranks.world, before, checkpoints=checkpoints_activations(hf, kind_of(config)))
         if next_try is None:
             if error is None:
                 raise PeerFailure(said)
@@ -95,7 +93,7 @@ def _try(config: Config, ranks: Ranks, hf: Any) -> None:
     device, objective = ranks.device, objective_of(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet_libraries():
         with torch.device(device):
-            lm = auto_model(objective.kind).from_config(copy.deepcopy(hf), dtype=DTYPES.get(str(config.precision)))
+            lm = auto_model(kind_of(config)).from_config(copy.deepcopy(hf), dtype=DTYPES.get(str(config.precision)))
         lm = as_trained(config, lm).to(device)
         if config.gradient_checkpointing:
             checkpoint_activations(lm)

@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from configs.schema import Config, LoraSettings
-from trainer.engine.decay import alike
+from trainer.engine.decay import alike, check_patterns
 
 
 def as_trained(config: Config, model: Any) -> Any:
@@ -91,12 +91,7 @@ def _linear_names(model: Any) -> list[str]:
 
 
 def _freeze(patterns: list[str], model: Any) -> None:
-    named = list(model.named_parameters())
-    for pattern in patterns:
-        matched = [parameter for name, parameter in named if fnmatchcase(name, pattern)]
-        if not matched:
-            known = alike(name for name, _ in named)
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
-            raise ConfigError(f"freeze: no parameter is named {pattern!r}; expected patterns such as {', '.join(near)}")
-        for parameter in matched:
+    check_patterns([name for name, _ in model.named_parameters()], patterns, "freeze")
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)

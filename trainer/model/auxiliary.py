@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from configs.errors import ConfigError
-from eval.scoring.losses import positions
+from eval.scoring.losses import evaluating, positions
 
 ALIKE = 1e-5  # of a loss: two sums of the same fp32 numbers
 ADDING = ("loss", "coef", "smooth", "mtp", "nextn", "ngram")  # in names of fields that change a loss
@@ -82,16 +82,12 @@ def adds_loss(lm: Any) -> bool:
         asked.append(own(*given, **named))
         return no_language_loss(*given, **named)
 
-    was_training = lm.training
-    lm.train()
     try:
-        with torch.random.fork_rng(devices=[]), loss_function(lm, instead):
+        with evaluating(lm, training=True), torch.random.fork_rng(devices=[]), loss_function(lm, instead):
             out = lm(input_ids=ids_BT, labels=ids_BT, use_cache=False)
             loss, logits = out.loss, out.logits
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError):
         return False  # it takes no labels: it has no loss of its own
-    finally:
-        lm.train(was_training)
     if loss is None or logits is None:
         return False
     logits_BTV = logits.float()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from configs.schema import Config
-from eval.scoring.losses import IGNORED, loss_of_hidden, positions, split_model, training_loss
+from eval.scoring.losses import IGNORED, evaluating, loss_of_hidden, positions, split_model, training_loss
 from trainer.data.examples import AnyWindows
 from trainer.model.auxiliary import added_loss, adds_loss, hidden_states_of
 from trainer.order import Int64s
@@ -19,8 +19,6 @@ from trainer.order import Int64s
 
 class Causal:
     """A window's tokens, each a target but those of prompts; of conversations those that the assistant says."""
-
-    kind = "causal"
 
     def __init__(self, config: Config) -> None:
         self.length = config.sequence_length
@@ -105,10 +103,8 @@ class TrainableLM(nn.Module):
 def _adds_without_logits(lm: Any) -> bool:
     """Whether what a model adds to its loss is the same without most of its logits, its decoder showing its states."""
     ids_BT = torch.arange(1, 9, device=next(lm.parameters()).device)[None] % lm.config.get_text_config().vocab_size
-    was_training = lm.training
-    lm.train()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with evaluating(lm, training=True), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             whole, _ = added_loss(lm, ids_BT)
             torch.manual_seed(0)
@@ -116,6 +112,4 @@ def _adds_without_logits(lm: Any) -> bool:
                 part, _ = added_loss(lm, ids_BT, keep=1)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
-    finally:
-        lm.train(was_training)
     return len(hidden) == 1 and torch.equal(whole, part)

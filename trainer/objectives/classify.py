@@ -23,7 +23,6 @@ from trainer.order import Int64s
 class Classify:
     """Texts, each fed whole, and their labels. Each text is one target."""
 
-    kind = "classify"
     scored_as: tuple[str, ...] = ("classify",)
 
     def __init__(self, config: Config) -> None:

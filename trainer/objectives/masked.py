@@ -30,7 +30,6 @@ LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
 class Masked:
     """A window's tokens, some of which are hidden and asked for; no special ones."""
 
-    kind = "masked"
     scored_as: tuple[str, ...] = ("masked",)
 
     def __init__(self, config: Config) -> None:

@@ -13,9 +13,8 @@ from trainer.order import Int64s
 
 
 class Objective(Protocol):
-    """What is learnt. It needs a config with prepared data; `kind`: of its model, in `eval.scoring.models.KINDS`."""
+    """What is learnt. It needs a config with prepared data; its kind of model is `trainer.model.build.kind_of`'s."""
 
-    kind: str
     scored_as: tuple[str, ...]  # objectives of reference sets that its snapshots can be scored on
 
     def __init__(self, config: Config) -> None: ...
